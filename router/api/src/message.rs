@@ -1,0 +1,447 @@
+//! The requests and answers.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+/// One line from a client.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Envelope {
+    /// [`crate::VERSION`] of the sender.
+    pub version: u32,
+    /// What is asked.
+    #[serde(flatten)]
+    pub request: Request,
+}
+
+/// What can be asked of the daemon.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case")]
+pub enum Request {
+    /// CNI ADD. Carries the namespace's descriptor. Answer: [`Attached`].
+    Add(Attach),
+    /// CNI DEL. Repeatable; an attachment that is not known is success. Answer: [`Empty`].
+    Del(AttachmentKey),
+    /// CNI CHECK. Carries the namespace's descriptor. Answer: [`Empty`] or an error that says what is missing.
+    Check(Check),
+    /// CNI GC: frees every attachment of `network` that is not listed. Answer: [`Collected`].
+    Gc(Gc),
+    /// CNI STATUS: can an ADD be served now? Answer: [`Empty`] or error 50 / 51.
+    Ready,
+    /// The daemon's state, problems first. Answer: [`Status`].
+    Status,
+    /// Answer: a list of [`PortInfo`].
+    Ports,
+    /// Answer: a list of [`RouteInfo`].
+    Routes,
+    /// Answer: a list of [`FdbInfo`].
+    Fdb,
+    /// Answer: a list of [`NeighbourInfo`].
+    Neigh,
+    /// Answer: a list of [`FlowInfo`].
+    Flows,
+    /// Answer: a list of [`LeaseInfo`].
+    Leases,
+    /// Answer: a list of [`DropInfo`].
+    Drops,
+    /// Answer: a list of [`NodeInfo`].
+    Nodes,
+    /// Reads the configuration file again. Answer: [`Empty`], or an error with line and key; the old one stays in force.
+    Reload,
+}
+
+/// One line from the daemon.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer<T> {
+    /// It was done.
+    Ok(T),
+    /// It was not done, and why.
+    Error(Failure),
+}
+
+/// Why something was not done, in CNI's terms.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// A CNI error code (see [`code`]).
+    pub code: u32,
+    /// One line: what happened, to what.
+    pub msg: String,
+    /// What to do about it; may be empty.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub details: String,
+}
+
+/// CNI's error codes, and ours from 100 on.
+pub mod code {
+    /// The CNI version is not supported.
+    pub const VERSION: u32 = 1;
+    /// A field of the configuration is not supported.
+    pub const UNSUPPORTED_FIELD: u32 = 2;
+    /// The container is unknown or does not exist.
+    pub const UNKNOWN_CONTAINER: u32 = 3;
+    /// An environment variable is missing or invalid; the message names it.
+    pub const ENVIRONMENT: u32 = 4;
+    /// Reading or writing failed.
+    pub const IO: u32 = 5;
+    /// The input is not valid JSON.
+    pub const DECODE: u32 = 6;
+    /// The network configuration is invalid.
+    pub const CONFIG: u32 = 7;
+    /// Try again later.
+    pub const TRY_AGAIN: u32 = 11;
+    /// STATUS: the plugin cannot serve ADD.
+    pub const NOT_AVAILABLE: u32 = 50;
+    /// STATUS: not available, and existing containers have limited connectivity.
+    pub const LIMITED: u32 = 51;
+    /// The pool has no free address.
+    pub const EXHAUSTED: u32 = 100;
+    /// The attachment exists already.
+    pub const EXISTS: u32 = 101;
+    /// A requested address cannot be given.
+    pub const ADDRESS: u32 = 102;
+    /// CHECK found something missing or different.
+    pub const CHECK: u32 = 103;
+    /// The network namespace cannot be used.
+    pub const NETNS: u32 = 104;
+    /// A bug or an unexpected refusal by the kernel.
+    pub const INTERNAL: u32 = 105;
+    /// Not a request that this daemon knows.
+    pub const REQUEST: u32 = 106;
+}
+
+/// Nothing to say.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Empty {}
+
+/// What identifies an attachment.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct AttachmentKey {
+    /// Name of the network, from the CNI configuration.
+    pub network: String,
+    /// The runtime's container id.
+    pub container: String,
+    /// Name of the interface in the pod.
+    pub ifname: String,
+}
+
+/// A request to attach a pod.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Attach {
+    /// Which attachment.
+    #[serde(flatten)]
+    pub key: AttachmentKey,
+    /// `CNI_NETNS` as the runtime gave it; for messages only, the descriptor is what counts.
+    pub netns: String,
+    /// Addresses that were asked for, in order of precedence; each must be given or the ADD fails.
+    #[serde(default)]
+    pub requested: Vec<IpAddr>,
+    /// Address ranges that go before the node's own: one inner list per range set.
+    #[serde(default)]
+    pub ranges: Vec<Vec<Range>>,
+    /// A MAC that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// An MTU that was asked for; the node's if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
+    /// `K8S_POD_NAMESPACE`, `K8S_POD_NAME`, `K8S_POD_UID` and the like, for people.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// One range of addresses, as in host-local's configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Range {
+    /// The on-link prefix, CIDR.
+    pub subnet: String,
+    /// First address to give.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range_start: Option<IpAddr>,
+    /// Last address to give.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range_end: Option<IpAddr>,
+    /// The gateway, never given; the first address of the subnet if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<IpAddr>,
+}
+
+/// What an ADD made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// Name of the interface in the pod.
+    pub ifname: String,
+    /// Its MAC.
+    pub mac: String,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// Its addresses.
+    pub addresses: Vec<AttachedAddress>,
+    /// Routes made in the pod.
+    pub routes: Vec<AttachedRoute>,
+}
+
+/// One address of an attachment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachedAddress {
+    /// Address and on-link prefix length, e.g. `10.244.1.2/24`.
+    pub address: String,
+    /// The gateway for it.
+    pub gateway: IpAddr,
+}
+
+/// One route of an attachment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachedRoute {
+    /// Destination in CIDR form, e.g. `0.0.0.0/0`.
+    pub destination: String,
+    /// Next hop.
+    pub gateway: IpAddr,
+}
+
+/// A request to compare an attachment with what was made.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Check {
+    /// Which attachment.
+    #[serde(flatten)]
+    pub key: AttachmentKey,
+    /// What the runtime believes to be there (from `prevResult`); absent if it gave none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected: Option<Attached>,
+}
+
+/// A request to free what is not listed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Gc {
+    /// Only attachments of this network are touched.
+    pub network: String,
+    /// The attachments that stay: (container id, ifname).
+    pub valid: Vec<(String, String)>,
+}
+
+/// What a GC freed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Collected {
+    /// The attachments that went.
+    pub freed: Vec<AttachmentKey>,
+}
+
+/// The daemon's state.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// What is wrong, each with what to do about it. Empty when all is well.
+    pub problems: Vec<String>,
+    /// This node's name.
+    pub node: String,
+    /// Version of weftd.
+    pub version: String,
+    /// Process id of weftd.
+    pub pid: u32,
+    /// Seconds since weftd started.
+    pub uptime: f64,
+    /// `routed` or `bridged`.
+    pub mode: String,
+    /// The ranges from which this node gives addresses.
+    pub ranges: Vec<String>,
+    /// The gateway's addresses.
+    pub gateways: Vec<IpAddr>,
+    /// The gateway's MAC, the same on every node.
+    pub gateway_mac: String,
+    /// This node's VTEP MAC: the inner destination MAC that a kernel VXLAN peer must use.
+    pub vtep_mac: String,
+    /// The underlay: local address and UDP port, e.g. `10.200.0.1:8472`.
+    pub underlay: String,
+    /// What the underlay uses and why, e.g. `udp with UDP_SEGMENT and UDP_GRO`.
+    pub underlay_kind: String,
+    /// VXLAN network identifier.
+    pub vni: u32,
+    /// MTU of pods in bytes.
+    pub mtu: u32,
+    /// MTU of the underlay in bytes.
+    pub underlay_mtu: u32,
+    /// Number of pods attached.
+    pub pods: usize,
+    /// Number of peers.
+    pub peers: usize,
+    /// Addresses leased, and how many there are to give, per range.
+    pub leases: Vec<RangeUse>,
+    /// Epoch of the tables in force.
+    pub epoch: u64,
+    /// Sums over all ports.
+    pub counters: Counters,
+}
+
+/// How full a range is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RangeUse {
+    /// The range, CIDR.
+    pub range: String,
+    /// Addresses leased.
+    pub leased: u64,
+    /// Addresses that can be leased in all; saturates at `u64::MAX`.
+    pub size: u64,
+}
+
+/// The conservation of frames: `received + created = sent + dropped + merged`, exactly, once the worker is idle.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Frames that came in.
+    pub received: u64,
+    /// Bytes that came in.
+    pub received_bytes: u64,
+    /// Copies, replies, errors and splits made here.
+    pub created: u64,
+    /// Frames that left, of those that came in by this port or were made because of them.
+    pub sent: u64,
+    /// Bytes of those.
+    pub sent_bytes: u64,
+    /// Frames that ended here, by name in `drops`.
+    pub dropped: u64,
+    /// Frames that became part of a superframe.
+    pub merged: u64,
+}
+
+/// A port of the router.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortInfo {
+    /// Its number.
+    pub id: u32,
+    /// `pod`, `underlay` or `host`.
+    pub role: String,
+    /// `tap`, `udp`, `memory`.
+    pub kind: String,
+    /// `up`, or why not.
+    pub state: String,
+    /// The pod's container id, or the underlay's address.
+    pub name: String,
+    /// Name of the interface in the pod; empty for others.
+    pub ifname: String,
+    /// The pod's MAC; empty for others.
+    pub mac: String,
+    /// The pod's addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Offloads in use, e.g. `csum tso4 tso6 uso`.
+    pub offloads: String,
+    /// What entered by this port and what became of it.
+    pub counters: Counters,
+    /// Frames written out by this port, whoever sent them.
+    pub out: u64,
+    /// Bytes written out by this port.
+    pub out_bytes: u64,
+    /// Drops of frames that entered by this port, by name.
+    pub drops: BTreeMap<String, u64>,
+}
+
+/// A route.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteInfo {
+    /// Destination, CIDR.
+    pub destination: String,
+    /// `local`, `gateway` or the node's name.
+    pub via: String,
+    /// The node's underlay address, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub underlay: Option<IpAddr>,
+}
+
+/// An entry of the forwarding database.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FdbInfo {
+    /// The MAC.
+    pub mac: String,
+    /// Where it is: `port 3` or `node n2`.
+    pub at: String,
+    /// `static` (a local pod or the gateway) or `learned`.
+    pub kind: String,
+    /// Seconds since it was last seen; 0 for static ones.
+    pub age: f64,
+}
+
+/// A neighbour that the router answers for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NeighbourInfo {
+    /// Its address.
+    pub address: IpAddr,
+    /// Its MAC.
+    pub mac: String,
+    /// `port 3` or `gateway`.
+    pub at: String,
+}
+
+/// A flow in the cache, one direction.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FlowInfo {
+    /// `tcp`, `udp`, `icmp`, or the protocol's number.
+    pub protocol: String,
+    /// Source address.
+    pub source: IpAddr,
+    /// Source port; 0 if the protocol has none.
+    pub source_port: u16,
+    /// Destination address.
+    pub destination: IpAddr,
+    /// Destination port; 0 if the protocol has none.
+    pub destination_port: u16,
+    /// Where it enters: `port 3` or `node n2`.
+    pub from: String,
+    /// Where it goes: `port 3` or `node n2`.
+    pub to: String,
+    /// Frames forwarded.
+    pub frames: u64,
+    /// Bytes forwarded.
+    pub bytes: u64,
+    /// Seconds since the last frame.
+    pub age: f64,
+}
+
+/// A lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseInfo {
+    /// The address.
+    pub address: IpAddr,
+    /// Whose it is.
+    #[serde(flatten)]
+    pub key: AttachmentKey,
+    /// Whether a port serves it now.
+    pub attached: bool,
+}
+
+/// A drop counter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DropInfo {
+    /// The port by which the frames entered.
+    pub port: u32,
+    /// That port's name.
+    pub name: String,
+    /// The reason's name.
+    pub reason: String,
+    /// What the reason means, in a sentence.
+    pub meaning: String,
+    /// Whether it is a loss to worry about (`false`: the frame ended here as it should, e.g. it was answered).
+    pub is_loss: bool,
+    /// How many frames.
+    pub count: u64,
+}
+
+/// A node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// Its name.
+    pub name: String,
+    /// Its underlay address.
+    pub underlay: IpAddr,
+    /// The ranges whose addresses live there.
+    pub ranges: Vec<String>,
+    /// Its VTEP MAC.
+    pub vtep_mac: String,
+    /// Whether it is this node.
+    pub local: bool,
+    /// Frames sent to it.
+    pub sent: u64,
+    /// Frames received from it.
+    pub received: u64,
+    /// Seconds since the last frame from it; absent if there was none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_seen: Option<f64>,
+}
