@@ -9,8 +9,12 @@
 //! prefixes are strings in CIDR form. Unknown fields are ignored in both directions, so that an old
 //! shim can talk to a new daemon and the reverse; [`VERSION`] grows only when that does not suffice.
 
+mod client;
+mod connection;
 mod message;
 
+pub use client::{Client, ClientError};
+pub use connection::{Connection, Incoming, Line, LineError, MAX_REQUEST};
 pub use message::*;
 
 /// The version of this protocol, sent in each request and each answer.

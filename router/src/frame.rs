@@ -1,0 +1,292 @@
+//! Bytes in a buffer, with headroom and offload metadata; move-only.
+//!
+//! A frame is a contiguous *head* in a chunk of its own, which holds at least all headers, and optionally a *body*:
+//! payload in a super buffer that may be shared with other frames and is only ever read. The body is a run of pieces at a fixed
+//! stride, so that the segments of one `UDP_GRO` datagram form a superframe without being copied. A frame
+//! that came from a TAP has a body of one piece.
+//!
+//! Dropping a frame gives its buffers back; that it was counted is the business of [`crate::stats::Stats`].
+
+use std::net::IpAddr;
+
+use weft_encap::Offload;
+
+use crate::pool::{CHUNK, Pool};
+use crate::port::PortId;
+use crate::port::sys::arena::{Chunk, Super};
+
+/// What a frame from or for the underlay carries beside its bytes, which start at the tunnel header.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Outer {
+    /// The node's underlay address: who sent it, or to whom it goes.
+    pub peer: IpAddr,
+    /// A hash of the inner flow; the outer source port follows from it.
+    pub entropy: u16,
+    /// Outer TOS or traffic class.
+    pub tos: u8,
+}
+
+/// Payload of a frame: `count` pieces of `piece` bytes (the last of `last`) at `start`, `start + stride`, … of a super buffer.
+pub struct Body {
+    buffer: Super,
+    start: u32,
+    stride: u32,
+    piece: u32,
+    count: u32,
+    last: u32,
+}
+
+impl Body {
+    /// One piece.
+    pub fn one(buffer: Super, start: usize, len: usize) -> Body {
+        Body::strided(buffer, start, len, len, 1, len)
+    }
+
+    /// `count` pieces of `piece` bytes at a distance of `stride`; the last has `last` bytes. All must lie in the buffer.
+    pub fn strided(buffer: Super, start: usize, stride: usize, piece: usize, count: usize, last: usize) -> Body {
+        assert!(count >= 1 && start + (count - 1) * stride + last.max(if count > 1 { piece } else { 0 }) <= buffer.len());
+        Body {
+            buffer,
+            start: start as u32,
+            stride: stride as u32,
+            piece: piece as u32,
+            count: count as u32,
+            last: last as u32,
+        }
+    }
+
+    /// Bytes of all pieces.
+    pub fn len(&self) -> usize {
+        (self.count as usize - 1) * self.piece as usize + self.last as usize
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The pieces, in order.
+    pub fn pieces(&self) -> impl ExactSizeIterator<Item = &[u8]> {
+        (0..self.count).map(|index| {
+            let start = (self.start + index * self.stride) as usize;
+            let len = if index + 1 == self.count { self.last } else { self.piece } as usize;
+            &self.buffer[start..start + len]
+        })
+    }
+
+    fn share(&self) -> Body {
+        Body { buffer: self.buffer.share(), ..*self }
+    }
+}
+
+/// A frame. See the module's essay.
+pub struct Frame {
+    chunk: Chunk,
+    start: u16,
+    head: u16,
+    merged: u16,
+    ingress: PortId,
+    body: Option<Body>,
+    /// What is still to be done to it: checksum, segmentation.
+    pub offload: Offload,
+    /// Set if it came from the underlay or goes there.
+    pub outer: Option<Outer>,
+}
+
+impl Frame {
+    /// A frame whose head is `chunk[start..start + head]`.
+    pub fn new(chunk: Chunk, start: usize, head: usize, ingress: PortId) -> Frame {
+        assert!(start + head <= chunk.len());
+        let (start, head) = (start as u16, head as u16);
+        Frame { chunk, start, head, merged: 0, ingress, body: None, offload: Offload::default(), outer: None }
+    }
+
+    /// A frame that holds a copy of `bytes`; `None` if they do not fit a chunk or no buffer is free.
+    pub fn from_bytes(bytes: &[u8], ingress: PortId, pool: &Pool) -> Option<Frame> {
+        let (mut chunk, start) = pool.chunk()?;
+        if bytes.len() <= chunk.len() - start {
+            chunk[start..start + bytes.len()].copy_from_slice(bytes);
+            return Some(Frame::new(chunk, start, bytes.len(), ingress));
+        }
+        let head = chunk.len() - start;
+        let mut buffer = pool.large()?;
+        let rest = &bytes[head..];
+        buffer.bytes_mut()?.get_mut(..rest.len())?.copy_from_slice(rest);
+        chunk[start..].copy_from_slice(&bytes[..head]);
+        Some(Frame::new(chunk, start, head, ingress).with_body(Body::one(buffer, 0, rest.len()), 0))
+    }
+
+    /// Attaches payload; `merged` frames beyond the first became part of this one.
+    pub fn with_body(mut self, body: Body, merged: u16) -> Frame {
+        self.body = (!body.is_empty()).then_some(body);
+        self.merged = merged;
+        self
+    }
+
+    /// The port by which it (or the frame that caused it) came in.
+    pub fn ingress(&self) -> PortId {
+        self.ingress
+    }
+
+    /// How many further frames were merged into it on the way in.
+    pub fn merged(&self) -> u16 {
+        self.merged
+    }
+
+    /// Contiguous bytes from the first on; holds all headers.
+    pub fn head(&self) -> &[u8] {
+        &self.chunk[self.start as usize..self.start as usize + self.head as usize]
+    }
+
+    /// The same, for writing.
+    pub fn head_mut(&mut self) -> &mut [u8] {
+        let (start, head) = (self.start as usize, self.head as usize);
+        &mut self.chunk[start..start + head]
+    }
+
+    /// Payload behind the head.
+    pub fn body(&self) -> Option<&Body> {
+        self.body.as_ref()
+    }
+
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.head as usize + self.body.as_ref().map_or(0, Body::len)
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Removes `count` bytes from the front of the head; `None`, with nothing changed, if it is shorter.
+    #[must_use]
+    pub fn pull(&mut self, count: usize) -> Option<()> {
+        if count > self.head as usize {
+            return None;
+        }
+        self.start += count as u16;
+        self.head -= count as u16;
+        Some(())
+    }
+
+    /// Adds `count` bytes at the front, for the caller to fill; `None`, with nothing changed, if the headroom is too small.
+    #[must_use]
+    pub fn push(&mut self, count: usize) -> Option<&mut [u8]> {
+        if count > self.start as usize {
+            return None;
+        }
+        self.start -= count as u16;
+        self.head += count as u16;
+        let start = self.start as usize;
+        Some(&mut self.chunk[start..start + count])
+    }
+
+    /// The head with `count` bytes of headroom before it, without making them part of the frame; for a device's own header.
+    pub fn head_with_room(&mut self, count: usize) -> Option<&mut [u8]> {
+        let start = (self.start as usize).checked_sub(count)?;
+        let end = self.start as usize + self.head as usize;
+        Some(&mut self.chunk[start..end])
+    }
+
+    /// Cuts the frame to `len` bytes; padding at the end of a short frame, for example. Longer than the frame is no change.
+    pub fn truncate(&mut self, len: usize) {
+        let head = self.head as usize;
+        if len <= head {
+            self.head = len as u16;
+            self.body = None;
+        } else if let Some(body) = &mut self.body
+            && len - head < body.len()
+        {
+            let keep = len - head;
+            let piece = body.piece.max(1) as usize;
+            let full = (keep - 1) / piece;
+            body.count = full as u32 + 1;
+            body.last = (keep - full * piece) as u32;
+        }
+    }
+
+    /// Makes the frame's bytes `len`, all in the head, for a reply that is built in place; `None` if they do not fit.
+    #[must_use]
+    pub fn resize_head(&mut self, len: usize) -> Option<&mut [u8]> {
+        if self.start as usize + len > CHUNK {
+            return None;
+        }
+        self.body = None;
+        self.head = len as u16;
+        self.offload = Offload::default();
+        Some(self.head_mut())
+    }
+
+    /// A copy with a head of its own that shares the payload; `None` if no buffer is free.
+    pub fn copy(&self, pool: &Pool) -> Option<Frame> {
+        let (mut chunk, _) = pool.chunk()?;
+        let (start, head) = (self.start as usize, self.head as usize);
+        chunk[start..start + head].copy_from_slice(&self.chunk[start..start + head]);
+        let body = self.body.as_ref().map(Body::share);
+        Some(Frame { chunk, body, merged: 0, ..*self })
+    }
+
+    /// All bytes in one vector, for tests and for tools; never on the way of a frame.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut bytes = self.head().to_vec();
+        for piece in self.body.iter().flat_map(Body::pieces) {
+            bytes.extend_from_slice(piece);
+        }
+        bytes
+    }
+}
+
+impl std::fmt::Debug for Frame {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Frame")
+            .field("len", &self.len())
+            .field("head", &self.head)
+            .field("ingress", &self.ingress)
+            .field("offload", &self.offload)
+            .field("outer", &self.outer)
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_frame_keeps_its_bytes_over_head_and_body() {
+        let pool = Pool::new(4, 4).unwrap();
+        let bytes: Vec<u8> = (0..10_000u32).map(|i| i as u8).collect();
+        let mut frame = Frame::from_bytes(&bytes, PortId(1), &pool).unwrap();
+        assert_eq!(frame.len(), bytes.len());
+        assert_eq!(frame.to_vec(), bytes);
+        frame.push(8).unwrap().fill(0xa5);
+        assert_eq!(frame.len(), bytes.len() + 8);
+        frame.pull(8).unwrap();
+        frame.truncate(5_000);
+        assert_eq!(frame.to_vec(), bytes[..5_000]);
+        let copy = frame.copy(&pool).unwrap();
+        drop(frame);
+        assert_eq!(copy.to_vec(), bytes[..5_000]);
+        drop(copy);
+        assert_eq!(pool.free(), (4, 4));
+    }
+
+    #[test]
+    fn a_strided_body_is_cut_at_any_byte() {
+        let pool = Pool::new(4, 4).unwrap();
+        for len in 1..=26 {
+            let mut buffer = pool.large().unwrap();
+            for (index, byte) in buffer.bytes_mut().unwrap().iter_mut().enumerate() {
+                *byte = index as u8;
+            }
+            let (chunk, start) = pool.chunk().unwrap();
+            let body = Body::strided(buffer, 0, 20, 10, 3, 5);
+            let mut frame = Frame::new(chunk, start, 1, PortId(0)).with_body(body, 2);
+            let whole = frame.to_vec();
+            assert_eq!(whole.len(), 26);
+            frame.truncate(len);
+            assert_eq!(frame.to_vec(), whole[..len]);
+        }
+    }
+}

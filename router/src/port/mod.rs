@@ -1,0 +1,113 @@
+//! A place where frames enter and leave the router.
+//!
+//! A port moves frames in batches and never blocks. `Err` from a port means that the *port* is broken (its device
+//! or namespace is gone: `EBADF`, `EBADFD`, `ENXIO`); anything else ends one frame, by name. Ports state what they
+//! can take ([`Capabilities`]); what a port cannot take, it does itself on the way out: checksums,
+//! segmentation. Nothing is computed that can be handed on.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use arrayvec::ArrayVec;
+
+use crate::frame::Frame;
+use crate::pool::Pool;
+use crate::stats::Stats;
+
+pub mod memory;
+pub mod sys;
+pub mod tap;
+pub mod udp;
+
+/// Number of a port. Small and dense: counters and queues are indexed by it.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PortId(pub u16);
+
+impl PortId {
+    /// For indexing.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl std::fmt::Display for PortId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Most frames in a vector.
+pub const BATCH: usize = 64;
+
+/// Most bytes in a vector; a vector of superframes ends earlier than one of small frames.
+pub const BATCH_BYTES: usize = 256 * 1024;
+
+/// Frames received together.
+pub type Batch = ArrayVec<Frame, BATCH>;
+
+/// Most frames that wait for a port within one round of the worker; what is over that is dropped as `QueueFull`.
+pub const QUEUE: usize = 1024;
+
+/// Frames that wait to be sent by one port.
+pub type Queue = VecDeque<Frame>;
+
+/// What a port takes on transmit without work of ours.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Frames with a checksum still to be filled in.
+    pub partial_checksum: bool,
+    /// TCP over IPv4 superframes.
+    pub tcp4: bool,
+    /// TCP over IPv6 superframes.
+    pub tcp6: bool,
+    /// UDP superframes.
+    pub udp: bool,
+}
+
+impl std::fmt::Display for Capabilities {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names = [(self.partial_checksum, "csum"), (self.tcp4, "tso4"), (self.tcp6, "tso6"), (self.udp, "uso")];
+        let mut first = true;
+        for (_, name) in names.iter().filter(|(has, _)| *has) {
+            write!(f, "{}{name}", if first { "" } else { " " })?;
+            first = false;
+        }
+        if first { f.write_str("none") } else { Ok(()) }
+    }
+}
+
+/// Whether a port may have more to give.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// The device is empty: wait until it is readable again.
+    Drained,
+    /// The batch is full (or the budget used up): ask again.
+    More,
+}
+
+/// A place where frames enter and leave the router.
+pub trait Port {
+    /// Moves received frames into `batch` until it holds [`BATCH`] frames or about [`BATCH_BYTES`], or the device is
+    /// empty. Counts each frame it takes ([`Stats::received`]), and each that it could not take ([`Stats::lost`]). Never blocks.
+    ///
+    /// # Errors
+    /// The port is broken and will not work again.
+    fn receive(&mut self, pool: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received>;
+
+    /// Sends the frames of `queue` from its front, and counts each as sent ([`Stats::sent`]) or dropped. What is still there on return was
+    /// not sent because the device is busy. Never blocks.
+    ///
+    /// # Errors
+    /// The port is broken and will not work again; the rest of `queue` is the caller's to drop.
+    fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()>;
+
+    /// The descriptors whose readiness means that [`Port::receive`] has something to give.
+    fn readable(&self) -> BorrowedFd<'_>;
+
+    /// What it takes on transmit.
+    fn capabilities(&self) -> Capabilities;
+
+    /// `tap`, `udp`, `memory`.
+    fn kind(&self) -> &'static str;
+}

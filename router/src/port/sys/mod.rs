@@ -1,0 +1,6 @@
+//! The only unsafe code of the data plane.
+//!
+//! Each block states its callee's conditions and why they hold. What is safe to express with `rustix` or
+//! `socket2` is not here.
+
+pub mod arena;

@@ -1,0 +1,3 @@
+//! Under construction.
+/// A pod's TAP.
+pub struct Tap;

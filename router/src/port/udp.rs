@@ -1,0 +1,3 @@
+//! Under construction.
+/// The UDP underlay.
+pub struct Underlay;

@@ -1,0 +1,225 @@
+//! What the control plane wrote: one immutable snapshot, with an epoch.
+//!
+//! The daemon compiles its desired state into [`Tables`] and hands them over as one `Arc`; the worker loads it once per
+//! batch. Nothing in here changes while frames pass. What frames themselves teach (learned MACs,
+//! flows) is the worker's and lives in [`crate::bridge`] and [`crate::conntrack`].
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use foldhash::fast::RandomState;
+use hashbrown::HashMap;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use prefix_trie::PrefixMap;
+use weft_encap::{Mac, Vni};
+
+use crate::port::PortId;
+
+/// Number of a node in [`Tables::nodes`]. Stable for a peer as long as the daemon runs, so that counters stay with it.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(pub u16);
+
+impl NodeId {
+    /// For indexing.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// How pods of different nodes see each other.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Each node has its own pod ranges; nodes exchange IP packets between them.
+    #[default]
+    Routed,
+    /// One L2 segment over all nodes.
+    Bridged,
+}
+
+/// The router itself, as pods see it.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Gateway {
+    /// Its MAC, the same on every node; it never crosses the tunnel.
+    pub mac: Mac,
+    /// Its IPv4 address.
+    pub ipv4: Option<Ipv4Addr>,
+    /// Its IPv6 address.
+    pub ipv6: Option<Ipv6Addr>,
+}
+
+impl Gateway {
+    /// Whether `address` is one of its addresses, the link-local one included.
+    pub fn owns(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(address) => self.ipv4 == Some(address),
+            IpAddr::V6(address) => self.ipv6 == Some(address) || address == self.mac.link_local(),
+        }
+    }
+}
+
+/// A pod's attachment: what its port may send as.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// Its MAC.
+    pub mac: Mac,
+    /// Its IPv4 addresses.
+    pub ipv4: Vec<Ipv4Addr>,
+    /// Its IPv6 addresses, without the link-local one.
+    pub ipv6: Vec<Ipv6Addr>,
+    /// MTU of its interface in bytes, L2 header not included.
+    pub mtu: u32,
+}
+
+/// Who is behind a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A pod.
+    Pod(Pod),
+    /// The other nodes.
+    Underlay,
+}
+
+/// Another node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Its underlay address.
+    pub underlay: IpAddr,
+    /// The inner destination MAC for routed packets to it.
+    pub vtep_mac: Mac,
+    /// The ranges whose addresses live there: inner sources that it may use, and routes to it.
+    pub ranges: Vec<IpNet>,
+}
+
+/// Where a route leads.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Via {
+    /// The destination is a neighbour in this node's own range: look it up there.
+    Local,
+    /// Another node.
+    Node(NodeId),
+}
+
+/// Where a neighbour is.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    /// Its MAC.
+    pub mac: Mac,
+    /// Its port.
+    pub port: PortId,
+}
+
+/// A map by exact match.
+pub type ExactMap<K, V> = HashMap<K, V, RandomState>;
+
+/// The snapshot.
+#[derive(Debug)]
+pub struct Tables {
+    /// Grows with each change; a flow decided under another epoch is decided anew.
+    pub epoch: u64,
+    /// How nodes see each other.
+    pub mode: Mode,
+    /// VXLAN network identifier.
+    pub vni: Vni,
+    /// The router as pods see it.
+    pub gateway: Gateway,
+    /// Inner MAC of this node for routed packets between nodes.
+    pub vtep_mac: Mac,
+    /// The port to the other nodes; absent on a node that has none.
+    pub underlay: Option<PortId>,
+    /// MTU of packets inside the tunnel in bytes: underlay MTU less the encapsulation.
+    pub tunnel_mtu: u32,
+    /// Who is behind each port, indexed by [`PortId`].
+    pub ports: Vec<Option<Role>>,
+    /// The other nodes, indexed by [`NodeId`]; a hole is a node that left.
+    pub nodes: Vec<Option<Node>>,
+    /// Underlay address to node.
+    pub members: ExactMap<IpAddr, NodeId>,
+    /// IPv4 routes.
+    pub routes4: PrefixMap<Ipv4Net, Via>,
+    /// IPv6 routes.
+    pub routes6: PrefixMap<Ipv6Net, Via>,
+    /// Local pods by address, link-local addresses included.
+    pub neighbours: ExactMap<IpAddr, Neighbour>,
+    /// Local pods by MAC; these never move.
+    pub macs: ExactMap<Mac, PortId>,
+    /// Ports that take part in floods: local pods.
+    pub flood: Vec<PortId>,
+}
+
+impl Tables {
+    /// Tables of a node without pods and peers; nothing is forwarded.
+    pub fn empty(gateway: Gateway) -> Tables {
+        Tables {
+            epoch: 0,
+            mode: Mode::default(),
+            vni: Vni::new(1).expect("1 fits 24 bits"),
+            gateway,
+            vtep_mac: Mac::ZERO,
+            underlay: None,
+            tunnel_mtu: 1450,
+            ports: Vec::new(),
+            nodes: Vec::new(),
+            members: ExactMap::default(),
+            routes4: PrefixMap::new(),
+            routes6: PrefixMap::new(),
+            neighbours: ExactMap::default(),
+            macs: ExactMap::default(),
+            flood: Vec::new(),
+        }
+    }
+
+    /// Enters a pod: its port, its addresses, its MAC.
+    pub fn add_pod(&mut self, port: PortId, pod: Pod) {
+        let neighbour = Neighbour { mac: pod.mac, port };
+        let v4 = pod.ipv4.iter().copied().map(IpAddr::V4);
+        let v6 = pod.ipv6.iter().copied().chain([pod.mac.link_local()]).map(IpAddr::V6);
+        for address in v4.chain(v6) {
+            self.neighbours.insert(address, neighbour);
+        }
+        self.macs.insert(pod.mac, port);
+        self.flood.push(port);
+        self.set_port(port, Role::Pod(pod));
+    }
+
+    /// Enters the port to the other nodes.
+    pub fn add_underlay(&mut self, port: PortId) {
+        self.underlay = Some(port);
+        self.set_port(port, Role::Underlay);
+    }
+
+    /// Enters a node and routes to its ranges.
+    pub fn add_node(&mut self, id: NodeId, node: Node) {
+        for range in &node.ranges {
+            self.add_route(*range, Via::Node(id));
+        }
+        self.members.insert(node.underlay, id);
+        if self.nodes.len() <= id.index() {
+            self.nodes.resize_with(id.index() + 1, || None);
+        }
+        self.nodes[id.index()] = Some(node);
+    }
+
+    /// Enters a route.
+    pub fn add_route(&mut self, destination: IpNet, via: Via) {
+        match destination {
+            IpNet::V4(destination) => drop(self.routes4.insert(destination.trunc(), via)),
+            IpNet::V6(destination) => drop(self.routes6.insert(destination.trunc(), via)),
+        }
+    }
+
+    /// Who is behind a port.
+    pub fn role(&self, port: PortId) -> Option<&Role> {
+        self.ports.get(port.index()).and_then(Option::as_ref)
+    }
+
+    /// A node by number.
+    pub fn node(&self, id: NodeId) -> Option<&Node> {
+        self.nodes.get(id.index()).and_then(Option::as_ref)
+    }
+
+    fn set_port(&mut self, port: PortId, role: Role) {
+        if self.ports.len() <= port.index() {
+            self.ports.resize_with(port.index() + 1, || None);
+        }
+        self.ports[port.index()] = Some(role);
+    }
+}
