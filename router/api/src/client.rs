@@ -116,16 +116,14 @@ impl Client {
         let lost = || ClientError::Protocol("an earlier call on this connection failed".to_owned());
         let mut connection = self.connection.take().ok_or_else(lost)?;
         let deadline = Instant::now() + self.timeout;
-        // A daemon that refuses the request unread (too long, wrong user) answers and closes: what it said counts for
-        // more than that it stopped listening.
-        let asked = connection.ask(request, fd, deadline);
-        let line = match (asked, connection.receive(deadline)) {
-            (_, Ok(Some(line))) => line,
-            (Err(error), _) | (Ok(()), Err(error)) => return Err(self.failure(error)),
-            (Ok(()), Ok(None)) => {
-                return Err(ClientError::Protocol("weftd closed the connection without an answer".to_owned()));
-            }
-        };
+        match connection.ask(request, fd, deadline) {
+            // A daemon that refuses the request unread (too long, wrong user) answers and closes: what it said counts
+            // for more than that it stopped listening.
+            Ok(()) | Err(LineError::Io(_)) => {}
+            Err(error) => return Err(self.failure(error)),
+        }
+        let silent = || ClientError::Protocol("weftd closed the connection without an answer".to_owned());
+        let line = connection.receive(deadline).map_err(|error| self.failure(error))?.ok_or_else(silent)?;
         let reply: Reply<T> = serde_json::from_slice(&line.bytes).map_err(|error| unreadable(&line.bytes, &error))?;
         if reply.version != VERSION {
             return Err(ClientError::Protocol(format!(
@@ -161,4 +159,158 @@ fn connect_once(path: &Path) -> Result<OwnedFd, Errno> {
 fn unreadable(line: &[u8], error: &serde_json::Error) -> ClientError {
     let start = String::from_utf8_lossy(&line[..line.len().min(80)]);
     ClientError::Protocol(format!("{error}; it begins with {start:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+    use std::thread::{self, JoinHandle};
+
+    use super::*;
+    use crate::{Answer, Empty, code};
+
+    /// A daemon's socket in a folder of its own, which goes away with it.
+    struct Socket {
+        folder: PathBuf,
+        path: PathBuf,
+    }
+
+    impl Socket {
+        fn new(name: &str) -> Socket {
+            let folder = std::env::temp_dir().join(format!("weft-t{}-{name}", std::process::id()));
+            std::fs::create_dir(&folder).unwrap();
+            let path = folder.join("socket");
+            Socket { folder, path }
+        }
+
+        fn serve(&self, serve: impl FnOnce(UnixStream) + Send + 'static) -> JoinHandle<()> {
+            let listener = UnixListener::bind(&self.path).unwrap();
+            thread::spawn(move || serve(listener.accept().unwrap().0))
+        }
+    }
+
+    impl Drop for Socket {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.folder);
+        }
+    }
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn soon() -> Instant {
+        Instant::now() + 10 * SECOND
+    }
+
+    #[test]
+    fn several_calls_use_one_connection_and_a_refusal_does_not_end_it() {
+        let socket = Socket::new("calls");
+        let server = socket.serve(|stream| {
+            let mut connection = Connection::new(stream, MAX_LINE);
+            for number in 0..3 {
+                let incoming = connection.receive(soon()).unwrap().unwrap().request().unwrap();
+                assert!(matches!(incoming.request, Request::Ready));
+                let failure = Failure { code: code::NOT_AVAILABLE, msg: "not yet".into(), details: "wait".into() };
+                let answer = if number == 1 { Answer::Error(failure) } else { Answer::Ok(Empty {}) };
+                connection.answer(&answer, soon()).unwrap();
+            }
+            assert!(connection.receive(soon()).unwrap().is_none());
+        });
+        let mut client = Client::connect(&socket.path, 5 * SECOND).unwrap();
+        client.call::<Empty>(&Request::Ready).unwrap();
+        let error = client.call::<Empty>(&Request::Ready).unwrap_err();
+        assert!(matches!(&error, ClientError::Refused(failure) if failure.code == code::NOT_AVAILABLE));
+        assert_eq!(error.to_string(), "not yet (wait)");
+        client.call::<Empty>(&Request::Ready).unwrap();
+        drop(client);
+        server.join().unwrap();
+    }
+
+    #[test]
+    fn an_absent_daemon_is_named_with_its_socket() {
+        let socket = Socket::new("absent");
+        let missing = Client::connect(&socket.path, SECOND).unwrap_err();
+        assert!(matches!(missing, ClientError::Unreachable { .. }));
+        let text = missing.to_string();
+        assert!(
+            text.contains("is weftd running?") && text.contains("weft-t") && text.contains("No such file"),
+            "{text}"
+        );
+
+        drop(UnixListener::bind(&socket.path).unwrap());
+        let stale = Client::connect(&socket.path, SECOND).unwrap_err();
+        assert!(stale.to_string().contains("refused"), "{stale}");
+
+        let long = Client::connect(Path::new(&"x".repeat(200)), SECOND).unwrap_err();
+        assert!(matches!(long, ClientError::Unreachable { .. }), "{long}");
+    }
+
+    #[test]
+    fn a_full_backlog_costs_the_timeout_and_no_more() {
+        let socket = Socket::new("backlog");
+        let _listener = UnixListener::bind(&socket.path).unwrap();
+        rustix::net::listen(&_listener, 0).unwrap();
+        let _first = Client::connect(&socket.path, SECOND).unwrap();
+        let start = Instant::now();
+        let error = Client::connect(&socket.path, Duration::from_millis(100)).unwrap_err();
+        assert!(matches!(error, ClientError::TimedOut { .. }), "{error}");
+        assert!(start.elapsed() < 5 * SECOND);
+    }
+
+    #[test]
+    fn a_daemon_that_does_not_answer_costs_the_timeout_and_the_connection() {
+        let socket = Socket::new("silent");
+        let server = socket.serve(|mut stream| {
+            let mut all = Vec::new();
+            stream.read_to_end(&mut all).unwrap();
+            assert!(all.ends_with(b"\n"));
+        });
+        let mut client = Client::connect(&socket.path, Duration::from_millis(50)).unwrap();
+        let error = client.call::<Empty>(&Request::Ready).unwrap_err();
+        assert!(matches!(error, ClientError::TimedOut { .. }), "{error}");
+        let error = client.call::<Empty>(&Request::Ready).unwrap_err();
+        assert!(error.to_string().contains("earlier call"), "{error}");
+        server.join().unwrap();
+    }
+
+    #[test]
+    fn what_is_no_answer_is_a_protocol_error() {
+        let cases = [
+            ("", "without an answer"),
+            ("{\"version\":1,\"ok\"", "middle of a line"),
+            ("HTTP/1.1 400 Bad Request\n", "HTTP/1.1"),
+            ("{\"version\":1}\n", "neither"),
+            ("{\"version\":1,\"ok\":7}\n", "invalid type"),
+            ("{\"version\":9,\"ok\":{}}\n", "version 9"),
+        ];
+        for (number, (text, expected)) in cases.into_iter().enumerate() {
+            let socket = Socket::new(&format!("garbage{number}"));
+            let server = socket.serve(move |mut stream| {
+                let mut request = [0; 4096];
+                assert!(stream.read(&mut request).unwrap() > 0);
+                stream.write_all(text.as_bytes()).unwrap();
+            });
+            let mut client = Client::connect(&socket.path, 5 * SECOND).unwrap();
+            let error = client.call::<Empty>(&Request::Ready).unwrap_err();
+            assert!(matches!(error, ClientError::Protocol(_)), "{error}");
+            assert!(error.to_string().contains(expected), "{error}");
+            server.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_refusal_of_an_unread_request_is_told() {
+        let socket = Socket::new("unread");
+        let server = socket.serve(|stream| {
+            let mut connection = Connection::new(stream, MAX_LINE);
+            let failure = Failure { code: code::REQUEST, msg: "too long".into(), details: String::new() };
+            connection.answer(&Answer::<Empty>::Error(failure), soon()).unwrap();
+        });
+        let mut client = Client::connect(&socket.path, 5 * SECOND).unwrap();
+        let valid = (0..100_000).map(|n| (format!("container-{n}"), "eth0".to_owned())).collect();
+        let request = Request::Gc(crate::Gc { network: "pods".into(), valid });
+        let error = client.call::<Empty>(&request).unwrap_err();
+        assert!(matches!(error, ClientError::Refused(failure) if failure.msg == "too long"));
+        server.join().unwrap();
+    }
 }

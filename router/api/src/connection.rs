@@ -257,18 +257,25 @@ impl Line {
     ///
     /// The failure is what to answer; the connection can go on.
     pub fn request(self) -> Result<Incoming, Failure> {
-        let envelope: Envelope = serde_json::from_slice(&self.bytes).map_err(|error| Failure {
-            code: if error.is_data() { code::REQUEST } else { code::DECODE },
-            msg: format!("the request cannot be read: {error}"),
-            details: "install weftd, weft-cni and weft of the same release".to_owned(),
-        })?;
-        if envelope.version != VERSION {
-            return Err(Failure {
-                code: code::REQUEST,
-                msg: format!("the request is of protocol version {}, weftd speaks {VERSION}", envelope.version),
-                details: "install weftd, weft-cni and weft of the same release".to_owned(),
-            });
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
         }
+        let refuse = |code, msg| {
+            let details = "install weftd, weft-cni and weft of the same release".to_owned();
+            Failure { code, msg, details }
+        };
+        let unreadable = |error: serde_json::Error| {
+            let code = if error.is_data() { code::REQUEST } else { code::DECODE };
+            refuse(code, format!("the request cannot be read: {error}"))
+        };
+        // The version first: requests of another version may have another shape.
+        let Versioned { version } = serde_json::from_slice(&self.bytes).map_err(unreadable)?;
+        if version != VERSION {
+            let msg = format!("the request is of protocol version {version}, weftd speaks {VERSION}");
+            return Err(refuse(code::REQUEST, msg));
+        }
+        let envelope: Envelope = serde_json::from_slice(&self.bytes).map_err(unreadable)?;
         let wanted = matches!(envelope.request, Request::Add(_) | Request::Check(_) | Request::Del(_));
         Ok(Incoming { request: envelope.request, descriptor: self.descriptor.filter(|_| wanted) })
     }
@@ -324,5 +331,269 @@ fn timespec(duration: Duration) -> Timespec {
     Timespec {
         tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: i64::from(duration.subsec_nanos()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::fd::AsRawFd;
+    use std::thread;
+
+    use super::*;
+    use crate::{AttachmentKey, Check, Empty};
+
+    fn pair(limit: usize) -> (Connection, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Connection::new(ours, limit), theirs)
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    fn key() -> AttachmentKey {
+        AttachmentKey { network: "pods".into(), container: "c1".into(), ifname: "eth0".into() }
+    }
+
+    #[test]
+    fn lines_come_one_by_one_and_then_the_end() {
+        let (mut connection, mut peer) = pair(MAX_LINE);
+        peer.write_all(b"one\ntwo\n\nfour\n").unwrap();
+        drop(peer);
+        for expected in [&b"one"[..], b"two", b"", b"four"] {
+            let line = connection.receive(soon()).unwrap().unwrap();
+            assert_eq!(line.bytes, expected);
+            assert!(line.descriptor.is_none());
+        }
+        assert!(connection.receive(soon()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_descriptor_arrives_with_its_line_and_is_close_on_exec() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (mut sender, mut receiver) = (Connection::new(ours, MAX_LINE), Connection::new(theirs, MAX_LINE));
+        let (read_end, write_end) = rustix::pipe::pipe().unwrap();
+        let long = vec![b'x'; 3 * 1024 * 1024];
+        let writer = thread::spawn(move || {
+            sender.send(b"before", None, soon()).unwrap();
+            sender.receive(soon()).unwrap().unwrap();
+            sender.send(&long, Some(read_end.as_fd()), soon()).unwrap();
+            sender.receive(soon()).unwrap().unwrap();
+            sender.send(b"after", None, soon()).unwrap();
+        });
+        assert!(receiver.receive(soon()).unwrap().unwrap().descriptor.is_none());
+        receiver.send(b"ok", None, soon()).unwrap();
+        let line = receiver.receive(soon()).unwrap().unwrap();
+        assert_eq!(line.bytes.len(), 3 * 1024 * 1024);
+        let descriptor = line.descriptor.unwrap();
+        assert!(rustix::io::fcntl_getfd(&descriptor).unwrap().contains(rustix::io::FdFlags::CLOEXEC));
+        receiver.send(b"ok", None, soon()).unwrap();
+        assert!(receiver.receive(soon()).unwrap().unwrap().descriptor.is_none());
+        writer.join().unwrap();
+
+        File::from(write_end).write_all(b"through the pipe").unwrap();
+        let mut text = String::new();
+        File::from(descriptor).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "through the pipe");
+    }
+
+    fn send_descriptors(socket: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
+        let sent = sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::empty()).unwrap();
+        assert_eq!(sent, bytes.len());
+    }
+
+    /// How many of the pipes still have a reader: one without reports an error at its write end.
+    fn open_readers(write_ends: &[OwnedFd]) -> usize {
+        let closed = |end: &&OwnedFd| {
+            let mut polled = [PollFd::new(*end, PollFlags::empty())];
+            poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap();
+            polled[0].revents().contains(PollFlags::ERR)
+        };
+        write_ends.len() - write_ends.iter().filter(closed).count()
+    }
+
+    fn send_pipes(socket: &UnixStream, bytes: &[u8], count: usize) -> Vec<OwnedFd> {
+        let (read_ends, write_ends): (Vec<_>, Vec<_>) = (0..count).map(|_| rustix::pipe::pipe().unwrap()).unzip();
+        let borrowed: Vec<_> = read_ends.iter().map(AsFd::as_fd).collect();
+        send_descriptors(socket, bytes, &borrowed);
+        write_ends
+    }
+
+    #[test]
+    fn descriptors_beyond_the_first_are_closed() {
+        for count in [2, DESCRIPTORS, DESCRIPTORS + 1, 16] {
+            let (mut connection, peer) = pair(MAX_LINE);
+            let write_ends = send_pipes(&peer, b"line\n", count);
+            let line = connection.receive(soon()).unwrap().unwrap();
+            assert!(line.descriptor.is_some(), "{count}");
+            assert_eq!(open_readers(&write_ends), 1, "{count}");
+            drop(line);
+            assert_eq!(open_readers(&write_ends), 0, "{count}");
+        }
+    }
+
+    #[test]
+    fn a_descriptor_that_could_belong_to_another_line_is_refused_and_closed() {
+        for (before, with) in [(&b"half"[..], &b" line\n"[..]), (b"", b"one\ntwo\n"), (b"whole\n", b"next\n")] {
+            let (mut connection, mut peer) = pair(MAX_LINE);
+            peer.write_all(before).unwrap();
+            let write_ends = send_pipes(&peer, with, 1);
+            let error = connection.receive(soon()).unwrap_err();
+            assert!(matches!(error, LineError::Misplaced), "{error}");
+            assert_eq!(open_readers(&write_ends), 0);
+        }
+    }
+
+    #[test]
+    fn a_descriptor_that_the_request_has_no_use_for_is_closed() {
+        let (mut connection, peer) = pair(MAX_LINE);
+        let write_ends = send_pipes(&peer, b"{\"version\":1,\"op\":\"status\"}\n", 1);
+        let incoming = connection.receive(soon()).unwrap().unwrap().request().unwrap();
+        assert!(matches!(incoming.request, Request::Status));
+        assert!(incoming.descriptor.is_none());
+        assert_eq!(open_readers(&write_ends), 0);
+    }
+
+    #[test]
+    fn a_line_may_be_as_long_as_the_limit_and_no_longer() {
+        let (mut connection, mut peer) = pair(8);
+        peer.write_all(b"1234567\n12345678\n").unwrap();
+        assert_eq!(connection.receive(soon()).unwrap().unwrap().bytes, b"1234567");
+        assert!(matches!(connection.receive(soon()).unwrap_err(), LineError::TooLong(8)));
+    }
+
+    #[test]
+    fn an_endless_line_is_refused_at_the_limit_without_a_newline() {
+        let (mut connection, mut peer) = pair(100_000);
+        let writer = thread::spawn(move || while peer.write_all(&[b'x'; 4096]).is_ok() {});
+        assert!(matches!(connection.receive(soon()).unwrap_err(), LineError::TooLong(100_000)));
+        assert!(connection.received.len() <= 100_000 + CHUNK);
+        drop(connection);
+        writer.join().unwrap();
+    }
+
+    #[test]
+    fn half_a_line_and_then_the_end_is_an_error() {
+        let (mut connection, mut peer) = pair(MAX_LINE);
+        peer.write_all(b"{\"version\":1,").unwrap();
+        drop(peer);
+        assert!(matches!(connection.receive(soon()).unwrap_err(), LineError::Cut));
+    }
+
+    #[test]
+    fn a_peer_that_says_nothing_or_dribbles_meets_the_deadline() {
+        let (mut connection, mut peer) = pair(MAX_LINE);
+        let start = Instant::now();
+        let error = connection.receive(start + Duration::from_millis(50)).unwrap_err();
+        assert!(matches!(error, LineError::TimedOut { began: false }), "{error}");
+        assert!(start.elapsed() >= Duration::from_millis(50));
+
+        let writer = thread::spawn(move || {
+            while peer.write_all(b"x").is_ok() {
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let start = Instant::now();
+        let error = connection.receive(start + Duration::from_millis(100)).unwrap_err();
+        assert!(matches!(error, LineError::TimedOut { began: true }), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+        drop(connection);
+        writer.join().unwrap();
+    }
+
+    #[test]
+    fn a_peer_that_does_not_read_meets_the_deadline() {
+        let (mut connection, peer) = pair(MAX_LINE);
+        let error = connection.send(&vec![b'x'; MAX_LINE / 2], None, Instant::now() + Duration::from_millis(50));
+        assert!(matches!(error.unwrap_err(), LineError::TimedOut { began: true }));
+        drop(peer);
+    }
+
+    #[test]
+    fn a_peer_that_went_away_is_an_error_and_not_a_signal() {
+        let (mut connection, peer) = pair(MAX_LINE);
+        drop(peer);
+        assert!(matches!(connection.send(b"line", None, soon()).unwrap_err(), LineError::Io(_)));
+    }
+
+    #[test]
+    fn a_nonblocking_socket_serves_as_well() {
+        let (mut connection, mut peer) = pair(MAX_LINE);
+        connection.socket().set_nonblocking(true).unwrap();
+        let writer = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(20));
+            peer.write_all(b"late\n").unwrap();
+            peer
+        });
+        assert_eq!(connection.receive(soon()).unwrap().unwrap().bytes, b"late");
+        writer.join().unwrap();
+    }
+
+    #[test]
+    fn garbage_is_answered_with_a_code_and_the_connection_goes_on() {
+        let deep = format!("{{\"version\":1,\"op\":\"add\",\"x\":{}", "[".repeat(100_000));
+        let cases = [
+            ("", code::DECODE),
+            ("\0\0", code::DECODE),
+            ("{\"version\":1,", code::DECODE),
+            (&deep, code::DECODE),
+            ("[]", code::REQUEST),
+            ("{\"op\":\"status\"}", code::REQUEST),
+            ("{\"version\":2,\"op\":\"status\"}", code::REQUEST),
+            ("{\"version\":1,\"op\":\"explode\"}", code::REQUEST),
+            ("{\"version\":1,\"op\":\"add\",\"network\":7}", code::REQUEST),
+        ];
+        let (mut connection, mut peer) = pair(MAX_LINE);
+        for (text, expected) in cases {
+            peer.write_all(text.as_bytes()).unwrap();
+            peer.write_all(b"\n").unwrap();
+            let failure = connection.receive(soon()).unwrap().unwrap().request().unwrap_err();
+            assert_eq!(failure.code, expected, "{failure:?}");
+            assert!(failure.msg.len() < 300, "{failure:?}");
+        }
+        peer.write_all(b"{\"version\":1,\"op\":\"status\",\"later\":[1]}\n").unwrap();
+        assert!(connection.receive(soon()).unwrap().unwrap().request().is_ok());
+    }
+
+    #[test]
+    fn requests_and_answers_look_on_the_wire_as_documented() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut connection = Connection::new(ours, MAX_LINE);
+        connection.ask(&Request::Del(key()), None, soon()).unwrap();
+        connection.answer(&Answer::Ok(Empty {}), soon()).unwrap();
+        let failure = Failure { code: 100, msg: "full".into(), details: String::new() };
+        connection.answer(&Answer::<Empty>::Error(failure), soon()).unwrap();
+        drop(connection);
+        let mut text = String::new();
+        theirs.read_to_string(&mut text).unwrap();
+        let expected = concat!(
+            r#"{"version":1,"op":"del","network":"pods","container":"c1","ifname":"eth0"}"#,
+            "\n",
+            r#"{"version":1,"ok":{}}"#,
+            "\n",
+            r#"{"version":1,"error":{"code":100,"msg":"full"}}"#,
+            "\n",
+        );
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn a_request_with_its_descriptor_makes_the_round_trip() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (mut client, mut server) = (Connection::new(ours, MAX_LINE), Connection::new(theirs, MAX_REQUEST));
+        let file = File::open("/proc/self/ns/net").unwrap();
+        let sent = Request::Check(Check { key: key(), expected: None });
+        client.ask(&sent, Some(file.as_fd()), soon()).unwrap();
+        let incoming = server.receive(soon()).unwrap().unwrap().request().unwrap();
+        assert!(matches!(incoming.request, Request::Check(check) if check.key == key()));
+        let received = incoming.descriptor.unwrap();
+        assert_ne!(received.as_raw_fd(), file.as_raw_fd());
+        let (a, b) = (rustix::fs::fstat(&received).unwrap(), rustix::fs::fstat(&file).unwrap());
+        assert_eq!((a.st_dev, a.st_ino), (b.st_dev, b.st_ino));
     }
 }
