@@ -439,7 +439,7 @@ mod tests {
 
     #[test]
     fn a_descriptor_that_could_belong_to_another_line_is_refused_and_closed() {
-        for (before, with) in [(&b"half"[..], &b" line\n"[..]), (b"", b"one\ntwo\n"), (b"whole\n", b"next\n")] {
+        for (before, with) in [(&b""[..], &b"one\ntwo\n"[..]), (b"", b"one\ntw"), (b"whole\n", b"next\n")] {
             let (mut connection, mut peer) = pair(MAX_LINE);
             peer.write_all(before).unwrap();
             let write_ends = send_pipes(&peer, with, 1);
@@ -447,6 +447,17 @@ mod tests {
             assert!(matches!(error, LineError::Misplaced), "{error}");
             assert_eq!(open_readers(&write_ends), 0);
         }
+    }
+
+    #[test]
+    fn a_descriptor_that_comes_after_the_start_of_its_line_is_refused_and_closed() {
+        let (mut connection, mut peer) = pair(MAX_LINE);
+        peer.write_all(b"half").unwrap();
+        let error = connection.receive(Instant::now()).unwrap_err();
+        assert!(matches!(error, LineError::TimedOut { began: true }), "{error}");
+        let write_ends = send_pipes(&peer, b" line\n", 1);
+        assert!(matches!(connection.receive(soon()).unwrap_err(), LineError::Misplaced));
+        assert_eq!(open_readers(&write_ends), 0);
     }
 
     #[test]
