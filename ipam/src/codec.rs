@@ -1,0 +1,278 @@
+//! The payload of a journal frame: operations, as length-prefixed fields.
+//!
+//! Everything is little-endian. A payload is one or more operations, each `kind: u8, length: u32, body`; a body is
+//! fields, each `tag: u8, length: u32, value`. Strings are UTF-8 without terminator. An IP address is 4 or 16 bytes,
+//! told apart by the length.
+//!
+//! | operation | kind | fields |
+//! |---|---|---|
+//! | lease | 1 | owner (1, 2, 3), pool 4, time 5, then MAC 6, netns 7, label 8 (repeated), address 9 (repeated) |
+//! | release | 2 | owner (1, 2, 3) |
+//! | round | 3 | pool 4, set 10, last 11 |
+//!
+//! | tag | field | value |
+//! |---|---|---|
+//! | 1, 2, 3, 4 | network, container, ifname, pool | string |
+//! | 5 | time | u64 |
+//! | 6 | MAC | 6 bytes |
+//! | 7 | netns | string |
+//! | 8 | label | `length of the key: u32, key, value` |
+//! | 9 | address | `prefix length: u8, address, gateway, set`, three IP addresses of one family |
+//! | 10, 11 | set, last | IP address |
+//!
+//! This is written by hand, and not JSON, because a reader has to refuse whatever it does not fully understand: an
+//! unknown tag, a field twice, a byte too many. One field more costs one line on each side, and a lease is a fifth
+//! of its size in JSON, which is what every restart reads.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::leases::{Facts, Lease, Owner, Record};
+use crate::range::is_v4;
+
+/// A change of the leases.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Op {
+    /// The attachment has these addresses from here on.
+    Lease(Box<Record>),
+    /// The attachment has none any more.
+    Release(Owner),
+    /// The address last given from a set of a pool.
+    Round { pool: String, set: IpAddr, last: IpAddr },
+}
+
+const LEASE: u8 = 1;
+const RELEASE: u8 = 2;
+const ROUND: u8 = 3;
+
+const NETWORK: u8 = 1;
+const CONTAINER: u8 = 2;
+const IFNAME: u8 = 3;
+const POOL: u8 = 4;
+const TIME: u8 = 5;
+const MAC: u8 = 6;
+const NETNS: u8 = 7;
+const LABEL: u8 = 8;
+const ADDRESS: u8 = 9;
+const SET: u8 = 10;
+const LAST: u8 = 11;
+
+/// Appends a lease.
+pub(crate) fn put_lease(out: &mut Vec<u8>, record: &Record) {
+    put(out, LEASE, |out| {
+        put_owner(out, &record.owner);
+        let facts = &record.facts;
+        put(out, POOL, |out| out.extend(facts.pool.as_bytes()));
+        put(out, TIME, |out| out.extend(facts.time.to_le_bytes()));
+        if let Some(mac) = facts.mac {
+            put(out, MAC, |out| out.extend(mac));
+        }
+        if let Some(netns) = &facts.netns {
+            put(out, NETNS, |out| out.extend(netns.as_bytes()));
+        }
+        for (key, value) in &facts.labels {
+            put(out, LABEL, |out| {
+                out.extend((key.len() as u32).to_le_bytes());
+                out.extend(key.as_bytes());
+                out.extend(value.as_bytes());
+            });
+        }
+        for lease in &record.leases {
+            put(out, ADDRESS, |out| {
+                out.push(lease.prefix_len);
+                for address in [lease.address, lease.gateway, lease.set] {
+                    put_ip(out, address);
+                }
+            });
+        }
+    });
+}
+
+/// Appends a release.
+pub(crate) fn put_release(out: &mut Vec<u8>, owner: &Owner) {
+    put(out, RELEASE, |out| put_owner(out, owner));
+}
+
+/// Appends the place of a round.
+pub(crate) fn put_round(out: &mut Vec<u8>, pool: &str, set: IpAddr, last: IpAddr) {
+    put(out, ROUND, |out| {
+        put(out, POOL, |out| out.extend(pool.as_bytes()));
+        put(out, SET, |out| put_ip(out, set));
+        put(out, LAST, |out| put_ip(out, last));
+    });
+}
+
+fn put_owner(out: &mut Vec<u8>, owner: &Owner) {
+    put(out, NETWORK, |out| out.extend(owner.network.as_bytes()));
+    put(out, CONTAINER, |out| out.extend(owner.container.as_bytes()));
+    put(out, IFNAME, |out| out.extend(owner.ifname.as_bytes()));
+}
+
+fn put_ip(out: &mut Vec<u8>, address: IpAddr) {
+    match address {
+        IpAddr::V4(a) => out.extend(a.octets()),
+        IpAddr::V6(a) => out.extend(a.octets()),
+    }
+}
+
+/// Tag, length and what `value` appends. A length that does not fit is refused with its frame, which is far smaller.
+fn put(out: &mut Vec<u8>, tag: u8, value: impl FnOnce(&mut Vec<u8>)) {
+    out.push(tag);
+    let at = out.len();
+    out.extend([0; 4]);
+    value(out);
+    let length = (out.len() - at - 4) as u32;
+    out[at..at + 4].copy_from_slice(&length.to_le_bytes());
+}
+
+/// The operations of a payload, all of them or the reason why not.
+pub(crate) fn parse(payload: &[u8]) -> Result<Vec<Op>, &'static str> {
+    let mut ops = Vec::new();
+    for field in Fields(payload) {
+        let (kind, body) = field?;
+        ops.push(match kind {
+            LEASE => Op::Lease(Box::new(parse_lease(body)?)),
+            RELEASE => Op::Release(parse_release(body)?),
+            ROUND => parse_round(body)?,
+            _ => return Err("an operation is of a kind that this version does not know"),
+        });
+    }
+    if ops.is_empty() { Err("a frame is empty") } else { Ok(ops) }
+}
+
+fn parse_lease(body: &[u8]) -> Result<Record, &'static str> {
+    let mut owner = OwnerFields::default();
+    let (mut pool, mut time, mut mac, mut netns) = (None, None, None, None);
+    let (mut labels, mut leases) = (BTreeMap::new(), Vec::new());
+    for field in Fields(body) {
+        let (tag, value) = field?;
+        match tag {
+            POOL => once(&mut pool, string(value)?)?,
+            TIME => once(&mut time, u64::from_le_bytes(value.try_into().map_err(|_| "a time is not 8 bytes")?))?,
+            MAC => once(&mut mac, value.try_into().map_err(|_| "a MAC is not 6 bytes")?)?,
+            NETNS => once(&mut netns, string(value)?)?,
+            LABEL => {
+                let (key, value) = label(value)?;
+                if labels.insert(key, value).is_some() {
+                    return Err(TWICE);
+                }
+            }
+            ADDRESS => leases.push(parse_address(value)?),
+            _ => owner.take(tag, value)?,
+        }
+    }
+    if leases.is_empty() {
+        return Err("a lease has no address");
+    }
+    let facts = Facts { pool: pool.ok_or(MISSING)?, time: time.ok_or(MISSING)?, mac, netns, labels };
+    Ok(Record { owner: owner.whole()?, leases, facts })
+}
+
+fn parse_release(body: &[u8]) -> Result<Owner, &'static str> {
+    let mut owner = OwnerFields::default();
+    for field in Fields(body) {
+        let (tag, value) = field?;
+        owner.take(tag, value)?;
+    }
+    owner.whole()
+}
+
+fn parse_round(body: &[u8]) -> Result<Op, &'static str> {
+    let (mut pool, mut set, mut last) = (None, None, None);
+    for field in Fields(body) {
+        let (tag, value) = field?;
+        match tag {
+            POOL => once(&mut pool, string(value)?)?,
+            SET => once(&mut set, ip(value)?)?,
+            LAST => once(&mut last, ip(value)?)?,
+            _ => return Err(UNKNOWN),
+        }
+    }
+    Ok(Op::Round { pool: pool.ok_or(MISSING)?, set: set.ok_or(MISSING)?, last: last.ok_or(MISSING)? })
+}
+
+const TWICE: &str = "a field is there twice";
+const MISSING: &str = "a field is missing";
+const UNKNOWN: &str = "a field is of a kind that this version does not know";
+
+#[derive(Default)]
+struct OwnerFields([Option<String>; 3]);
+
+impl OwnerFields {
+    fn take(&mut self, tag: u8, value: &[u8]) -> Result<(), &'static str> {
+        let place = match tag {
+            NETWORK => 0,
+            CONTAINER => 1,
+            IFNAME => 2,
+            _ => return Err(UNKNOWN),
+        };
+        once(&mut self.0[place], string(value)?)
+    }
+
+    fn whole(self) -> Result<Owner, &'static str> {
+        match self.0 {
+            [Some(network), Some(container), Some(ifname)] => Ok(Owner { network, container, ifname }),
+            _ => Err(MISSING),
+        }
+    }
+}
+
+fn once<T>(place: &mut Option<T>, value: T) -> Result<(), &'static str> {
+    match place.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(TWICE),
+    }
+}
+
+fn string(value: &[u8]) -> Result<String, &'static str> {
+    String::from_utf8(value.to_vec()).map_err(|_| "a string is not UTF-8")
+}
+
+fn label(value: &[u8]) -> Result<(String, String), &'static str> {
+    let (length, rest) = value.split_first_chunk::<4>().ok_or(SHORT)?;
+    let (key, value) = rest.split_at_checked(u32::from_le_bytes(*length) as usize).ok_or(SHORT)?;
+    Ok((string(key)?, string(value)?))
+}
+
+fn ip(value: &[u8]) -> Result<IpAddr, &'static str> {
+    if let Ok(v4) = <[u8; 4]>::try_from(value) {
+        Ok(IpAddr::V4(Ipv4Addr::from(v4)))
+    } else if let Ok(v6) = <[u8; 16]>::try_from(value) {
+        Ok(IpAddr::V6(Ipv6Addr::from(v6)))
+    } else {
+        Err("an IP address is neither 4 nor 16 bytes")
+    }
+}
+
+fn parse_address(value: &[u8]) -> Result<Lease, &'static str> {
+    let (&prefix_len, rest) = value.split_first().ok_or(SHORT)?;
+    if rest.len() % 3 != 0 || rest.is_empty() {
+        return Err("an address is not three IP addresses");
+    }
+    let mut parts = rest.chunks_exact(rest.len() / 3).map(ip);
+    let mut next = || parts.next().ok_or(SHORT)?;
+    let lease = Lease { address: next()?, prefix_len, gateway: next()?, set: next()? };
+    if prefix_len > if is_v4(lease.address) { 32 } else { 128 } {
+        return Err("a prefix is longer than its address");
+    }
+    Ok(lease)
+}
+
+const SHORT: &str = "a field is shorter than it says";
+
+/// Tag and value of each field.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = Result<(u8, &'a [u8]), &'static str>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (&tag, rest) = self.0.split_first()?;
+        let split = rest
+            .split_first_chunk::<4>()
+            .and_then(|(length, rest)| rest.split_at_checked(u32::from_le_bytes(*length) as usize));
+        // Whatever follows a field that does not fit means nothing.
+        self.0 = split.map_or(&[][..], |(_, rest)| rest);
+        Some(split.map(|(value, _)| (tag, value)).ok_or(SHORT))
+    }
+}

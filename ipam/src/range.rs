@@ -1,0 +1,280 @@
+//! Ranges and range sets: from where addresses are given.
+//!
+//! The rules are those of the host-local plugin, because its configuration is what operators have: a range is a
+//! subnet, optionally narrowed by a first and a last address, and a gateway that is never given. A *range set* is
+//! several ranges of one family, out of which an attachment gets one address; dual stack is two sets.
+//!
+//! | field | if absent | must |
+//! |---|---|---|
+//! | `subnet` | – | have no host bits, and room: at most /30 or /126 |
+//! | `range_start` | network + 1 | lie in the subnet |
+//! | `range_end` | broadcast − 1 (IPv4), last address (IPv6) | lie in the subnet, not before `range_start` |
+//! | `gateway` | network + 1 | be of the subnet's family; it may lie outside, as a link-local one does |
+//!
+//! Stricter than host-local in one point only: a `range_start` that is the network address, or a `range_end` that is
+//! the IPv4 broadcast address, is accepted but means the address beside it. The network address is never given.
+//! IPv4 addresses written as IPv6 (`::ffff:10.0.0.1`) are IPv4 addresses.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+
+/// Addresses of one subnet that can be given: valid by construction.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Range {
+    subnet: IpNet,
+    start: IpAddr,
+    end: IpAddr,
+    gateway: IpAddr,
+}
+
+impl Range {
+    /// A whole subnet: from network + 1 to its end, without the gateway, which is network + 1.
+    pub fn whole(subnet: IpNet) -> Result<Self, RangeError> {
+        Self::new(subnet, None, None, None)
+    }
+
+    /// A range by the fields of host-local's configuration; the module's table says what an absent one means.
+    pub fn new(
+        subnet: IpNet,
+        range_start: Option<IpAddr>,
+        range_end: Option<IpAddr>,
+        gateway: Option<IpAddr>,
+    ) -> Result<Self, RangeError> {
+        check_subnet(subnet)?;
+        let v4 = is_v4(subnet.addr());
+        let first = to_number(subnet.network()) + 1;
+        let last = to_number(subnet.broadcast()) - u128::from(v4);
+        let bound = |field, given: Option<IpAddr>, default: u128| match given.map(|a| a.to_canonical()) {
+            None => Ok(default),
+            Some(address) if subnet.contains(&address) => Ok(to_number(address).clamp(first, last)),
+            Some(address) => Err(RangeError::Outside { field, address, subnet }),
+        };
+        let start = bound("rangeStart", range_start, first)?;
+        let end = bound("rangeEnd", range_end, last)?;
+        if let (Some(start), Some(end)) = (range_start, range_end)
+            && start.to_canonical() > end.to_canonical()
+        {
+            return Err(RangeError::Reversed { start, end });
+        }
+        if start > end {
+            return Err(RangeError::Reversed { start: to_address(start, v4), end: to_address(end, v4) });
+        }
+        let gateway = gateway.map_or(to_address(first, v4), |g| g.to_canonical());
+        if is_v4(gateway) != v4 {
+            return Err(RangeError::Gateway { gateway, subnet });
+        }
+        Ok(Self { subnet, start: to_address(start, v4), end: to_address(end, v4), gateway })
+    }
+
+    /// The on-link prefix.
+    pub fn subnet(&self) -> IpNet {
+        self.subnet
+    }
+
+    /// The first address that can be given, unless it is the gateway.
+    pub fn start(&self) -> IpAddr {
+        self.start
+    }
+
+    /// The last address that can be given.
+    pub fn end(&self) -> IpAddr {
+        self.end
+    }
+
+    /// The gateway, which is never given.
+    pub fn gateway(&self) -> IpAddr {
+        self.gateway
+    }
+
+    /// Whether `address` lies between start and end, both included. The gateway counts as well.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        is_v4(address) == is_v4(self.start) && self.start <= address && address <= self.end
+    }
+
+    /// How many addresses can be given in all, without the gateway; saturates at `u64::MAX`.
+    pub fn size(&self) -> u64 {
+        let (start, end) = self.bounds();
+        // A range has at most 2^126 addresses more than one, so that neither step overflows.
+        let size = (end - start).saturating_add(1) - u128::from(self.contains(self.gateway));
+        u64::try_from(size).unwrap_or(u64::MAX)
+    }
+
+    /// Whether the two have an address in common.
+    pub fn overlaps(&self, other: &Range) -> bool {
+        is_v4(self.start) == is_v4(other.start) && self.start <= other.end && other.start <= self.end
+    }
+
+    pub(crate) fn is_v4(&self) -> bool {
+        is_v4(self.start)
+    }
+
+    pub(crate) fn bounds(&self) -> (u128, u128) {
+        (to_number(self.start), to_number(self.end))
+    }
+}
+
+impl fmt::Display for Range {
+    /// `10.1.0.0/24`, or `10.1.0.0/24 (10.1.0.10 to 10.1.0.20)` if it was narrowed.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.subnet)?;
+        match Range::whole(self.subnet) {
+            Ok(whole) if whole.start == self.start && whole.end == self.end => Ok(()),
+            _ => write!(f, " ({} to {})", self.start, self.end),
+        }
+    }
+}
+
+fn check_subnet(subnet: IpNet) -> Result<(), RangeError> {
+    if subnet.prefix_len() + 2 > subnet.max_prefix_len() {
+        return Err(RangeError::TooSmall { subnet });
+    }
+    if subnet != subnet.trunc() {
+        return Err(RangeError::HostBits { subnet, network: subnet.trunc() });
+    }
+    if is_v4(subnet.addr().to_canonical()) != is_v4(subnet.addr()) {
+        return Err(RangeError::Mapped { subnet });
+    }
+    Ok(())
+}
+
+/// Ranges of one family out of which an attachment gets one address: valid by construction.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct RangeSet(Vec<Range>);
+
+impl RangeSet {
+    /// A set of at least one range; all of one family, none overlapping another.
+    pub fn new(ranges: Vec<Range>) -> Result<Self, RangeError> {
+        let first = ranges.first().ok_or(RangeError::Empty)?;
+        if let Some(other) = ranges.iter().find(|r| r.is_v4() != first.is_v4()) {
+            return Err(RangeError::Families { first: first.subnet, other: other.subnet });
+        }
+        for (i, a) in ranges.iter().enumerate() {
+            if let Some(b) = ranges[i + 1..].iter().find(|b| a.overlaps(b)) {
+                return Err(RangeError::Overlap { first: a.to_string(), other: b.to_string() });
+            }
+        }
+        Ok(Self(ranges))
+    }
+
+    /// The ranges, in the order in which they are used up.
+    pub fn ranges(&self) -> &[Range] {
+        &self.0
+    }
+
+    /// The range that holds `address`.
+    pub fn range_of(&self, address: IpAddr) -> Option<&Range> {
+        self.0.iter().find(|r| r.contains(address))
+    }
+
+    /// What tells this set from others when the place of the round is remembered: the start of its first range.
+    pub(crate) fn key(&self) -> IpAddr {
+        self.0[0].start
+    }
+
+    pub(crate) fn is_v4(&self) -> bool {
+        self.0[0].is_v4()
+    }
+}
+
+impl From<Range> for RangeSet {
+    fn from(range: Range) -> Self {
+        Self(vec![range])
+    }
+}
+
+impl fmt::Display for RangeSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, range) in self.0.iter().enumerate() {
+            write!(f, "{}{range}", if i > 0 { ", " } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+/// What is wrong with a range or a set of them. The messages use the names of host-local's configuration.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RangeError {
+    /// A /31, /32, /127 or /128 has no address to give beside network and gateway.
+    #[error("subnet {subnet} is too small to give addresses from; use /30 (IPv4), /126 (IPv6) or larger")]
+    TooSmall {
+        /// The subnet.
+        subnet: IpNet,
+    },
+    /// The subnet is an address with a prefix length, not a network.
+    #[error("subnet {subnet} has host bits set; did you mean {network}?")]
+    HostBits {
+        /// The subnet.
+        subnet: IpNet,
+        /// The network that it lies in.
+        network: IpNet,
+    },
+    /// An IPv4 subnet in IPv6 clothes.
+    #[error("subnet {subnet} is IPv4 mapped into IPv6; write it as IPv4")]
+    Mapped {
+        /// The subnet.
+        subnet: IpNet,
+    },
+    /// `rangeStart` or `rangeEnd` is not in the subnet.
+    #[error("{field} {address} is not in subnet {subnet}")]
+    Outside {
+        /// `rangeStart` or `rangeEnd`.
+        field: &'static str,
+        /// The address.
+        address: IpAddr,
+        /// The subnet.
+        subnet: IpNet,
+    },
+    /// The range ends before it starts, or holds nothing but the network or broadcast address.
+    #[error("rangeStart {start} is after rangeEnd {end}")]
+    Reversed {
+        /// The first address.
+        start: IpAddr,
+        /// The last address.
+        end: IpAddr,
+    },
+    /// The gateway is of another family than the subnet.
+    #[error("gateway {gateway} is not of the same family as subnet {subnet}")]
+    Gateway {
+        /// The gateway.
+        gateway: IpAddr,
+        /// The subnet.
+        subnet: IpNet,
+    },
+    /// A set without ranges.
+    #[error("ranges: a range set is empty; give it a range or remove it")]
+    Empty,
+    /// A set mixes IPv4 and IPv6.
+    #[error("ranges: {first} and {other} are of different families; put them into range sets of their own")]
+    Families {
+        /// A subnet of the set.
+        first: IpNet,
+        /// One of the other family.
+        other: IpNet,
+    },
+    /// Two ranges have addresses in common.
+    #[error("ranges: {first} and {other} overlap")]
+    Overlap {
+        /// A range.
+        first: String,
+        /// The one that it overlaps.
+        other: String,
+    },
+}
+
+pub(crate) fn is_v4(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V4(_))
+}
+
+pub(crate) fn to_number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(a) => u128::from(u32::from(a)),
+        IpAddr::V6(a) => u128::from(a),
+    }
+}
+
+/// The inverse of [`to_number`]; an IPv4 number is one that came from an IPv4 address, hence fits.
+pub(crate) fn to_address(number: u128, v4: bool) -> IpAddr {
+    if v4 { IpAddr::V4(Ipv4Addr::from(number as u32)) } else { IpAddr::V6(Ipv6Addr::from(number)) }
+}
