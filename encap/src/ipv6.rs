@@ -117,6 +117,9 @@ pub struct Upper {
     pub offset: usize,
     /// The Fragment header, if there is one. Offset 0 without "more" is an atomic fragment (RFC 6946).
     pub fragment: Option<Fragment>,
+    /// There is a Routing header: the destination in the fixed header need not be the last one, which is the one that
+    /// checksums cover.
+    pub routing: bool,
 }
 
 /// Why the extension headers cannot be walked.
@@ -148,7 +151,7 @@ impl std::error::Error for WalkError {}
 /// Finds the upper layer. `next` is the fixed header's next header, `bytes` is what follows the fixed header, `limit`
 /// is the number of extension headers to accept (use [`MAX_EXTENSION_HEADERS`]).
 pub fn walk(next: u8, bytes: &[u8], limit: usize) -> Result<Upper, WalkError> {
-    let mut upper = Upper { protocol: next, offset: 0, fragment: None };
+    let mut upper = Upper { protocol: next, offset: 0, fragment: None, routing: false };
     let mut headers = 0;
     loop {
         let rest = &bytes[upper.offset..];
@@ -171,6 +174,7 @@ pub fn walk(next: u8, bytes: &[u8], limit: usize) -> Result<Upper, WalkError> {
             return Err(WalkError::TooMany);
         }
         headers += 1;
+        upper.routing |= upper.protocol == ip::ROUTING;
         upper.protocol = next;
         upper.offset += len;
         if upper.fragment.is_some_and(|fragment| fragment.offset != 0) {
