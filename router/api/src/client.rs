@@ -62,8 +62,7 @@ impl fmt::Display for ClientError {
                 write!(f, "weftd at {} did not answer within {after:?}", path.display())
             }
             Self::Protocol(what) => write!(f, "weftd's answer cannot be used: {what}"),
-            Self::Refused(failure) if failure.details.is_empty() => f.write_str(&failure.msg),
-            Self::Refused(failure) => write!(f, "{} ({})", failure.msg, failure.details),
+            Self::Refused(failure) => failure.fmt(f),
         }
     }
 }

@@ -73,6 +73,28 @@ pub struct Failure {
     pub details: String,
 }
 
+impl Failure {
+    /// A failure without details.
+    pub fn new(code: u32, msg: impl Into<String>) -> Failure {
+        Failure { code, msg: msg.into(), details: String::new() }
+    }
+
+    /// The same, with what to do about it.
+    #[must_use]
+    pub fn with_details(self, details: impl Into<String>) -> Failure {
+        Failure { details: details.into(), ..self }
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.msg)?;
+        if self.details.is_empty() { Ok(()) } else { write!(f, " ({})", self.details) }
+    }
+}
+
+impl std::error::Error for Failure {}
+
 /// CNI's error codes, and ours from 100 on.
 pub mod code {
     /// The CNI version is not supported.
@@ -207,7 +229,9 @@ pub struct Check {
     /// Which attachment.
     #[serde(flatten)]
     pub key: AttachmentKey,
-    /// What the runtime believes to be there (from `prevResult`); absent if it gave none.
+    /// What the runtime believes to be there (from `prevResult`); absent if it gave none. What its result did not say
+    /// is 0 in [`Attached::mtu`], empty in [`Attached::mac`] and the unspecified address in [`AttachedAddress::gateway`];
+    /// its routes are those of the whole chain of plugins, so routes of others may be among them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expected: Option<Attached>,
 }
