@@ -39,6 +39,8 @@ pub struct RouterConfig {
     pub flood_rate: u32,
     /// ICMP errors per second and port.
     pub icmp_rate: u32,
+    /// Keeps outsiders from predicting hashes; the daemon passes a random one, tests a fixed one.
+    pub seed: u64,
 }
 
 impl Default for RouterConfig {
@@ -51,6 +53,7 @@ impl Default for RouterConfig {
             flows: 65_536,
             flood_rate: 10_000,
             icmp_rate: 100,
+            seed: 0,
         }
     }
 }

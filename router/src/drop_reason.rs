@@ -53,6 +53,7 @@ reasons! {
     Truncated = "the frame was longer than the receive buffer",
 
     // Who sent it?
+    PortClosed = "the port has no policy yet, or no longer",
     SourceMac = "the source MAC is not the attachment's",
     SourceIp = "the source address is not the attachment's",
     ArpSpoof = "an ARP message claims an address or MAC that is not the attachment's",
@@ -66,12 +67,13 @@ reasons! {
 
     // Where to?
     NoRoute = "no route leads to the destination",
+    UnknownMac = "no port or node has the destination MAC",
     UnknownNeighbour = "the destination is in a local range, but no pod has that address",
     NotForwardable = "loopback, link-local, unspecified or multicast addresses are not routed",
     UnsupportedType = "routed mode carries only IP between nodes, and the frame is something else",
     NotForUs = "a frame from another node for a destination that is not here",
     GatewayRefused = "the gateway does not serve what was asked of it",
-    Redirected = "the frame is for the gateway's MAC, but is not IP",
+    NotIp = "the frame is for the gateway's MAC, but is not IP",
 
     // On the way.
     TtlExceeded = "TTL or hop limit reached zero",

@@ -8,8 +8,9 @@
 //! Dropping a frame gives its buffers back; that it was counted is the business of [`crate::stats::Stats`].
 
 use std::net::IpAddr;
+use std::ops::Range;
 
-use weft_encap::Offload;
+use weft_encap::offload::Offload;
 
 use crate::pool::{CHUNK, Pool};
 use crate::port::PortId;
@@ -74,6 +75,23 @@ impl Body {
         })
     }
 
+    /// Bytes `range` of all pieces as contiguous slices, in order; what lies past the end is left out.
+    fn slices(&self, range: Range<usize>) -> impl Iterator<Item = &[u8]> {
+        let (mut at, end) = (range.start as u32, range.end.min(self.len()) as u32);
+        std::iter::from_fn(move || {
+            if at >= end {
+                return None;
+            }
+            let index = (at / self.piece.max(1)).min(self.count - 1);
+            let within = at - index * self.piece;
+            let piece = if index + 1 == self.count { self.last } else { self.piece };
+            let take = (piece - within).min(end - at);
+            let start = (self.start + index * self.stride + within) as usize;
+            at += take;
+            Some(&self.buffer[start..start + take as usize])
+        })
+    }
+
     fn share(&self) -> Body {
         Body { buffer: self.buffer.share(), ..*self }
     }
@@ -87,7 +105,8 @@ pub struct Frame {
     merged: u16,
     ingress: PortId,
     body: Option<Body>,
-    /// What is still to be done to it: checksum, segmentation.
+    /// What is still to be done to it: checksum, segmentation. Its offsets count from the Ethernet header: the inner one, behind the
+    /// tunnel header, while `outer` is set.
     pub offload: Offload,
     /// Set if it came from the underlay or goes there.
     pub outer: Option<Outer>,
@@ -189,6 +208,27 @@ impl Frame {
         Some(&mut self.chunk[start..end])
     }
 
+    /// What [`Frame::head_with_room`] gives, for reading.
+    pub fn room_and_head(&self, count: usize) -> Option<&[u8]> {
+        let start = (self.start as usize).checked_sub(count)?;
+        Some(&self.chunk[start..self.start as usize + self.head as usize])
+    }
+
+    /// Head and body at once: the head for writing.
+    pub fn parts_mut(&mut self) -> (&mut [u8], Option<&Body>) {
+        let (start, head) = (self.start as usize, self.head as usize);
+        (&mut self.chunk[start..start + head], self.body.as_ref())
+    }
+
+    /// Bytes `range` of the frame as contiguous slices, in order; what lies past its end is left out.
+    pub fn slices(&self, range: Range<usize>) -> impl Iterator<Item = &[u8]> {
+        let head = self.head();
+        let front = &head[range.start.min(head.len())..range.end.min(head.len())];
+        let rest = range.start.saturating_sub(head.len())..range.end.saturating_sub(head.len());
+        let front = (!front.is_empty()).then_some(front);
+        front.into_iter().chain(self.body.iter().flat_map(move |body| body.slices(rest.clone())))
+    }
+
     /// Cuts the frame to `len` bytes; padding at the end of a short frame, for example. Longer than the frame is no change.
     pub fn truncate(&mut self, len: usize) {
         let head = self.head as usize;
@@ -287,6 +327,13 @@ mod tests {
             assert_eq!(whole.len(), 26);
             frame.truncate(len);
             assert_eq!(frame.to_vec(), whole[..len]);
+            for start in 0..=len {
+                for end in start..=len + 3 {
+                    let bytes = frame.slices(start..end).collect::<Vec<_>>().concat();
+                    assert_eq!(bytes, whole[start..end.min(len)]);
+                    assert!(frame.slices(start..end).all(|slice| !slice.is_empty()));
+                }
+            }
         }
     }
 }

@@ -7,7 +7,7 @@
 //! ```text
 //! worker                                      one thread: poll → receive → forward → transmit → timers
 //! forward  + tables                           the way of a frame
-//! bridge neigh route policy conntrack nat tunnel icmp gateway     steps: they never import each other
+//! bridge budget neigh route policy conntrack nat tunnel icmp gateway     steps: they never import each other
 //! packet flow path drop_reason stats port
 //! frame pool port/sys                         the only unsafe code
 //! ```
@@ -17,6 +17,7 @@
 //! so that the core runs to the same result each time.
 
 pub mod bridge;
+pub mod budget;
 pub mod conntrack;
 pub mod drop_reason;
 pub mod flow;

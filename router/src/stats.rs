@@ -35,6 +35,9 @@ pub struct PortStats {
     pub out: u64,
     /// Their bytes.
     pub out_bytes: u64,
+    /// Frames that the kernel dropped before we read them, because its receive buffer was full. They were never received, so they
+    /// are no part of the invariant.
+    pub overruns: u64,
 }
 
 impl Default for PortStats {
@@ -51,6 +54,7 @@ impl Default for PortStats {
             dropped: [0; DropReason::COUNT],
             out: 0,
             out_bytes: 0,
+            overruns: 0,
         }
     }
 }
@@ -146,9 +150,29 @@ impl Stats {
         out.out_bytes += bytes;
     }
 
+    /// Counts a frame that was cut into `sent + failed` segments, of which `failed` could not be sent for `reason`. Bytes are
+    /// counted in proportion.
+    pub fn sent_in_part(&mut self, frame: Frame, by: PortId, sent: u64, failed: u64, reason: DropReason) {
+        let total = sent + failed;
+        let bytes = (frame.len() as u64 * sent).checked_div(total).unwrap_or(0);
+        let from = self.port(frame.ingress());
+        from.splits += total.saturating_sub(1);
+        from.sent += sent;
+        from.sent_bytes += bytes;
+        from.dropped[reason as usize] += failed;
+        let out = self.port(by);
+        out.out += sent;
+        out.out_bytes += bytes;
+    }
+
     /// Ends a frame.
     pub fn drop(&mut self, frame: Frame, reason: DropReason) {
         self.port(frame.ingress()).dropped[reason as usize] += 1;
+    }
+
+    /// Counts an end for which no [`Frame`] is left, or whose frame lives on as something else.
+    pub fn ended(&mut self, ingress: PortId, reason: DropReason) {
+        self.port(ingress).dropped[reason as usize] += 1;
     }
 
     /// Counts the end of a frame that never became a [`Frame`], for example for want of a buffer.

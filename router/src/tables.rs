@@ -10,7 +10,8 @@ use foldhash::fast::RandomState;
 use hashbrown::HashMap;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
-use weft_encap::{Mac, Vni};
+use weft_encap::mac::Mac;
+use weft_encap::vxlan::Vni;
 
 use crate::port::PortId;
 

@@ -1,0 +1,450 @@
+//! The way of one frame, from the port it came in on to the port it leaves by.
+//!
+//! Read [`Forwarder::forward`] from top to bottom: who sent it, is it for us, is it for everybody, is it known, where does
+//! it go. Each step is a call into the module of the same name and yields a value or a [`DropReason`]. Then the frame is
+//! rewritten once, and emitted. Nothing here touches a device, a clock or the heap.
+
+use weft_encap::mac::Mac;
+
+use crate::bridge::{Fdb, FdbEntry, Learned};
+use crate::budget::Budgets;
+use crate::conntrack::{ConnTrack, FlowEntry, Found, Verdict};
+use crate::control::RouterConfig;
+use crate::drop_reason::DropReason;
+use crate::flow::FlowKey;
+use crate::frame::Frame;
+use crate::gateway::Stack;
+use crate::packet::{Ip, Packet};
+use crate::path::{Commit, FlowCommit, Hop, Macs, Path, Reply, Rewrite, Sender};
+use crate::policy::Known;
+use crate::pool::Pool;
+use crate::port::{Outbox, PortId};
+use crate::stats::Stats;
+use crate::tables::{Mode, NodeId, Role, Tables, Via};
+use crate::time::Instant;
+use crate::{icmp, nat, neigh, policy, route, tunnel};
+
+/// What frames teach, and the counters.
+pub struct Forwarder {
+    conntrack: ConnTrack,
+    fdb: Fdb,
+    gateway: Stack,
+    flood_budget: Budgets,
+    icmp_budget: Budgets,
+    stats: Stats,
+}
+
+/// Whom a frame is addressed to, in its segment.
+enum AddressedTo {
+    /// Everybody: broadcast and multicast.
+    Group,
+    /// The router: it is routed on.
+    Router,
+    /// Somebody with this MAC: it is bridged.
+    Neighbour(Mac),
+}
+
+/// A hop, what is rewritten on the way there, and the learned MAC that it rests on.
+type Way = (Hop, Rewrite, Option<Learned>);
+
+impl Forwarder {
+    /// Takes one frame and leaves zero or more in `out`. Never blocks, never fails.
+    pub fn forward(&mut self, mut frame: Frame, tables: &Tables, now: Instant, pool: &Pool, out: &mut Outbox) {
+        let packet = match open(&mut frame, tables) {
+            Ok(packet) => packet,
+            Err(reason) => return self.stats.drop(frame, reason),
+        };
+        let mut mtu = u32::MAX;
+        let outcome = self.decide(&packet, tables, now).and_then(|(path, commit)| {
+            mtu = path.rewrite.mtu;
+            nat::rewrite(&mut frame, &packet, &path)?; // refuses (TTL, MTU) before it changes a byte
+            self.commit(commit, &frame, now); // flow, learned MAC, budget
+            Ok(path)
+        });
+        let round = Round { tables, now, pool };
+        match outcome {
+            Ok(path) => self.emit(frame, &packet, path, &round, out),
+            // Nothing was rewritten, so an ICMP error can quote the frame as it came.
+            Err(reason) => self.refuse(frame, &packet, reason, mtu, &round, out),
+        }
+    }
+
+    /// Decides the whole way of a packet. Changes nothing: what must be remembered is in the [`Commit`].
+    ///
+    /// # Errors
+    /// The reason for which the packet ends here.
+    pub fn decide(&self, packet: &Packet, tables: &Tables, now: Instant) -> Result<(Path, Commit), DropReason> {
+        // 1. Who sent it? What a node sent teaches where its MACs are.
+        let learn = check_source(packet, tables)?;
+        let remember = |copies, flow| Commit { learn, copies, flow };
+
+        // 2. Is it for us? ARP, neighbour solicitations and pings to the gateway end here.
+        let addressed_to = addressed_to(packet, tables)?;
+        if let Some(hop) = for_us(packet, &addressed_to, tables) {
+            return Ok((Path::unchanged(hop), remember(0, FlowCommit::None)));
+        }
+
+        // 3. For everybody: broadcast and multicast are bridged, within the port's budget.
+        if let AddressedTo::Group = addressed_to {
+            let (path, copies) = self.to_everybody(packet, tables, now)?;
+            return Ok((path, remember(copies, FlowCommit::None)));
+        }
+
+        // 4. Known flow: take the path that its first packet was given, if the tables and the MAC still hold.
+        let Some(ip) = packet.ip() else {
+            let (hop, rewrite, _) = self.find_hop(packet, None, &addressed_to, tables, now)?;
+            return Ok((Path { hop, rewrite, entropy: 0 }, remember(0, FlowCommit::None)));
+        };
+        let flow = FlowKey::of(ip);
+        let hash = self.conntrack.hash(&flow);
+        if let Found::Hit(slot, verdict) = self.conntrack.find(&flow, hash, packet.sender, packet.dst, tables.epoch)
+            && verdict.learned.is_none_or(|learned| self.fdb.holds(&learned, now))
+        {
+            return Ok((verdict.path, remember(0, FlowCommit::Seen(slot))));
+        }
+
+        // 5. First packet: find the hop, by the FDB if it is addressed to a MAC of its segment, by the routes if to the router.
+        let (hop, rewrite, learned) = self.find_hop(packet, Some(ip), &addressed_to, tables, now)?;
+        let path = Path { hop, rewrite, entropy: (hash >> 48) as u16 };
+        if let Hop::Flood { .. } = hop {
+            self.within_budget(packet, tables, now)?;
+            return Ok((path, remember(receivers(hop, packet, tables), FlowCommit::None)));
+        }
+        let verdict =
+            Verdict { sender: packet.sender, addressed_to: packet.dst, path, learned, epoch: tables.epoch };
+        Ok((path, remember(0, FlowCommit::Open(flow, verdict))))
+    }
+
+    /// Remembers what a decision rested on and what it opened.
+    fn commit(&mut self, commit: Commit, frame: &Frame, now: Instant) {
+        if let Some((mac, node)) = commit.learn {
+            self.fdb.learn(mac, node, now);
+        }
+        if commit.copies > 0 {
+            self.flood_budget.charge(frame.ingress(), commit.copies, now);
+        }
+        match commit.flow {
+            FlowCommit::None => {}
+            FlowCommit::Seen(slot) => self.conntrack.seen(slot, frame.len(), now),
+            FlowCommit::Open(flow, verdict) => self.conntrack.open(flow, verdict, frame.len(), now),
+        }
+    }
+
+    /// Puts the rewritten frame where its path ends.
+    fn emit(&mut self, frame: Frame, packet: &Packet, path: Path, round: &Round<'_>, out: &mut Outbox) {
+        match path.hop {
+            Hop::Port(port) => self.push(port, frame, out),
+            Hop::Node(node) => self.send(node, frame, path.entropy, round.tables, out),
+            Hop::Flood { ports, nodes } => self.flood(frame, packet, (ports, nodes), path.entropy, round, out),
+            Hop::Reply(reply) => self.reply(frame, packet, reply, out),
+            Hop::Gateway => self.serve(frame, packet, round, out),
+        }
+    }
+
+    /// Ends a frame, and tells its sender if that is due.
+    fn refuse(&mut self, frame: Frame, packet: &Packet, reason: DropReason, mtu: u32, round: &Round<'_>, out: &mut Outbox) {
+        let ingress = frame.ingress();
+        if icmp::is_due(reason, packet) && self.icmp_budget.allows(ingress, round.now) {
+            let gateway = &round.tables.gateway;
+            let (hop, macs) = back(packet, round.tables);
+            if let Some(error) = icmp::error(reason, packet, &frame, mtu, gateway, macs, round.pool) {
+                self.icmp_budget.charge(ingress, 1, round.now);
+                self.stats.port(ingress).replies += 1;
+                self.emit(error, packet, Path::unchanged(hop), round, out);
+            }
+        }
+        self.stats.drop(frame, reason);
+    }
+}
+
+// The questions that `decide` asks.
+impl Forwarder {
+    fn to_everybody(&self, packet: &Packet, tables: &Tables, now: Instant) -> Result<(Path, u32), DropReason> {
+        if is_link_control(packet.dst) {
+            return Err(DropReason::NotForwardable);
+        }
+        if let Sender::Node(_) = packet.sender
+            && let Some(pod) = neigh::asked(packet, &tables.neighbours)
+        {
+            return Ok((Path::unchanged(Hop::Port(pod.port)), 1));
+        }
+        let hop = match (tables.mode, packet.sender) {
+            (Mode::Routed, Sender::Node(_)) => return Err(DropReason::UnsupportedType),
+            (Mode::Routed, Sender::Pod(_)) | (Mode::Bridged, Sender::Node(_)) => Hop::Flood { ports: true, nodes: false },
+            (Mode::Bridged, Sender::Pod(_)) => Hop::Flood { ports: true, nodes: true },
+        };
+        let copies = receivers(hop, packet, tables);
+        if copies == 0 {
+            return Err(DropReason::NoReceiver);
+        }
+        self.within_budget(packet, tables, now)?;
+        let mtu = if let Hop::Flood { nodes: true, .. } = hop { tables.tunnel_mtu } else { u32::MAX };
+        Ok((Path { hop, rewrite: Rewrite { routed: None, mtu }, entropy: 0 }, copies))
+    }
+
+    fn within_budget(&self, packet: &Packet, tables: &Tables, now: Instant) -> Result<(), DropReason> {
+        let port = match packet.sender {
+            Sender::Pod(port) => port,
+            Sender::Node(_) => tables.underlay.ok_or(DropReason::PortClosed)?,
+        };
+        if self.flood_budget.allows(port, now) { Ok(()) } else { Err(DropReason::FloodBudget) }
+    }
+
+    fn find_hop(&self, packet: &Packet, ip: Option<&Ip>, to: &AddressedTo, tables: &Tables, now: Instant) -> Result<Way, DropReason> {
+        match (to, ip) {
+            (AddressedTo::Neighbour(mac), _) => self.bridge_to(*mac, packet, tables, now),
+            (AddressedTo::Router, Some(ip)) => route_to(ip, packet, tables),
+            (AddressedTo::Router | AddressedTo::Group, _) => Err(DropReason::NotIp),
+        }
+    }
+
+    /// By MAC: a local pod's stands in the tables, others are learned; an unknown one may be anywhere among the other nodes.
+    fn bridge_to(&self, mac: Mac, packet: &Packet, tables: &Tables, now: Instant) -> Result<Way, DropReason> {
+        let bridged = |mtu| Rewrite { routed: None, mtu };
+        if let Some(&port) = tables.macs.get(&mac) {
+            if packet.sender == Sender::Pod(port) {
+                return Err(DropReason::Hairpin);
+            }
+            return Ok((Hop::Port(port), bridged(port_mtu(port, tables)), None));
+        }
+        match (packet.sender, tables.mode) {
+            // Never from tunnel to tunnel: nodes reach each other without us.
+            (Sender::Node(_), _) => Err(DropReason::NotForUs),
+            (Sender::Pod(_), Mode::Routed) => Err(DropReason::UnknownMac),
+            (Sender::Pod(_), Mode::Bridged) => match self.fdb.find(mac, now) {
+                Some(learned) if tables.node(learned.node).is_some() => {
+                    Ok((Hop::Node(learned.node), bridged(tables.tunnel_mtu), Some(learned)))
+                }
+                _ if tables.members.is_empty() => Err(DropReason::UnknownMac),
+                _ => Ok((Hop::Flood { ports: false, nodes: true }, bridged(tables.tunnel_mtu), None)),
+            },
+        }
+    }
+}
+
+// The ways by which `emit` lets a frame go.
+impl Forwarder {
+    fn push(&mut self, port: PortId, frame: Frame, out: &mut Outbox) {
+        if let Err(frame) = out.push(port, frame) {
+            self.stats.drop(frame, DropReason::QueueFull);
+        }
+    }
+
+    fn send(&mut self, id: NodeId, mut frame: Frame, entropy: u16, tables: &Tables, out: &mut Outbox) {
+        let (Some(node), Some(underlay)) = (tables.node(id), tables.underlay) else {
+            return self.stats.drop(frame, DropReason::NoRoute);
+        };
+        match tunnel::encapsulate(&mut frame, node, tables, entropy) {
+            Ok(()) => {
+                self.stats.node(id).sent += 1;
+                self.push(underlay, frame, out);
+            }
+            Err(reason) => self.stats.drop(frame, reason),
+        }
+    }
+
+    /// Copies go to all receivers but the last, which gets the frame itself.
+    fn flood(&mut self, frame: Frame, packet: &Packet, to: (bool, bool), entropy: u16, round: &Round<'_>, out: &mut Outbox) {
+        let tables = round.tables;
+        let ports = tables.flood.iter().filter(|_| to.0).filter(|port| packet.sender != Sender::Pod(**port));
+        let nodes = (0..tables.nodes.len()).map(|index| NodeId(index as u16)).filter(|_| to.1);
+        let nodes = nodes.filter(|id| tables.node(*id).is_some());
+        let mut hops = ports.map(|port| Hop::Port(*port)).chain(nodes.map(Hop::Node)).peekable();
+        let mut original = Some(frame);
+        while let Some(hop) = hops.next() {
+            let copy = match (&original, hops.peek()) {
+                (Some(frame), Some(_)) => {
+                    self.stats.port(frame.ingress()).copies += 1;
+                    frame.copy(round.pool)
+                }
+                _ => original.take(),
+            };
+            match (copy, hop) {
+                (Some(frame), Hop::Node(node)) => self.send(node, frame, entropy, tables, out),
+                (Some(frame), Hop::Port(port)) => self.push(port, frame, out),
+                // A copy that could not be made was counted as made, and ends for want of a buffer.
+                (None, _) => self.stats.ended(original.as_ref().map_or(PortId(0), Frame::ingress), DropReason::NoBuffer),
+                (Some(frame), _) => self.stats.drop(frame, DropReason::NoReceiver),
+            }
+        }
+        if let Some(frame) = original {
+            self.stats.drop(frame, DropReason::NoReceiver);
+        }
+    }
+
+    /// The question ends here, and an answer is made of it.
+    fn reply(&mut self, mut frame: Frame, packet: &Packet, reply: Reply, out: &mut Outbox) {
+        match neigh::write(&mut frame, packet, reply) {
+            Ok(()) => {
+                let port = frame.ingress();
+                self.stats.ended(port, DropReason::Answered);
+                self.stats.port(port).replies += 1;
+                self.push(port, frame, out);
+            }
+            Err(reason) => self.stats.drop(frame, reason),
+        }
+    }
+
+    fn serve(&mut self, frame: Frame, packet: &Packet, round: &Round<'_>, out: &mut Outbox) {
+        let tables = round.tables;
+        let (hop, macs) = back(packet, tables);
+        let ingress = frame.ingress();
+        let answers = match self.gateway.serve(&frame, &tables.gateway, tables.tunnel_mtu, round.now) {
+            Ok(answers) => answers,
+            Err(reason) => return self.stats.drop(frame, reason),
+        };
+        let mut made = arrayvec::ArrayVec::<Option<Frame>, { crate::gateway::REPLIES }>::new();
+        for answer in answers {
+            made.push(icmp::wrap(answer, macs, ingress, round.pool));
+        }
+        self.stats.drop(frame, DropReason::Answered);
+        for answer in made {
+            self.stats.port(ingress).replies += 1;
+            match answer {
+                Some(answer) => self.emit(answer, packet, Path::unchanged(hop), round, out),
+                None => self.stats.ended(ingress, DropReason::NoBuffer),
+            }
+        }
+    }
+}
+
+// What surrounds the way: making a forwarder, time, and what people ask.
+impl Forwarder {
+    /// A forwarder that knows nothing yet.
+    pub fn new(config: &RouterConfig) -> Forwarder {
+        Forwarder {
+            conntrack: ConnTrack::new(config.flows, config.seed),
+            fdb: Fdb::new(config.fdb_limit, config.fdb_age),
+            gateway: Stack::new(config.seed),
+            flood_budget: Budgets::new(config.flood_rate),
+            icmp_budget: Budgets::new(config.icmp_rate),
+            stats: Stats::default(),
+        }
+    }
+
+    /// Forgets what is too old. Returns when to call again; `None` if nothing is left that ages.
+    pub fn tick(&mut self, now: Instant) -> Option<Instant> {
+        self.fdb.age(now)
+    }
+
+    /// The counters.
+    pub fn stats(&mut self) -> &mut Stats {
+        &mut self.stats
+    }
+
+    /// The learned MACs.
+    pub fn fdb(&self) -> Vec<FdbEntry> {
+        self.fdb.entries().copied().collect()
+    }
+
+    /// The flows that were seen within the last minutes.
+    pub fn flows(&self, now: Instant) -> Vec<FlowEntry> {
+        self.conntrack.entries(now).copied().collect()
+    }
+}
+
+/// What does not change while one frame passes.
+struct Round<'a> {
+    tables: &'a Tables,
+    now: Instant,
+    pool: &'a Pool,
+}
+
+/// Unwraps what came from the underlay, and checks the headers.
+fn open(frame: &mut Frame, tables: &Tables) -> Result<Packet, DropReason> {
+    let sender = match frame.outer {
+        Some(outer) => tunnel::open(frame, outer, tables)?,
+        None => Sender::Pod(frame.ingress()),
+    };
+    Packet::parse(frame, sender)
+}
+
+fn check_source(packet: &Packet, tables: &Tables) -> Result<Option<(Mac, NodeId)>, DropReason> {
+    let known = Known { gateway: &tables.gateway, neighbours: &tables.neighbours };
+    match packet.sender {
+        Sender::Pod(port) => {
+            let Some(Role::Pod(pod)) = tables.role(port) else { return Err(DropReason::PortClosed) };
+            policy::check_pod(pod, packet, known)?;
+            Ok(None)
+        }
+        Sender::Node(id) => {
+            let node = tables.node(id).ok_or(DropReason::NotMember)?;
+            policy::check_node(node, tables.mode, packet, known, is_static(packet.src, tables))?;
+            Ok((tables.mode == Mode::Bridged).then_some((packet.src, id)))
+        }
+    }
+}
+
+fn is_static(mac: Mac, tables: &Tables) -> bool {
+    mac == tables.gateway.mac || mac == tables.vtep_mac || tables.macs.contains_key(&mac)
+}
+
+fn addressed_to(packet: &Packet, tables: &Tables) -> Result<AddressedTo, DropReason> {
+    let mac = packet.dst;
+    match (packet.sender, tables.mode) {
+        _ if mac.is_multicast() => Ok(AddressedTo::Group),
+        (Sender::Pod(_), _) if mac == tables.gateway.mac => Ok(AddressedTo::Router),
+        // Between nodes in routed mode the inner MACs say nothing: only what is routed here arrives here.
+        (Sender::Node(_), Mode::Routed) => Ok(AddressedTo::Router),
+        (Sender::Node(_), Mode::Bridged) if mac == tables.vtep_mac => Ok(AddressedTo::Router),
+        // The gateway's MAC is the same on each node, so a frame for it is meant for the sender's own.
+        (Sender::Node(_), Mode::Bridged) if mac == tables.gateway.mac => Err(DropReason::NotForUs),
+        _ => Ok(AddressedTo::Neighbour(mac)),
+    }
+}
+
+fn for_us(packet: &Packet, addressed_to: &AddressedTo, tables: &Tables) -> Option<Hop> {
+    if let Sender::Pod(_) = packet.sender
+        && let Some(reply) = neigh::answer(packet, &tables.gateway, &tables.neighbours)
+    {
+        return Some(Hop::Reply(reply));
+    }
+    let ip = packet.ip()?;
+    let here = matches!(addressed_to, AddressedTo::Router) && tables.gateway.owns(ip.dst);
+    here.then_some(Hop::Gateway)
+}
+
+/// By longest prefix, then by neighbour if the prefix is here.
+fn route_to(ip: &Ip, packet: &Packet, tables: &Tables) -> Result<Way, DropReason> {
+    let routed = |dst, src, mtu| Rewrite { routed: Some(Macs { dst, src }), mtu };
+    match route::find(ip.dst, &tables.routes4, &tables.routes6)? {
+        Via::Local => {
+            let neighbour = tables.neighbours.get(&ip.dst).ok_or(DropReason::UnknownNeighbour)?;
+            let rewrite = routed(neighbour.mac, tables.gateway.mac, port_mtu(neighbour.port, tables));
+            Ok((Hop::Port(neighbour.port), rewrite, None))
+        }
+        Via::Node(_) if matches!(packet.sender, Sender::Node(_)) => Err(DropReason::NotForUs),
+        Via::Node(id) => {
+            let node = tables.node(id).ok_or(DropReason::NoRoute)?;
+            Ok((Hop::Node(id), routed(node.vtep_mac, tables.vtep_mac, tables.tunnel_mtu), None))
+        }
+    }
+}
+
+/// The way back to a packet's sender, for what the router itself has to say.
+fn back(packet: &Packet, tables: &Tables) -> (Hop, Macs) {
+    match packet.sender {
+        Sender::Pod(port) => (Hop::Port(port), Macs { dst: packet.src, src: tables.gateway.mac }),
+        Sender::Node(node) => (Hop::Node(node), Macs { dst: packet.src, src: tables.vtep_mac }),
+    }
+}
+
+fn port_mtu(port: PortId, tables: &Tables) -> u32 {
+    match tables.role(port) {
+        Some(Role::Pod(pod)) => pod.mtu,
+        Some(Role::Underlay) | None => 0,
+    }
+}
+
+fn receivers(hop: Hop, packet: &Packet, tables: &Tables) -> u32 {
+    let Hop::Flood { ports, nodes } = hop else { return 1 };
+    let own = usize::from(matches!(packet.sender, Sender::Pod(_)));
+    let ports = if ports { tables.flood.len().saturating_sub(own) } else { 0 };
+    let nodes = if nodes { tables.members.len() } else { 0 };
+    (ports + nodes) as u32
+}
+
+/// 01:80:c2:00:00:00 to 0f (IEEE 802.1Q, table 8-1): spanning tree, LACP, LLDP; never bridged.
+fn is_link_control(mac: Mac) -> bool {
+    mac.0[..5] == [0x01, 0x80, 0xc2, 0, 0] && mac.0[5] < 0x10
+}

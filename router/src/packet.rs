@@ -1,0 +1,341 @@
+//! A frame whose headers were checked once; its offsets are known.
+//!
+//! [`Packet::parse`] reads the Ethernet, IP and transport headers, refuses what contradicts itself, cuts padding off, and checks that the
+//! offload metadata fits the headers. After it, code may index the frame by a packet's offsets without looking
+//! again. What a packet *means* (whether its source may say so, where it goes) is not decided here.
+//!
+//! RFC 791, RFC 8200, RFC 826, RFC 4861; for the offload metadata, virtio 1.2 section 5.1.6.
+
+use std::net::{IpAddr, Ipv6Addr};
+
+use weft_encap::arp::Arp;
+use weft_encap::eth::{ETH_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_VLAN, EthHeader};
+use weft_encap::icmp::{self, IcmpHeader};
+use weft_encap::ipv4::{IPV4_LEN, Ipv4Header};
+use weft_encap::ipv6::{self, IPV6_LEN, Ipv6Header, WalkError};
+use weft_encap::mac::Mac;
+use weft_encap::ndp::{NdpError, Neighbor};
+use weft_encap::offload::{Gso, GsoKind, Offload};
+use weft_encap::tcp::{self, TCP_LEN, TcpHeader};
+use weft_encap::udp::{self, UDP_LEN, UdpHeader};
+use weft_encap::zerocopy::FromBytes;
+use weft_encap::{checksum, ip};
+
+use crate::drop_reason::DropReason;
+use crate::frame::Frame;
+use crate::path::Sender;
+
+/// Offset of the network header: pod ports are untagged.
+pub const L3: usize = ETH_LEN;
+
+/// The checked headers of a frame.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Packet {
+    /// Who sent it.
+    pub sender: Sender,
+    /// Destination MAC.
+    pub dst: Mac,
+    /// Source MAC.
+    pub src: Mac,
+    /// What it carries.
+    pub network: Network,
+}
+
+/// What an Ethernet frame carries.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Network {
+    /// ARP for IPv4 over Ethernet.
+    Arp(Arp),
+    /// IPv4 or IPv6.
+    Ip(Ip),
+    /// Something else; it can only be bridged.
+    Other,
+}
+
+/// An IP packet's headers.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Ip {
+    /// Source address.
+    pub src: IpAddr,
+    /// Destination address.
+    pub dst: IpAddr,
+    /// Upper-layer protocol, behind extension headers.
+    pub protocol: u8,
+    /// TTL or hop limit.
+    pub ttl: u8,
+    /// Whether a router may not fragment it; always so for IPv6.
+    pub dont_fragment: bool,
+    /// Whether it is a fragment, and if so the first or a later one.
+    pub fragment: Option<Fragment>,
+    /// Offset of the upper layer in the frame. Whatever it holds may be cut short in a fragment.
+    pub l4: u16,
+    /// Source and destination port of TCP and UDP; `None` for fragments and other protocols.
+    pub ports: Option<(u16, u16)>,
+    /// Type and code of ICMP and ICMPv6, unless it is a later fragment.
+    pub icmp: Option<(u8, u8)>,
+    /// The neighbour discovery message, if it is one.
+    pub neighbour: Option<Discovery>,
+    /// Largest L3 packet that this stands for, in bytes: itself, or one segment if it is a superframe.
+    pub size: u32,
+}
+
+/// Which piece of a datagram.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Fragment {
+    /// The piece with the upper-layer header.
+    First,
+    /// Any other.
+    Later,
+}
+
+/// A valid neighbour solicitation or advertisement (RFC 4861, sections 7.1.1 and 7.1.2).
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Discovery {
+    /// Solicitation, or advertisement.
+    pub solicitation: bool,
+    /// The address asked for or told about.
+    pub target: Ipv6Addr,
+    /// The link-layer address option that belongs to it.
+    pub mac: Option<Mac>,
+}
+
+impl Packet {
+    /// Checks a frame's headers. The frame is cut to the length that its IP header gives, and its offload metadata
+    /// gets the true header length; otherwise it is unchanged.
+    ///
+    /// # Errors
+    /// The reason for which the frame ends here.
+    pub fn parse(frame: &mut Frame, sender: Sender) -> Result<Packet, DropReason> {
+        let (eth, _) = EthHeader::ref_from_prefix(frame.head()).map_err(|_| DropReason::TooShort)?;
+        let (dst, src, ethertype) = (eth.dst, eth.src, eth.ethertype.get());
+        let network = match ethertype {
+            ETHERTYPE_IPV4 => Network::Ip(parse_v4(frame)?),
+            ETHERTYPE_IPV6 => Network::Ip(parse_v6(frame)?),
+            ETHERTYPE_ARP => Network::Arp(parse_arp(frame)?),
+            ETHERTYPE_VLAN | ETHERTYPE_QINQ => return Err(DropReason::VlanTag),
+            _ => Network::Other,
+        };
+        check_offload(frame, &network)?;
+        Ok(Packet { sender, dst, src, network })
+    }
+
+    /// The IP headers, if it is IP.
+    pub fn ip(&self) -> Option<&Ip> {
+        match &self.network {
+            Network::Ip(ip) => Some(ip),
+            Network::Arp(_) | Network::Other => None,
+        }
+    }
+}
+
+fn parse_arp(frame: &Frame) -> Result<Arp, DropReason> {
+    let (arp, _) = Arp::read_from_prefix(&frame.head()[L3..]).map_err(|_| DropReason::TooShort)?;
+    if arp.is_ethernet_ipv4() { Ok(arp) } else { Err(DropReason::Malformed) }
+}
+
+fn parse_v4(frame: &mut Frame) -> Result<Ip, DropReason> {
+    let bytes = &frame.head()[L3..];
+    let (header, _) = Ipv4Header::ref_from_prefix(bytes).map_err(|_| DropReason::TooShort)?;
+    let (header_len, total) = (header.ihl(), usize::from(header.total_len.get()));
+    // RFC 791: the Internet header length is at least 5 words; the total length includes it.
+    if header.version() != 4 || header_len < IPV4_LEN || total < header_len {
+        return Err(DropReason::Malformed);
+    }
+    if total > frame.len() - L3 || header_len > bytes.len() {
+        return Err(DropReason::TooShort);
+    }
+    // RFC 1812, section 5.2.2: "The IP checksum must be correct."
+    if !checksum::verify_ipv4_header(&bytes[..header_len]) {
+        return Err(DropReason::BadIpv4Checksum);
+    }
+    let fragment = match (header.is_fragment(), header.fragment_offset()) {
+        (false, _) => None,
+        (true, 0) => Some(Fragment::First),
+        (true, _) => Some(Fragment::Later),
+    };
+    let mut ip = Ip {
+        src: header.src().into(),
+        dst: header.dst().into(),
+        protocol: header.protocol,
+        ttl: header.ttl,
+        dont_fragment: header.dont_fragment(),
+        fragment,
+        l4: (L3 + header_len) as u16,
+        ports: None,
+        icmp: None,
+        neighbour: None,
+        size: total as u32,
+    };
+    frame.truncate(L3 + total);
+    parse_upper(frame, &mut ip)?;
+    Ok(ip)
+}
+
+fn parse_v6(frame: &mut Frame) -> Result<Ip, DropReason> {
+    let bytes = &frame.head()[L3..];
+    let (header, rest) = Ipv6Header::ref_from_prefix(bytes).map_err(|_| DropReason::TooShort)?;
+    let total = IPV6_LEN + usize::from(header.payload_len.get());
+    if header.version() != 6 {
+        return Err(DropReason::Malformed);
+    }
+    if total > frame.len() - L3 {
+        return Err(DropReason::TooShort);
+    }
+    let rest = &rest[..rest.len().min(total - IPV6_LEN)];
+    let upper = ipv6::walk(header.next_header, rest, ipv6::MAX_EXTENSION_HEADERS).map_err(|error| match error {
+        WalkError::TooMany => DropReason::TooManyHeaders,
+        // Cut off by the end of the packet, or by the end of what a chunk holds of it.
+        WalkError::Truncated if total - IPV6_LEN > rest.len() => DropReason::TooManyHeaders,
+        WalkError::Truncated => DropReason::TooShort,
+        WalkError::HopByHopMisplaced | WalkError::FragmentTwice => DropReason::Malformed,
+    })?;
+    // An atomic fragment (RFC 6946) is a whole datagram.
+    let fragment = upper.fragment.filter(|piece| piece.more || piece.offset != 0);
+    let fragment = fragment.map(|piece| if piece.offset == 0 { Fragment::First } else { Fragment::Later });
+    let mut ip = Ip {
+        src: header.src().into(),
+        dst: header.dst().into(),
+        protocol: upper.protocol,
+        ttl: header.hop_limit,
+        dont_fragment: true,
+        fragment,
+        l4: (L3 + IPV6_LEN + upper.offset) as u16,
+        ports: None,
+        icmp: None,
+        neighbour: None,
+        size: total as u32,
+    };
+    frame.truncate(L3 + total);
+    parse_upper(frame, &mut ip)?;
+    Ok(ip)
+}
+
+/// Reads the transport header. A fragment may end before its transport header does; a whole packet may not.
+fn parse_upper(frame: &Frame, ip: &mut Ip) -> Result<(), DropReason> {
+    if ip.fragment == Some(Fragment::Later) {
+        return Ok(());
+    }
+    let l4 = usize::from(ip.l4);
+    let rest = frame.head().get(l4..).ok_or(DropReason::TooShort)?;
+    let whole = ip.fragment.is_none();
+    let len = frame.len() - l4;
+    match ip.protocol {
+        ip::TCP => {
+            let Ok((header, _)) = TcpHeader::ref_from_prefix(rest) else { return too_short(whole) };
+            if whole && (header.header_len() < TCP_LEN || header.header_len() > len) {
+                return Err(DropReason::Malformed);
+            }
+            ip.ports = whole.then_some((header.src_port.get(), header.dst_port.get()));
+        }
+        ip::UDP => {
+            let Ok((header, _)) = UdpHeader::ref_from_prefix(rest) else { return too_short(whole) };
+            let datagram = usize::from(header.len.get());
+            if whole && (datagram < UDP_LEN || datagram > len) {
+                return Err(DropReason::Malformed);
+            }
+            ip.ports = whole.then_some((header.src_port.get(), header.dst_port.get()));
+        }
+        ip::ICMP if ip.src.is_ipv4() => {
+            let Ok((header, _)) = IcmpHeader::ref_from_prefix(rest) else { return too_short(whole) };
+            ip.icmp = Some((header.kind, header.code));
+        }
+        ip::ICMPV6 if ip.src.is_ipv6() => {
+            let Ok((header, _)) = IcmpHeader::ref_from_prefix(rest) else { return too_short(whole) };
+            ip.icmp = Some((header.kind, header.code));
+            if whole {
+                ip.neighbour = parse_discovery(frame, ip, header.kind)?;
+            }
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+fn too_short(whole: bool) -> Result<(), DropReason> {
+    if whole { Err(DropReason::TooShort) } else { Ok(()) }
+}
+
+/// RFC 4861, sections 7.1.1 and 7.1.2: what makes a solicitation or advertisement valid.
+fn parse_discovery(frame: &Frame, ip: &Ip, kind: u8) -> Result<Option<Discovery>, DropReason> {
+    use icmp::v6::{NEIGHBOR_ADVERTISEMENT, NEIGHBOR_SOLICITATION};
+    if kind != NEIGHBOR_SOLICITATION && kind != NEIGHBOR_ADVERTISEMENT {
+        return Ok(None);
+    }
+    let message = &frame.head()[usize::from(ip.l4)..];
+    // "The IP Hop Limit field has a value of 255, i.e., the packet could not possibly have been forwarded by a router."
+    if ip.ttl != 255 || frame.body().is_some() {
+        return Err(DropReason::Malformed);
+    }
+    let (IpAddr::V6(src), IpAddr::V6(dst)) = (ip.src, ip.dst) else { return Err(DropReason::Malformed) };
+    let pseudo = checksum::pseudo_v6(src, dst, ip::ICMPV6, message.len() as u32);
+    if frame.offload.partial.is_none() && !checksum::verify(pseudo, message) {
+        return Err(DropReason::Malformed);
+    }
+    let (neighbour, mac) = Neighbor::parse(message).map_err(|error| match error {
+        NdpError::Short => DropReason::TooShort,
+        _ => DropReason::Malformed,
+    })?;
+    Ok(Some(Discovery { solicitation: kind == NEIGHBOR_SOLICITATION, target: neighbour.target(), mac }))
+}
+
+/// The offload metadata must fit the headers: the kernel on the other side trusts it, and so does our segmenter.
+fn check_offload(frame: &mut Frame, network: &Network) -> Result<(), DropReason> {
+    let Offload { partial, gso, .. } = frame.offload;
+    let head = frame.head().len();
+    if let Some(partial) = partial {
+        let field = usize::from(partial.start) + usize::from(partial.offset);
+        let floor = match network {
+            Network::Ip(ip) => usize::from(ip.l4),
+            _ => L3,
+        };
+        if usize::from(partial.start) < floor || field + 2 > head {
+            return Err(DropReason::BadOffload);
+        }
+    }
+    let Some(gso) = gso else { return Ok(()) };
+    let Network::Ip(ip) = network else { return Err(DropReason::BadOffload) };
+    let header_len = superframe_header(frame, ip, &gso).ok_or(DropReason::BadOffload)?;
+    frame.offload.gso = Some(Gso { header_len, ..gso });
+    Ok(())
+}
+
+/// Length of a superframe's headers, L2 to L4; `None` if kind, protocol, checksum and lengths do not agree.
+fn superframe_header(frame: &Frame, ip: &Ip, gso: &Gso) -> Option<u16> {
+    let l4 = usize::from(ip.l4);
+    let fits = match gso.kind {
+        GsoKind::Tcp4 => ip.protocol == ip::TCP && ip.src.is_ipv4(),
+        GsoKind::Tcp6 => ip.protocol == ip::TCP && ip.src.is_ipv6(),
+        GsoKind::Udp => ip.protocol == ip::UDP,
+    };
+    let (header, offset) = match gso.kind {
+        GsoKind::Tcp4 | GsoKind::Tcp6 => {
+            let (tcp, _) = TcpHeader::ref_from_prefix(frame.head().get(l4..)?).ok()?;
+            (tcp.header_len(), tcp::CHECKSUM_OFFSET)
+        }
+        GsoKind::Udp => (UDP_LEN, udp::CHECKSUM_OFFSET),
+    };
+    let partial = frame.offload.partial?;
+    let summed = usize::from(partial.start) == l4 && usize::from(partial.offset) == offset;
+    let len = l4 + header;
+    let usable = fits && summed && ip.fragment.is_none() && gso.size > 0 && len <= frame.head().len() && len < frame.len();
+    usable.then_some(len as u16)
+}
+
+impl Ip {
+    /// Bytes of the largest L3 packet that goes on a wire for this frame.
+    pub fn wire_size(&self, offload: &Offload) -> u32 {
+        match offload.gso {
+            Some(gso) => self.size.min(u32::from(gso.header_len) - L3 as u32 + u32::from(gso.size)),
+            None => self.size,
+        }
+    }
+
+    /// Whether it is an ICMP or ICMPv6 error message, about which no error may be sent (RFC 1122, section 3.2.2).
+    pub fn is_icmp_error(&self) -> bool {
+        match (self.icmp, self.src) {
+            (Some((kind, _)), IpAddr::V4(_)) => icmp::v4::is_error(kind),
+            (Some((kind, _)), IpAddr::V6(_)) => icmp::v6::is_error(kind),
+            (None, _) => false,
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Where a frame goes and what is rewritten on the way: the decision.
+//!
+//! A [`Path`] is a value: it says everything that will happen to a frame and changes nothing. What has to be remembered when
+//! the frame really goes that way is a [`Commit`].
+
+use std::net::Ipv6Addr;
+
+use weft_encap::mac::Mac;
+
+use crate::conntrack::Verdict;
+use crate::flow::FlowKey;
+use crate::port::PortId;
+use crate::tables::NodeId;
+
+/// Who sent a frame.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Sender {
+    /// The pod behind this port.
+    Pod(PortId),
+    /// Another node.
+    Node(NodeId),
+}
+
+/// The next thing on a path.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Hop {
+    /// A pod's port.
+    Port(PortId),
+    /// Another node, through the tunnel.
+    Node(NodeId),
+    /// Everyone in the segment but the sender.
+    Flood {
+        /// Whether copies go to local pods.
+        ports: bool,
+        /// Whether copies go to the other nodes.
+        nodes: bool,
+    },
+    /// Back to the sender: the answer to a question about a neighbour.
+    Reply(Reply),
+    /// The router's own stack: pings to the gateway.
+    Gateway,
+}
+
+/// The answer to a question about a neighbour.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// ARP reply: the asked address is at this MAC.
+    Arp(Mac),
+    /// Neighbour advertisement.
+    Advertisement {
+        /// The asked address.
+        target: Ipv6Addr,
+        /// Its MAC.
+        mac: Mac,
+        /// Whether the target is a router, that is, the gateway.
+        router: bool,
+    },
+}
+
+/// What is rewritten in the frame's headers.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Rewrite {
+    /// New destination and source MAC, and TTL less one: the packet is routed. `None`: it is bridged, and not a byte changes.
+    pub routed: Option<Macs>,
+    /// Largest packet in bytes, L3 header included, that the hop takes.
+    pub mtu: u32,
+}
+
+/// Destination and source MAC.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Macs {
+    /// Destination.
+    pub dst: Mac,
+    /// Source.
+    pub src: Mac,
+}
+
+/// The decision about a frame.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Path {
+    /// Where it goes.
+    pub hop: Hop,
+    /// What changes on the way.
+    pub rewrite: Rewrite,
+    /// A hash of the flow, for the outer source port.
+    pub entropy: u16,
+}
+
+impl Path {
+    /// A path on which the frame is not changed and of which no MTU is known.
+    pub fn unchanged(hop: Hop) -> Path {
+        Path { hop, rewrite: Rewrite { routed: None, mtu: u32::MAX }, entropy: 0 }
+    }
+}
+
+/// What must be remembered once a frame took its path.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Commit {
+    /// The sender's MAC was seen at this node.
+    pub learn: Option<(Mac, NodeId)>,
+    /// So many copies are charged to the ingress port's budget.
+    pub copies: u32,
+    /// What becomes of the flow cache.
+    pub flow: FlowCommit,
+}
+
+/// What becomes of the flow cache.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub enum FlowCommit {
+    /// Nothing: the frame belongs to no flow.
+    #[default]
+    None,
+    /// A known flow was seen again; the slot of its entry.
+    Seen(usize),
+    /// A new flow, or one whose entry was stale.
+    Open(FlowKey, Verdict),
+}

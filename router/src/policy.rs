@@ -1,0 +1,152 @@
+//! Who may send what: source checks.
+//!
+//! A pod speaks for its own MAC and addresses and for nobody else's, in Ethernet, IP, ARP and neighbour discovery; it is not a
+//! router and not a DHCP server. A node speaks for the addresses that live on it. Link-local traffic
+//! (`fe80::`, `::` and `0.0.0.0`) passes where the protocols that configure a link need it: towards link-local
+//! destinations, and not in another's name.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use weft_encap::icmp;
+use weft_encap::ip;
+
+use crate::drop_reason::DropReason;
+use crate::packet::{Discovery, Ip, Network, Packet};
+use crate::tables::{ExactMap, Gateway, Mode, Neighbour, Node, Pod};
+
+const DHCP_SERVER: u16 = 67;
+const DHCP_CLIENT: u16 = 68;
+const DHCPV6_CLIENT: u16 = 546;
+const DHCPV6_SERVER: u16 = 547;
+
+/// Who is known on this node: what nobody else may claim.
+#[derive(Copy, Clone)]
+pub struct Known<'a> {
+    /// The router itself.
+    pub gateway: &'a Gateway,
+    /// Local pods.
+    pub neighbours: &'a ExactMap<IpAddr, Neighbour>,
+}
+
+impl Known<'_> {
+    fn is_taken(&self, address: IpAddr) -> bool {
+        self.gateway.owns(address) || self.neighbours.contains_key(&address)
+    }
+}
+
+/// Checks what a pod sent against its attachment.
+///
+/// # Errors
+/// What it must not claim.
+pub fn check_pod(pod: &Pod, packet: &Packet, known: Known<'_>) -> Result<(), DropReason> {
+    if packet.src != pod.mac {
+        return Err(DropReason::SourceMac);
+    }
+    match &packet.network {
+        Network::Arp(arp) => {
+            let (sender, is_probe) = (arp.sender(), arp.is_probe());
+            let own = arp.sha == pod.mac && (is_probe || pod.ipv4.contains(&sender));
+            if own { Ok(()) } else { Err(DropReason::ArpSpoof) }
+        }
+        Network::Ip(ip) => {
+            check_pod_address(pod, ip, known)?;
+            check_pod_message(pod, ip, known)
+        }
+        Network::Other => Ok(()),
+    }
+}
+
+fn check_pod_address(pod: &Pod, ip: &Ip, known: Known<'_>) -> Result<(), DropReason> {
+    let allowed = match (ip.src, ip.dst) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => {
+            pod.ipv4.contains(&src) || (src.is_unspecified() && (dst.is_broadcast() || is_link_multicast(dst)))
+        }
+        (IpAddr::V6(src), IpAddr::V6(dst)) => {
+            let own = pod.ipv6.contains(&src) || src == pod.mac.link_local();
+            let link = src.is_unicast_link_local() && is_on_link(dst) && !known.is_taken(src.into());
+            own || link || (src.is_unspecified() && dst.is_multicast() && is_on_link(dst))
+        }
+        _ => false,
+    };
+    if allowed { Ok(()) } else { Err(DropReason::SourceIp) }
+}
+
+fn check_pod_message(pod: &Pod, ip: &Ip, known: Known<'_>) -> Result<(), DropReason> {
+    match (ip.src, ip.protocol) {
+        (IpAddr::V4(_), ip::UDP) if ip.ports == Some((DHCP_SERVER, DHCP_CLIENT)) => Err(DropReason::DhcpServer),
+        (IpAddr::V6(_), ip::UDP) if ip.ports == Some((DHCPV6_SERVER, DHCPV6_CLIENT)) => Err(DropReason::DhcpServer),
+        _ if is_router_message(ip) => Err(DropReason::RouterMessage),
+        _ => match &ip.neighbour {
+            Some(message) => check_discovery(pod, message, ip.src.is_unspecified(), known),
+            None => Ok(()),
+        },
+    }
+}
+
+/// A solicitation may ask for anything but must not lie about its sender; one without a sender tests an address and must not test
+/// another's, which would make its owner give it up. An advertisement tells of own addresses only.
+fn check_discovery(pod: &Pod, message: &Discovery, is_probe: bool, known: Known<'_>) -> Result<(), DropReason> {
+    let own_mac = message.mac.is_none_or(|mac| mac == pod.mac);
+    let own = pod.ipv6.contains(&message.target) || message.target == pod.mac.link_local();
+    let taken = known.is_taken(message.target.into());
+    let honest = match (message.solicitation, is_probe) {
+        (true, false) => own_mac,
+        (true, true) => own || !taken,
+        (false, _) => own_mac && (own || (message.target.is_unicast_link_local() && !taken)),
+    };
+    if honest { Ok(()) } else { Err(DropReason::NdSpoof) }
+}
+
+/// Checks what another node sent: its inner source must live there (routed), or at least not here (bridged).
+///
+/// # Errors
+/// What it must not claim.
+pub fn check_node(node: &Node, mode: Mode, packet: &Packet, known: Known<'_>, static_mac: bool) -> Result<(), DropReason> {
+    match (mode, &packet.network) {
+        (Mode::Routed, Network::Ip(ip)) => {
+            let theirs = node.ranges.iter().any(|range| range.contains(&ip.src));
+            if theirs { Ok(()) } else { Err(DropReason::TunnelSource) }
+        }
+        (Mode::Routed, _) => Err(DropReason::UnsupportedType),
+        (Mode::Bridged, network) => {
+            if static_mac || !packet.src.is_unicast() {
+                return Err(DropReason::TunnelSource);
+            }
+            check_bridged(network, known)
+        }
+    }
+}
+
+fn check_bridged(network: &Network, known: Known<'_>) -> Result<(), DropReason> {
+    match network {
+        Network::Arp(arp) if known.is_taken(arp.sender().into()) => Err(DropReason::TunnelSource),
+        Network::Ip(ip) if known.is_taken(ip.src) => Err(DropReason::TunnelSource),
+        Network::Ip(ip) if is_router_message(ip) => Err(DropReason::RouterMessage),
+        Network::Ip(ip) => match &ip.neighbour {
+            Some(message) if !message.solicitation && known.is_taken(message.target.into()) => {
+                Err(DropReason::TunnelSource)
+            }
+            _ => Ok(()),
+        },
+        Network::Arp(_) | Network::Other => Ok(()),
+    }
+}
+
+fn is_router_message(ip: &Ip) -> bool {
+    match (ip.src, ip.icmp) {
+        (IpAddr::V4(_), Some((kind, _))) => kind == icmp::v4::REDIRECT,
+        (IpAddr::V6(_), Some((kind, _))) => kind == icmp::v6::ROUTER_ADVERTISEMENT || kind == icmp::v6::REDIRECT,
+        (_, None) => false,
+    }
+}
+
+/// 224.0.0.0/24, RFC 5771 section 4: never forwarded.
+fn is_link_multicast(address: Ipv4Addr) -> bool {
+    address.octets()[..3] == [224, 0, 0]
+}
+
+/// A link-local destination, unicast or multicast (RFC 4291, sections 2.5.6 and 2.7).
+fn is_on_link(address: Ipv6Addr) -> bool {
+    let [first, second, ..] = address.octets();
+    address.is_unicast_link_local() || (first == 0xff && second & 0x0f == 2)
+}
