@@ -92,7 +92,7 @@ impl Folder {
 
 impl Disk for Folder {
     fn load(&mut self) -> io::Result<Option<Vec<u8>>> {
-        let options = OpenOptions::new().read(true).write(true).custom_flags(NOFOLLOW).clone();
+        let options = OpenOptions::new().read(true).write(true).custom_flags(FLAGS).clone();
         let Some((file, bytes)) = read(&options, &self.path)? else { return Ok(None) };
         self.journal = Some(file);
         Ok(Some(bytes))
@@ -137,14 +137,15 @@ impl Disk for Folder {
 
 /// The journal of the store in `folder`, without the lock: the writer may be at work.
 pub(crate) fn load_unlocked(folder: &Path) -> io::Result<Option<Vec<u8>>> {
-    let options = OpenOptions::new().read(true).custom_flags(NOFOLLOW).clone();
+    let options = OpenOptions::new().read(true).custom_flags(FLAGS).clone();
     Ok(read(&options, folder)?.map(|(_, bytes)| bytes))
 }
 
-const NOFOLLOW: i32 = OFlags::NOFOLLOW.bits() as i32;
+// NONBLOCK is for a pipe in the place of a file, which would hold up the opening for ever.
+const FLAGS: i32 = OFlags::NOFOLLOW.union(OFlags::NONBLOCK).bits() as i32;
 
 fn private() -> OpenOptions {
-    OpenOptions::new().read(true).write(true).create(true).mode(0o600).custom_flags(NOFOLLOW).clone()
+    OpenOptions::new().read(true).write(true).create(true).mode(0o600).custom_flags(FLAGS).clone()
 }
 
 fn read(options: &OpenOptions, folder: &Path) -> io::Result<Option<(File, Vec<u8>)>> {
@@ -152,6 +153,9 @@ fn read(options: &OpenOptions, folder: &Path) -> io::Result<Option<(File, Vec<u8
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened?,
     };
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the journal is not a plain file"));
+    }
     let mut bytes = Vec::new();
     (&file).take(MAX_JOURNAL + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_JOURNAL {

@@ -80,12 +80,7 @@ impl Journal {
             return Ok((journal, leases, None));
         };
         let replay = replay(&bytes)?;
-        if replay.recovery.is_some() {
-            journal.disk.truncate(replay.end).map_err(OpenError::recovering)?;
-        }
-        // A process that died between write and sync leaves frames that were read but are not durable.
-        journal.disk.sync(Which::Journal).map_err(OpenError::recovering)?;
-        journal.disk.sync_folder().map_err(OpenError::recovering)?;
+        journal.settle(&bytes, &replay).map_err(OpenError::recovering)?;
         // A left-over costs space and nothing else; the next compaction tries again.
         let _ = journal.disk.remove_next();
         journal.end = replay.end;
@@ -94,12 +89,23 @@ impl Journal {
         Ok((journal, replay.leases, replay.recovery))
     }
 
+    /// Makes durable what was read, and nothing else.
+    ///
+    /// A process that died between write and sync leaves a whole frame, the last, that is not durable. If the sync has
+    /// failed since, the kernel takes the frame for clean and no further sync writes it; so it is written once more.
+    fn settle(&mut self, bytes: &[u8], replay: &Replay) -> io::Result<()> {
+        self.disk.truncate(replay.end)?;
+        self.disk.write(Which::Journal, replay.last, &bytes[replay.last as usize..replay.end as usize])?;
+        self.disk.sync(Which::Journal)?;
+        self.disk.sync_folder()
+    }
+
     /// Appends a payload and returns when it is durable. After an error it is not in the journal.
     pub(crate) fn append(&mut self, payload: &[u8]) -> Result<(), StoreError> {
         self.writable()?;
         let mut frame = Vec::with_capacity(FRAME_HEADER + payload.len());
         put_frame(&mut frame, self.next_number, payload);
-        if self.end + frame.len() as u64 > MAX_JOURNAL {
+        if self.nearly_full() {
             return Err(StoreError::JournalFull { limit: MAX_JOURNAL });
         }
         let written = self.disk.write(Which::Journal, self.end, &frame);
@@ -116,12 +122,9 @@ impl Journal {
         }
     }
 
-    /// Compacts if it is time to. An error is returned for the record; the journal goes on unless it is poisoned.
-    pub(crate) fn compact_if_due(&mut self, leases: &Leases) -> Result<bool, StoreError> {
-        if self.end < self.compact_at || self.poisoned.is_some() {
-            return Ok(false);
-        }
-        self.compact(leases).map(|()| true)
+    /// Whether it is time to compact.
+    pub(crate) fn compaction_is_due(&self) -> bool {
+        self.end >= self.compact_at && self.poisoned.is_none()
     }
 
     /// Replaces the journal by one that holds `leases` and nothing else.
@@ -140,6 +143,11 @@ impl Journal {
 
     pub(crate) fn poisoned(&self) -> Option<&str> {
         self.poisoned.as_deref()
+    }
+
+    /// Whether the longest frame might not fit any more. Compaction is due long before; it must have failed.
+    pub(crate) fn nearly_full(&self) -> bool {
+        self.end + (FRAME_HEADER + MAX_PAYLOAD) as u64 > MAX_JOURNAL
     }
 
     /// Bytes in the journal.
@@ -251,6 +259,8 @@ pub(crate) struct Replay {
     pub(crate) leases: Leases,
     /// What was passed over at the end.
     pub(crate) recovery: Option<Recovery>,
+    /// Where the last frame begins and where it ends.
+    last: u64,
     end: u64,
     base: u64,
     next_number: u64,
@@ -260,7 +270,7 @@ pub(crate) struct Replay {
 pub(crate) fn replay(bytes: &[u8]) -> Result<Replay, OpenError> {
     let (base, mut number) = parse_header(bytes)?;
     let mut leases = Leases::default();
-    let mut at = HEADER;
+    let (mut last, mut at) = (HEADER, HEADER);
     while at < bytes.len() {
         let Some((payload, length)) = frame_at(&bytes[at..], |n| n == number) else { break };
         let offset = at as u64;
@@ -268,6 +278,7 @@ pub(crate) fn replay(bytes: &[u8]) -> Result<Replay, OpenError> {
         for op in codec::parse(payload).map_err(damaged)? {
             apply(&mut leases, op).map_err(damaged)?;
         }
+        last = at;
         at += length;
         number = number.checked_add(1).ok_or(damaged("the frames are numbered to the end"))?;
         if offset < base && base < at as u64 {
@@ -278,7 +289,7 @@ pub(crate) fn replay(bytes: &[u8]) -> Result<Replay, OpenError> {
         return Err(OpenError::Damaged { offset: at as u64, what: "a frame of the compacted part is not whole" });
     }
     let recovery = (at < bytes.len()).then(|| torn(bytes, at, number)).transpose()?;
-    Ok(Replay { leases, recovery, end: at as u64, base, next_number: number })
+    Ok(Replay { leases, recovery, last: last as u64, end: at as u64, base, next_number: number })
 }
 
 fn parse_header(bytes: &[u8]) -> Result<(u64, u64), OpenError> {

@@ -15,6 +15,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
+
 use crate::range::{Range, is_v4, to_number};
 use crate::taken::Taken;
 
@@ -61,6 +63,13 @@ pub struct Lease {
     pub gateway: IpAddr,
     /// Which set the address is from: the start of that set's first range.
     pub(crate) set: IpAddr,
+}
+
+impl Lease {
+    /// Address and prefix length together, as in `10.244.1.2/24`.
+    pub fn cidr(&self) -> IpNet {
+        IpNet::new(self.address, self.prefix_len).expect("a lease has a prefix that fits its family")
+    }
 }
 
 /// An attachment and all of its addresses.

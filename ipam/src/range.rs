@@ -48,16 +48,11 @@ impl Range {
         let last = to_number(subnet.broadcast()) - u128::from(v4);
         let bound = |field, given: Option<IpAddr>, default: u128| match given.map(|a| a.to_canonical()) {
             None => Ok(default),
-            Some(address) if subnet.contains(&address) => Ok(to_number(address).clamp(first, last)),
+            Some(address) if subnet.contains(&address) => Ok(to_number(address)),
             Some(address) => Err(RangeError::Outside { field, address, subnet }),
         };
-        let start = bound("rangeStart", range_start, first)?;
-        let end = bound("rangeEnd", range_end, last)?;
-        if let (Some(start), Some(end)) = (range_start, range_end)
-            && start.to_canonical() > end.to_canonical()
-        {
-            return Err(RangeError::Reversed { start, end });
-        }
+        let start = bound("rangeStart", range_start, first)?.max(first);
+        let end = bound("rangeEnd", range_end, last)?.min(last);
         if start > end {
             return Err(RangeError::Reversed { start: to_address(start, v4), end: to_address(end, v4) });
         }
@@ -171,10 +166,6 @@ impl RangeSet {
     /// What tells this set from others when the place of the round is remembered: the start of its first range.
     pub(crate) fn key(&self) -> IpAddr {
         self.0[0].start
-    }
-
-    pub(crate) fn is_v4(&self) -> bool {
-        self.0[0].is_v4()
     }
 }
 

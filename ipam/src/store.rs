@@ -105,6 +105,9 @@ impl Store {
 
     /// Writes the pending releases. To be called now and then while there are any.
     pub fn flush(&mut self) -> Result<(), StoreError> {
+        if self.journal.nearly_full() {
+            self.compact()?;
+        }
         while !self.pending.is_empty() {
             let (mut payload, mut count) = (Vec::new(), 0);
             for record in &self.pending {
@@ -126,8 +129,13 @@ impl Store {
 
     /// Rewrites the journal with nothing but what is true now. Done by itself when the journal has grown.
     pub fn compact(&mut self) -> Result<(), StoreError> {
-        self.flush()?;
         let compacted = self.journal.compact(&self.leases);
+        if compacted.is_ok() {
+            // What was released is not in the new journal: that is durable now.
+            for record in self.pending.drain(..) {
+                self.leases.free(&record);
+            }
+        }
         self.note(compacted)
     }
 
@@ -186,15 +194,10 @@ impl Store {
         self.note(appended)
     }
 
-    /// Compaction is housekeeping: what was asked for is durable, so a failure only shows in `trouble`.
+    /// Compaction is housekeeping: what was asked for is done, so a failure only shows in `trouble`.
     fn compact_if_due(&mut self) {
-        // Pending releases are not in memory any more; a journal made without them would still be right, but it
-        // would say so without their having been acknowledged as durable.
-        if !self.pending.is_empty() {
-            return;
-        }
-        if let Err(e) = self.journal.compact_if_due(&self.leases) {
-            self.trouble = Some(e.to_string());
+        if self.journal.compaction_is_due() {
+            let _ = self.compact();
         }
     }
 
