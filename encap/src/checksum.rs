@@ -16,9 +16,12 @@ pub fn sum(bytes: &[u8]) -> u16 {
     // upper halves in `high`: the lower halves' sum is then `all - (high << 32)`. That is one shift and two adds a
     // word, on as many lanes as the machine has.
     const LANES: usize = 8;
+    let (blocks, rest) = bytes.as_chunks::<{ LANES * 8 }>();
+    if blocks.is_empty() {
+        return u16::from_be(fold(sum_short(rest)));
+    }
     let mut all = [0u64; LANES];
     let mut high = [0u64; LANES];
-    let (blocks, rest) = bytes.as_chunks::<{ LANES * 8 }>();
     for block in blocks {
         let (words, _) = block.as_chunks::<8>();
         for lane in 0..LANES {
@@ -213,4 +216,155 @@ pub fn adjust_v6(checksum: u16, old: Ipv6Addr, new: Ipv6Addr) -> u16 {
 /// A partial checksum field after one word of the pseudo-header changed from `old` to `new`.
 pub const fn adjust_partial(field: u16, old: u16, new: u16) -> u16 {
     Delta::NONE.word(old, new).apply_partial(field)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Straight from the definition.
+    fn slow_sum(bytes: &[u8]) -> u16 {
+        let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
+        words.fold(0, |sum, word| (sum + word) % 0x1_0000 + (sum + word) / 0x1_0000) as u16
+    }
+
+    /// Bytes without a pattern that a swapped or shifted sum would fit as well.
+    fn noise(len: usize) -> Vec<u8> {
+        let mut state = 0x9e37_79b9_u32;
+        let next = |_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as u8
+        };
+        (0..len).map(next).collect()
+    }
+
+    #[test]
+    fn the_example_of_rfc_1071_section_3() {
+        assert_eq!(sum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]), 0xddf2);
+    }
+
+    #[test]
+    fn every_length_gives_what_the_definition_gives() {
+        let bytes = noise(300);
+        for len in 0..bytes.len() {
+            assert_eq!(sum(&bytes[..len]), slow_sum(&bytes[..len]), "{len}");
+        }
+    }
+
+    #[test]
+    fn carries_are_not_lost_in_the_longest_input() {
+        for len in [65_535, 65_536, 1 << 20] {
+            assert_eq!(sum(&vec![0xff; len]), slow_sum(&vec![0xff; len]), "{len}");
+        }
+    }
+
+    #[test]
+    fn pieces_of_odd_length_continue_in_the_middle_of_a_word() {
+        let bytes = noise(200);
+        for a in 0..20 {
+            for b in [a, a + 1, a + 2, a + 65, a + 70] {
+                let mut sum = Sum::new();
+                sum.add(&bytes[..a]).add(&bytes[a..b]).add(&[]).add(&bytes[b..]);
+                assert_eq!(sum.fold(), super::sum(&bytes), "{a} {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_zeros_have_the_sum_zero() {
+        assert_eq!(sum(&[0; 100]), 0);
+        assert_eq!(sum(&[]), 0);
+        assert_eq!(sum(&[0xff, 0xff]), 0xffff);
+        assert_eq!(sum(&[0xff, 0xfe, 0, 1]), 0xffff);
+    }
+
+    #[test]
+    fn the_example_of_rfc_1624_section_4() {
+        // An implementation after RFC 1141 gives 0xffff here.
+        assert_eq!(adjust(0xdd2f, 0x5555, 0x3285), 0x0000);
+    }
+
+    #[test]
+    fn a_delta_gives_what_summing_again_gives() {
+        let old = noise(40);
+        let mut new = old.clone();
+        new[4..8].copy_from_slice(&[10, 0, 0, 9]);
+        new[10..12].copy_from_slice(&[0xff, 0xff]);
+        new[16..32].copy_from_slice(&noise(16));
+        let octets = |bytes: &[u8], at: usize| <[u8; 4]>::try_from(&bytes[at..at + 4]).unwrap();
+        let octets6 = |bytes: &[u8]| <[u8; 16]>::try_from(&bytes[16..32]).unwrap();
+        let word = |bytes: &[u8]| u16::from_be_bytes([bytes[10], bytes[11]]);
+        let delta = Delta::NONE
+            .v4(octets(&old, 4).into(), octets(&new, 4).into())
+            .word(word(&old), word(&new))
+            .v6(octets6(&old).into(), octets6(&new).into());
+        assert_eq!(delta.apply(!sum(&old)), !sum(&new));
+        assert_eq!(delta.apply_udp(!sum(&old)), !sum(&new));
+        assert_eq!(delta.apply_partial(sum(&old)), sum(&new));
+        let steps = adjust_v4(!sum(&old), octets(&old, 4).into(), octets(&new, 4).into());
+        let steps = adjust(steps, word(&old), word(&new));
+        assert_eq!(adjust_v6(steps, octets6(&old).into(), octets6(&new).into()), !sum(&new));
+    }
+
+    #[test]
+    fn a_partial_field_moves_the_other_way() {
+        assert_eq!(adjust_partial(0x1000, 0x0001, 0x0003), 0x1002);
+        assert_eq!(adjust(0x1000, 0x0001, 0x0003), 0x0ffe);
+    }
+
+    #[test]
+    fn an_all_zero_transmitted_checksum_value_means_that_there_is_none() {
+        assert_eq!(Delta::NONE.word(1, 2).apply_udp(0), 0);
+        // The checksum of a datagram whose sum became zero is written as all ones.
+        let sum_before: u16 = 0xfffe;
+        assert_eq!(Delta::NONE.word(1, 2).apply(!sum_before), 0);
+        assert_eq!(Delta::NONE.word(1, 2).apply_udp(!sum_before), 0xffff);
+    }
+
+    #[test]
+    fn a_delta_of_nothing_changes_nothing() {
+        for checksum in [1, 0x1234, 0xfffe] {
+            assert_eq!(Delta::NONE.apply(checksum), checksum);
+            assert_eq!(Delta::NONE.word(7, 7).apply(checksum), checksum);
+        }
+    }
+
+    #[test]
+    fn pseudo_headers_are_summed_as_they_would_lie_in_memory() {
+        let (a, b) = (Ipv4Addr::new(10, 1, 2, 3), Ipv4Addr::new(192, 168, 255, 254));
+        let bytes = [&a.octets()[..], &b.octets(), &[0, 17, 0xff, 0xfe]].concat();
+        assert_eq!(pseudo_v4(a, b, 17, 0xfffe).fold(), slow_sum(&bytes));
+        let (a, b): (Ipv6Addr, Ipv6Addr) = ("fd00::1:2:3".parse().unwrap(), "fe80::ffff:ffff".parse().unwrap());
+        let bytes = [&a.octets()[..], &b.octets(), &[0, 1, 0xff, 0xfe, 0, 0, 0, 58]].concat();
+        assert_eq!(pseudo_v6(a, b, 58, 0x1_fffe).fold(), slow_sum(&bytes));
+    }
+
+    #[test]
+    fn the_header_checksum_ignores_what_its_field_holds() {
+        let mut header = noise(24);
+        let expected = {
+            header[10..12].fill(0);
+            !slow_sum(&header)
+        };
+        for field in [0, 0x1234, 0xffff_u16] {
+            header[10..12].copy_from_slice(&field.to_be_bytes());
+            assert_eq!(ipv4_header(&header), expected);
+        }
+        header[10..12].copy_from_slice(&expected.to_be_bytes());
+        assert!(verify_ipv4_header(&header));
+        header[3] ^= 1;
+        assert!(!verify_ipv4_header(&header));
+    }
+
+    #[test]
+    fn a_packet_verifies_with_its_pseudo_header_only() {
+        let pseudo = pseudo_v4(Ipv4Addr::LOCALHOST, Ipv4Addr::LOCALHOST, 17, 9);
+        let mut packet = [0, 7, 0, 9, 0, 9, 0, 0, 0xab];
+        let checksum = pseudo.clone().add(&packet).finish();
+        packet[6..8].copy_from_slice(&checksum.to_be_bytes());
+        assert!(verify(pseudo, &packet));
+        assert!(!verify(Sum::new(), &packet));
+        packet[8] ^= 0x10;
+        assert!(!verify(pseudo, &packet));
+    }
 }

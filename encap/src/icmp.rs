@@ -124,3 +124,37 @@ pub mod v6 {
         kind < 128
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use zerocopy::IntoBytes;
+
+    use super::*;
+
+    const GOLDEN: [u8; 8] = [8, 0, 0xbe, 0xef, 0x12, 0x34, 0x00, 0x07];
+
+    #[test]
+    fn golden_header_goes_both_ways() {
+        let header = IcmpHeader::read_from_bytes(&GOLDEN).unwrap();
+        assert_eq!((header.kind, header.code, header.checksum.get()), (v4::ECHO_REQUEST, 0, 0xbeef));
+        assert_eq!(header.echo(), (0x1234, 7));
+        let mut out = [0xa5; 10];
+        let mut made = IcmpHeader::new(v4::ECHO_REQUEST, 0, [0x12, 0x34, 0, 7]);
+        assert_eq!(made.checksum.get(), 0);
+        made.checksum = 0xbeef.into();
+        made.write_to_prefix(&mut out).unwrap();
+        assert_eq!(out[..8], GOLDEN);
+        assert_eq!(out[8..], [0xa5; 2]);
+    }
+
+    #[test]
+    fn an_icmp_error_must_not_be_sent_about_an_icmp_error() {
+        for kind in [v4::UNREACHABLE, v4::TIME_EXCEEDED, v4::PARAMETER_PROBLEM, v4::REDIRECT] {
+            assert!(v4::is_error(kind));
+        }
+        assert!(!v4::is_error(v4::ECHO_REQUEST) && !v4::is_error(v4::ECHO_REPLY));
+        // RFC 4443 section 2.1: error messages have a zero in the high bit of the type.
+        assert!(v6::is_error(v6::PACKET_TOO_BIG) && v6::is_error(127));
+        assert!(!v6::is_error(v6::ECHO_REQUEST) && !v6::is_error(v6::NEIGHBOR_SOLICITATION));
+    }
+}

@@ -189,3 +189,114 @@ fn sized(rest: &[u8], bytes_of: impl Fn(usize) -> usize) -> Result<(u8, usize), 
     let len = bytes_of(usize::from(units));
     if len > rest.len() { Err(WalkError::Truncated) } else { Ok((next, len)) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOLDEN: [u8; 40] = [
+        0x6b, 0x81, 0x23, 0x45, 0x00, 0x08, 17, 64, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0xfd, 0, 0, 0,
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2,
+    ];
+
+    #[test]
+    fn golden_header_parses() {
+        let header = Ipv6Header::ref_from_bytes(&GOLDEN).unwrap();
+        assert_eq!((header.version(), header.traffic_class(), header.flow_label()), (6, 0xb8, 0x12345));
+        assert_eq!((header.payload_len.get(), header.next_header, header.hop_limit), (8, ip::UDP, 64));
+        assert_eq!(header.src(), "fd00::1".parse::<Ipv6Addr>().unwrap());
+        assert_eq!(header.dst(), "fd00::2".parse::<Ipv6Addr>().unwrap());
+    }
+
+    #[test]
+    fn golden_header_is_written() {
+        let mut out = [0xa5; 42];
+        let mut header = Ipv6Header::new("fd00::1".parse().unwrap(), "fd00::2".parse().unwrap(), ip::UDP, 64, 8);
+        assert_eq!(header.version_class_flow.get(), 0x6000_0000);
+        header.version_class_flow = 0x6b81_2345.into();
+        header.write_to_prefix(&mut out).unwrap();
+        assert_eq!(out[..40], GOLDEN);
+        assert_eq!(out[40..], [0xa5; 2]);
+    }
+
+    /// Extension headers one after the other, each of eight bytes but for the last byte of its length.
+    fn chain(kinds: &[u8], last: u8) -> (u8, Vec<u8>) {
+        let mut bytes = Vec::new();
+        for next in kinds.iter().skip(1).chain([&last]) {
+            bytes.extend([*next, 0, 0, 0, 0, 0, 0, 0]);
+        }
+        (*kinds.first().unwrap_or(&last), bytes)
+    }
+
+    fn walk_chain(kinds: &[u8], last: u8) -> Result<Upper, WalkError> {
+        let (next, bytes) = chain(kinds, last);
+        walk(next, &bytes, MAX_EXTENSION_HEADERS)
+    }
+
+    #[test]
+    fn without_extension_headers_the_upper_layer_comes_first() {
+        let upper = Upper { protocol: ip::TCP, offset: 0, fragment: None, routing: false };
+        assert_eq!(walk(ip::TCP, &[1, 2, 3], 0), Ok(upper));
+        assert_eq!(walk(ip::TCP, &[], 0), Ok(upper));
+    }
+
+    #[test]
+    fn extension_headers_are_walked_in_the_order_they_appear() {
+        let upper = walk_chain(&[ip::HOP_BY_HOP, ip::DESTINATION, ip::ROUTING, ip::FRAGMENT], ip::UDP).unwrap();
+        assert_eq!((upper.protocol, upper.offset, upper.routing), (ip::UDP, 32, true));
+        assert_eq!(upper.fragment, Some(Fragment { offset: 0, more: false, id: 0 }));
+    }
+
+    #[test]
+    fn lengths_are_in_units_of_eight_octets_not_including_the_first() {
+        let mut bytes = [0; 24];
+        bytes[..2].copy_from_slice(&[ip::UDP, 2]);
+        assert_eq!(walk(ip::DESTINATION, &bytes, 8).unwrap().offset, 24);
+        assert_eq!(walk(ip::DESTINATION, &bytes[..23], 8), Err(WalkError::Truncated));
+        // RFC 4302 section 2.2: AH counts in units of four octets, minus two.
+        assert_eq!(walk(ip::AH, &bytes, 8).unwrap().offset, 16);
+    }
+
+    #[test]
+    fn hop_by_hop_options_appear_immediately_after_the_fixed_header_only() {
+        assert_eq!(walk_chain(&[ip::DESTINATION, ip::HOP_BY_HOP], ip::UDP), Err(WalkError::HopByHopMisplaced));
+        assert_eq!(walk_chain(&[ip::HOP_BY_HOP, ip::HOP_BY_HOP], ip::UDP), Err(WalkError::HopByHopMisplaced));
+    }
+
+    #[test]
+    fn the_limit_counts_extension_headers() {
+        let kinds = [ip::DESTINATION; 9];
+        assert_eq!(walk_chain(&kinds[..8], ip::UDP).unwrap().offset, 64);
+        assert_eq!(walk_chain(&kinds, ip::UDP), Err(WalkError::TooMany));
+    }
+
+    #[test]
+    fn a_fragment_that_is_not_the_first_ends_the_walk() {
+        let bytes = [ip::DESTINATION, 0, 0x05, 0xa9, 0xde, 0xad, 0xbe, 0xef, 0xff, 0xff];
+        let upper = walk(ip::FRAGMENT, &bytes, 8).unwrap();
+        assert_eq!((upper.protocol, upper.offset), (ip::DESTINATION, 8));
+        assert_eq!(upper.fragment, Some(Fragment { offset: 1448, more: true, id: 0xdead_beef }));
+    }
+
+    #[test]
+    fn a_fragment_has_no_fragments() {
+        assert_eq!(walk_chain(&[ip::FRAGMENT, ip::FRAGMENT], ip::UDP), Err(WalkError::FragmentTwice));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_the_upper_layer() {
+        for protocol in [ip::NO_NEXT, ip::ESP, ip::ICMPV6, 135, 253] {
+            let upper = walk_chain(&[ip::DESTINATION], protocol).unwrap();
+            assert_eq!((upper.protocol, upper.offset), (protocol, 8));
+        }
+    }
+
+    #[test]
+    fn each_cut_within_a_header_is_noticed() {
+        let (next, bytes) = chain(&[ip::HOP_BY_HOP, ip::FRAGMENT, ip::AH], ip::UDP);
+        for len in 0..bytes.len() {
+            assert_eq!(walk(next, &bytes[..len], 8), Err(WalkError::Truncated), "{len}");
+        }
+        assert!(walk(next, &bytes, 8).is_ok());
+    }
+}

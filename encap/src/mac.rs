@@ -45,9 +45,9 @@ impl Mac {
     /// The link-local IPv6 address that stateless configuration gives to this MAC.
     ///
     /// RFC 4291 appendix A: insert 0xFFFE in the middle and complement the universal/local bit.
-    pub const fn link_local(self) -> Ipv6Addr {
+    pub fn link_local(self) -> Ipv6Addr {
         let [a, b, c, d, e, f] = self.0;
-        Ipv6Addr::from_octets([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 0x02, b, c, 0xff, 0xfe, d, e, f])
+        Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 0x02, b, c, 0xff, 0xfe, d, e, f])
     }
 
     /// The group address for an IPv4 multicast group: `01:00:5e` and the low 23 bits (RFC 1112 section 6.4).

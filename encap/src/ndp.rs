@@ -185,7 +185,113 @@ impl<'a> Iterator for Options<'a> {
 }
 
 /// The group that everybody with this address listens to (RFC 4291 section 2.7.1).
-pub const fn solicited_node(address: Ipv6Addr) -> Ipv6Addr {
+pub fn solicited_node(address: Ipv6Addr) -> Ipv6Addr {
     let [.., a, b, c] = address.octets();
-    Ipv6Addr::from_octets([0xff, 0x02, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0xff, a, b, c])
+    Ipv6Addr::from([0xff, 0x02, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0xff, a, b, c])
+}
+
+#[cfg(test)]
+mod tests {
+    use zerocopy::IntoBytes;
+
+    use super::*;
+
+    const SOLICITATION: [u8; 32] =
+        [135, 0, 0, 0, 0, 0, 0, 0, 0xfd, 0, 0, 0x10, 0x02, 0x44, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 1, 1, 2, 0, 0, 0, 0, 1];
+    const ADVERTISEMENT: [u8; 32] = [
+        136, 0, 0, 0, 0x60, 0, 0, 0, 0xfd, 0, 0, 0x10, 0x02, 0x44, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 2, 1, 2, 0, 0, 0, 0, 9,
+    ];
+
+    fn target() -> Ipv6Addr {
+        "fd00:10:244:1::2".parse().unwrap()
+    }
+
+    #[test]
+    fn golden_messages_parse() {
+        let (neighbor, mac) = Neighbor::parse(&SOLICITATION).unwrap();
+        assert_eq!((neighbor.icmp.kind, neighbor.flags(), neighbor.target()), (135, 0, target()));
+        assert_eq!(mac, Some(Mac([2, 0, 0, 0, 0, 1])));
+        let (neighbor, mac) = Neighbor::parse(&ADVERTISEMENT).unwrap();
+        assert_eq!((neighbor.icmp.kind, neighbor.flags(), neighbor.target()), (136, SOLICITED | OVERRIDE, target()));
+        assert_eq!(mac, Some(Mac([2, 0, 0, 0, 0, 9])));
+    }
+
+    #[test]
+    fn golden_messages_are_written() {
+        let mut out = [0xa5; 34];
+        NeighborMessage::solicitation(target(), Mac([2, 0, 0, 0, 0, 1])).write_to_prefix(&mut out).unwrap();
+        assert_eq!(out[..32], SOLICITATION);
+        NeighborMessage::advertisement(SOLICITED | OVERRIDE, target(), Mac([2, 0, 0, 0, 0, 9]))
+            .write_to_prefix(&mut out)
+            .unwrap();
+        assert_eq!(out[..32], ADVERTISEMENT);
+        assert_eq!(out[32..], [0xa5; 2]);
+    }
+
+    #[test]
+    fn the_link_layer_address_is_optional() {
+        assert_eq!(Neighbor::parse(&SOLICITATION[..24]).unwrap().1, None);
+    }
+
+    #[test]
+    fn the_link_layer_address_of_the_other_kind_does_not_count() {
+        let mut bytes = SOLICITATION;
+        bytes[24] = TARGET_LINK_LAYER;
+        assert_eq!(Neighbor::parse(&bytes).unwrap().1, None);
+    }
+
+    #[test]
+    fn nodes_must_silently_discard_a_packet_that_contains_an_option_with_length_zero() {
+        let mut bytes = SOLICITATION;
+        bytes[25] = 0;
+        assert_eq!(Neighbor::parse(&bytes), Err(NdpError::EmptyOption));
+        // Also behind the option that counts.
+        let bytes = [&SOLICITATION[..], &[14, 0, 0, 0, 0, 0, 0, 0]].concat();
+        assert_eq!(Neighbor::parse(&bytes), Err(NdpError::EmptyOption));
+    }
+
+    #[test]
+    fn unknown_options_are_skipped() {
+        let nonce = [14, 1, 1, 2, 3, 4, 5, 6];
+        let bytes = [&SOLICITATION[..24], &nonce, &SOLICITATION[24..]].concat();
+        assert_eq!(Neighbor::parse(&bytes).unwrap().1, Some(Mac([2, 0, 0, 0, 0, 1])));
+        let all: Vec<_> = options(&bytes[24..]).map(|option| option.unwrap().kind).collect();
+        assert_eq!(all, [14, SOURCE_LINK_LAYER]);
+    }
+
+    #[test]
+    fn what_is_cut_off_is_refused() {
+        for len in (0..24).chain(25..32) {
+            assert_eq!(Neighbor::parse(&SOLICITATION[..len]), Err(NdpError::Short), "{len}");
+        }
+    }
+
+    #[test]
+    fn other_messages_and_codes_are_refused() {
+        for (at, wrong) in [(0, v6::ROUTER_ADVERTISEMENT), (1, 1)] {
+            let mut bytes = SOLICITATION;
+            bytes[at] = wrong;
+            assert_eq!(Neighbor::parse(&bytes), Err(NdpError::Kind));
+        }
+    }
+
+    #[test]
+    fn the_target_address_is_not_a_multicast_address() {
+        let mut bytes = SOLICITATION;
+        bytes[8] = 0xff;
+        assert_eq!(Neighbor::parse(&bytes), Err(NdpError::MulticastTarget));
+    }
+
+    #[test]
+    fn a_link_layer_address_of_another_length_is_refused() {
+        let mut bytes = [&SOLICITATION[..], &[0; 8]].concat();
+        bytes[25] = 2;
+        assert_eq!(Neighbor::parse(&bytes), Err(NdpError::LinkLayerLength));
+    }
+
+    #[test]
+    fn the_solicited_node_group_takes_the_low_24_bits() {
+        let address: Ipv6Addr = "4037::01:800:200e:8c6c".parse().unwrap();
+        assert_eq!(solicited_node(address), "ff02::1:ff0e:8c6c".parse::<Ipv6Addr>().unwrap());
+    }
 }

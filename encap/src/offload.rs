@@ -84,3 +84,41 @@ impl Partial {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{checksum, udp};
+
+    /// A UDP header with a partial checksum (its pseudo-header's sum is 0x1234) and a payload of seven bytes.
+    const DATAGRAM: [u8; 15] = [0, 7, 0, 9, 0, 15, 0x12, 0x34, 1, 2, 3, 4, 5, 6, 7];
+    const PARTIAL: Partial = Partial { start: 2, offset: udp::CHECKSUM_OFFSET as u16 };
+
+    #[test]
+    fn a_checksum_is_the_same_in_however_many_pieces_the_payload_lies() {
+        let sum = checksum::sum(&DATAGRAM);
+        for (a, b) in [(0, 0), (0, 7), (1, 2), (3, 3), (3, 6), (7, 7)] {
+            let mut head = [&[0xa5; 2], &DATAGRAM[..8]].concat();
+            let payload = &DATAGRAM[8..];
+            PARTIAL.fill(&mut head, [&payload[..a], &payload[a..b], &payload[b..]]).unwrap();
+            assert_eq!(head[8..10], (!sum).to_be_bytes(), "{a} {b}");
+            assert_eq!(head[..8], [&[0xa5; 2], &DATAGRAM[..6]].concat());
+        }
+    }
+
+    #[test]
+    fn if_the_computed_checksum_is_zero_it_is_transmitted_as_all_ones() {
+        let mut head = [0xff, 0xff, 0, 0, 0, 0, 0, 0];
+        Partial { start: 0, offset: 6 }.fill(&mut head, []).unwrap();
+        assert_eq!(head[6..], [0xff, 0xff]);
+    }
+
+    #[test]
+    fn the_field_lies_within_the_head() {
+        let mut head = [0xa5; 9];
+        assert_eq!(PARTIAL.fill(&mut head, [&[0; 100][..]]), Err(OutsideFrame));
+        let far = Partial { start: u16::MAX, offset: u16::MAX };
+        assert_eq!(far.fill(&mut head, []), Err(OutsideFrame));
+        assert_eq!(head, [0xa5; 9]);
+    }
+}

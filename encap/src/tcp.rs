@@ -55,3 +55,32 @@ impl TcpHeader {
         usize::from(self.data_offset >> 4) * 4
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use zerocopy::IntoBytes;
+
+    use super::*;
+
+    const GOLDEN: [u8; 20] =
+        [0x30, 0x39, 0, 80, 0, 0, 0, 1, 0xff, 0xff, 0xff, 0xfe, 0x50, 0x18, 0x02, 0x00, 0xbe, 0xef, 0, 0];
+
+    #[test]
+    fn golden_header_goes_both_ways() {
+        let header = TcpHeader::read_from_bytes(&GOLDEN).unwrap();
+        assert_eq!((header.src_port.get(), header.dst_port.get()), (12345, 80));
+        assert_eq!((header.seq.get(), header.ack.get()), (1, u32::MAX - 1));
+        assert_eq!((header.header_len(), header.flags), (20, ACK | PSH));
+        assert_eq!((header.window.get(), header.checksum.get(), header.urgent.get()), (512, 0xbeef, 0));
+        let mut out = [0xa5; 22];
+        header.write_to_prefix(&mut out).unwrap();
+        assert_eq!(out[..20], GOLDEN);
+        assert_eq!(out[20..], [0xa5; 2]);
+    }
+
+    #[test]
+    fn the_checksum_lies_where_the_constant_says() {
+        let header = TcpHeader::ref_from_bytes(&GOLDEN).unwrap();
+        assert_eq!(header.checksum.as_bytes(), &GOLDEN[CHECKSUM_OFFSET..CHECKSUM_OFFSET + 2]);
+    }
+}

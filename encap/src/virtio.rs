@@ -141,3 +141,114 @@ pub fn write(offload: &Offload, out: &mut [u8; LEN]) {
     }
     header.write_to(out).expect("the lengths are the same");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What Linux writes for a TCP superframe over IPv4 with 12 bytes of options.
+    const GOLDEN: [u8; LEN] = [1, 1, 66, 0, 0xa8, 0x05, 34, 0, 16, 0, 0, 0];
+    const FRAME: usize = 66 + 4000;
+
+    fn golden() -> Offload {
+        Offload {
+            partial: Some(Partial { start: 34, offset: 16 }),
+            gso: Some(Gso { kind: GsoKind::Tcp4, ecn: false, size: 1448, header_len: 66 }),
+            verified: false,
+        }
+    }
+
+    fn changed(at: usize, byte: u8) -> [u8; LEN] {
+        let mut header = GOLDEN;
+        header[at] = byte;
+        header
+    }
+
+    #[test]
+    fn golden_header_goes_both_ways() {
+        assert_eq!(parse(&GOLDEN, FRAME), Ok(golden()));
+        let mut out = [0xa5; LEN];
+        write(&golden(), &mut out);
+        assert_eq!(out, GOLDEN);
+    }
+
+    #[test]
+    fn every_kind_goes_both_ways() {
+        for (kind, offset, ecn) in
+            [(GsoKind::Tcp4, 16, true), (GsoKind::Tcp6, 16, false), (GsoKind::Tcp6, 16, true), (GsoKind::Udp, 6, false)]
+        {
+            let partial = Some(Partial { start: 54, offset });
+            let gso = Some(Gso { kind, ecn, size: 1, header_len: 74 });
+            for gso in [gso, None] {
+                let offload = Offload { partial, gso, verified: false };
+                let mut out = [0xa5; LEN];
+                write(&offload, &mut out);
+                assert_eq!(parse(&out, FRAME), Ok(offload));
+            }
+        }
+    }
+
+    #[test]
+    fn a_verified_frame_and_a_plain_one_go_both_ways() {
+        for verified in [false, true] {
+            let offload = Offload { verified, ..Offload::default() };
+            let mut out = [0xa5; LEN];
+            write(&offload, &mut out);
+            assert_eq!(out, [if verified { DATA_VALID } else { 0 }, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+            assert_eq!(parse(&out, 0), Ok(offload));
+        }
+    }
+
+    #[test]
+    fn num_buffers_is_left_as_it_was() {
+        let mut header = changed(10, 0xff);
+        header[11] = 0xff;
+        assert_eq!(parse(&header, FRAME), Ok(golden()));
+    }
+
+    #[test]
+    fn unknown_flags_are_refused() {
+        for bit in 2..8 {
+            assert_eq!(parse(&changed(0, 1 | 1 << bit), FRAME), Err(VirtioError::UnknownFlags));
+        }
+    }
+
+    #[test]
+    fn unknown_kinds_of_superframe_are_refused() {
+        for kind in (0..=255).filter(|kind| ![0, 1, 4, 5, 0x81, 0x84].contains(kind)) {
+            assert_eq!(parse(&changed(1, kind), FRAME), Err(VirtioError::UnknownGso), "{kind}");
+        }
+    }
+
+    #[test]
+    fn a_superframe_needs_its_own_checksum_to_be_partial() {
+        assert_eq!(parse(&changed(0, 0), FRAME), Err(VirtioError::GsoChecksum));
+        assert_eq!(parse(&changed(0, DATA_VALID), FRAME), Err(VirtioError::GsoChecksum));
+        assert_eq!(parse(&changed(8, 6), FRAME), Err(VirtioError::GsoChecksum));
+        assert_eq!(parse(&changed(1, GSO_UDP_L4), FRAME), Err(VirtioError::GsoChecksum));
+    }
+
+    #[test]
+    fn segments_of_size_zero_are_refused() {
+        let mut header = changed(4, 0);
+        header[5] = 0;
+        assert_eq!(parse(&header, FRAME), Err(VirtioError::GsoSizeZero));
+    }
+
+    #[test]
+    fn the_checksum_lies_within_the_frame() {
+        assert!(parse(&GOLDEN, 52).is_ok());
+        assert_eq!(parse(&GOLDEN, 51), Err(VirtioError::ChecksumOutside));
+        assert_eq!(parse(&changed(7, 0xff), FRAME), Err(VirtioError::ChecksumOutside));
+        assert_eq!(parse(&[1, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], FRAME), Err(VirtioError::ChecksumOutside));
+    }
+
+    #[test]
+    fn an_implausible_header_length_is_ignored() {
+        let header_len = |header: [u8; LEN]| parse(&header, FRAME).unwrap().gso.unwrap().header_len;
+        assert_eq!(header_len(GOLDEN), 66);
+        assert_eq!(header_len(changed(2, 0)), 54);
+        assert_eq!(header_len(changed(2, 53)), 54);
+        assert_eq!(header_len(changed(3, 0xff)), 54);
+    }
+}

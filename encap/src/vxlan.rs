@@ -105,3 +105,59 @@ impl VxlanHeader {
         if *header == Self::new(vni) { Ok(vni) } else { Err(VxlanError::ReservedBits) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use zerocopy::IntoBytes;
+
+    use super::*;
+
+    const GOLDEN: [u8; 8] = [0x08, 0, 0, 0, 0x12, 0x34, 0x56, 0];
+
+    #[test]
+    fn golden_header_goes_both_ways() {
+        let vni = Vni::new(0x12_3456).unwrap();
+        assert_eq!(VxlanHeader::parse(&GOLDEN), Ok(vni));
+        let mut out = [0xa5; 10];
+        VxlanHeader::new(vni).write_to_prefix(&mut out).unwrap();
+        assert_eq!(out[..8], GOLDEN);
+        assert_eq!(out[8..], [0xa5; 2]);
+    }
+
+    #[test]
+    fn the_i_flag_must_be_set() {
+        let mut bytes = GOLDEN;
+        bytes[0] = 0;
+        assert_eq!(VxlanHeader::parse(&bytes), Err(VxlanError::NotVxlan));
+        // Whatever else is set.
+        bytes[0] = 0xf7;
+        assert_eq!(VxlanHeader::parse(&bytes), Err(VxlanError::NotVxlan));
+    }
+
+    #[test]
+    fn each_of_the_39_reserved_bits_must_be_zero() {
+        let mut reserved = 0;
+        for bit in (0..64).filter(|bit| *bit != 4 && !(32..56).contains(bit)) {
+            let mut bytes = GOLDEN;
+            bytes[bit / 8] ^= 0x80 >> (bit % 8);
+            assert_eq!(VxlanHeader::parse(&bytes), Err(VxlanError::ReservedBits), "bit {bit}");
+            reserved += 1;
+        }
+        assert_eq!(reserved, 39);
+    }
+
+    #[test]
+    fn a_header_that_is_cut_off_is_refused() {
+        for len in 0..8 {
+            assert_eq!(VxlanHeader::parse(&GOLDEN[..len]), Err(VxlanError::Short));
+        }
+    }
+
+    #[test]
+    fn a_vni_has_24_bits() {
+        assert_eq!(Vni::new(1 << 24), None);
+        assert_eq!(Vni::new((1 << 24) - 1), Some(Vni::MAX));
+        assert_eq!(Vni::from_bytes(Vni::MAX.to_bytes()), Vni::MAX);
+        assert_eq!(Vni::from_bytes([0x12, 0x34, 0x56]).get(), 0x12_3456);
+    }
+}
