@@ -1,8 +1,8 @@
 //! The blocking client: one connection to weftd, one request at a time.
 //!
-//! Each call has the whole timeout for itself, from the first byte written to the last byte read. A weftd that accepts
-//! but never answers therefore costs the caller exactly that long. After any error but [`ClientError::Refused`] the
-//! place in the stream is lost, and the client refuses further calls: connect again.
+//! Each call has the whole timeout for itself, from the first byte written to the last byte read. A weftd that
+//! accepts but never answers therefore costs the caller exactly that long. After any error but
+//! [`ClientError::Refused`] the place in the stream is lost, and the client refuses further calls: connect again.
 
 use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};

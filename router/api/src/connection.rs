@@ -1,16 +1,16 @@
 //! Lines over a unix socket, each with at most one descriptor: what both sides of the protocol share.
 //!
-//! A [`Connection`] is blocking and every operation takes a deadline, so that neither a silent nor a
-//! dribbling peer can hold a thread for longer than its owner chose. It asks the kernel not to block
-//! (`MSG_DONTWAIT`) and polls, so it works on any stream socket, whether `O_NONBLOCK` is set or not: an async
-//! daemon can hand the accepted socket to a blocking thread as it is.
+//! A [`Connection`] is blocking and every operation takes a deadline, so that neither a silent nor a dribbling peer
+//! can hold a thread for longer than its owner chose. It asks the kernel not to block (`MSG_DONTWAIT`) and polls,
+//! so it works on any stream socket, whether `O_NONBLOCK` is set or not: an async daemon can hand the accepted
+//! socket to a blocking thread as it is.
 //!
-//! What is accepted from the wire: UTF-8 is left to the JSON parser; a line ends with `\n` and is no longer
-//! than the limit, which is checked while the bytes arrive, and memory grows only with bytes that came.
-//! A descriptor must come with a read that begins where a line begins and that holds nothing of a later line,
-//! which a client that waits for its answers fulfils (see unix(7): the kernel ends a read after data that carried
-//! descriptors). Otherwise it could be taken for another line's. Descriptors are close-on-exec from the start, and those
-//! beyond the first are closed.
+//! What is accepted from the wire: UTF-8 is left to the JSON parser; a line ends with `\n` and is no longer than
+//! the limit, which is checked while the bytes arrive, and memory grows only with bytes that came. A descriptor
+//! must come with a read that begins where a line begins and that holds nothing of a later line, which a client
+//! that waits for its answers fulfils (see unix(7): the kernel ends a read after data that carried descriptors).
+//! Otherwise it could be taken for another line's. Descriptors are close-on-exec from the start, and those beyond
+//! the first are closed.
 //!
 //! After an error the place in the stream is lost: drop the connection.
 

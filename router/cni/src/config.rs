@@ -1,13 +1,13 @@
 //! The network configuration: what the administrator wrote and what the runtime added to it.
 //!
-//! Keys of our own, all optional: `socket` (weftd's, [`weft_api::SOCKET`]), `stateDir` (where DEL leaves tombstones,
-//! [`STATE_DIR`]), `wait` (seconds to wait for a weftd that is being restarted; by default each command's own), `mtu` (0 or
-//! absent: the node's), and `ipam` with type `weft` (or none): `ranges`, or the old `subnet`, `rangeStart`, `rangeEnd`, `gateway`,
-//! as host-local reads them. From the runtime: `runtimeConfig.{ips,ipRanges,mac}`, `args.cni.{ips,mac}`, `prevResult`,
-//! `cni.dev/valid-attachments`.
+//! Keys of our own, all optional: `socket` (weftd's, [`weft_api::SOCKET`]), `stateDir` (where DEL leaves
+//! tombstones, [`STATE_DIR`]), `wait` (seconds to wait for a weftd that is being restarted; by default each
+//! command's own), `mtu` (0 or absent: the node's), and `ipam` with type `weft` (or none): `ranges`, or the old
+//! `subnet`, `rangeStart`, `rangeEnd`, `gateway`, as host-local reads them. From the runtime:
+//! `runtimeConfig.{ips,ipRanges,mac}`, `args.cni.{ips,mac}`, `prevResult`, `cni.dev/valid-attachments`.
 //!
-//! A section is read by the commands that need it and by no other: a DEL must not fail because the
-//! addresses that an ADD would ask for are misspelt. In `ipam`, which is ours alone, a key that is not known is refused; elsewhere
+//! A section is read by the commands that need it and by no other: a DEL must not fail because the addresses that
+//! an ADD would ask for are misspelt. In `ipam`, which is ours alone, a key that is not known is refused; elsewhere
 //! unknown keys belong to others and are ignored, but for those that ask for what is not done (`ipMasq`, port
 //! mappings, bandwidth): a pod that silently lacks them is worse than one that does not start.
 
@@ -20,7 +20,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use weft_api::{Failure, Range, code};
 
-use crate::environment::{self, Arguments, MAX_NAME};
+use crate::environment::{self, Arguments};
 use crate::input::quoted;
 
 /// Where tombstones go unless the configuration says otherwise.
@@ -100,8 +100,7 @@ impl Config {
         let network: String =
             section(&document, "/name")?.ok_or_else(|| invalid("the network configuration has no name"))?;
         if !environment::is_name(&network) {
-            let why = "it must begin with a letter or digit, continue with letters, digits, '_', '.' and '-', and have at most";
-            return Err(invalid(format!("name is {}: {why} {MAX_NAME} bytes", quoted(&network))));
+            return Err(invalid(format!("name is {}: it {}", quoted(&network), environment::name_form())));
         }
         let socket = absolute(&document, "/socket", weft_api::SOCKET)?;
         if socket.as_os_str().len() > MAX_SOCKET {

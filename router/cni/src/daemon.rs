@@ -1,8 +1,9 @@
 //! Reaching weftd, which may be starting.
 //!
-//! A node boots, or weftd is upgraded, while the runtime goes on: a command that cannot do without the daemon tries for a
-//! while before it gives up, and then says what failed and where to look. A daemon that was reached but gives no answer is not asked
-//! again: what it did with the request is not known, and the runtime undoes a failed ADD with a DEL.
+//! A node boots, or weftd is upgraded, while the runtime goes on: a command that cannot do without the daemon tries
+//! for a while before it gives up, and then says what failed and where to look. A daemon that was reached but gives
+//! no answer is not asked again: what it did with the request is not known, and the runtime undoes a failed ADD
+//! with a DEL.
 
 use std::io::ErrorKind;
 use std::os::fd::BorrowedFd;

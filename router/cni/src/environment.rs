@@ -1,8 +1,8 @@
 //! What the runtime says in environment variables: `CNI_CONTAINERID`, `CNI_IFNAME`, `CNI_NETNS`, `CNI_ARGS`.
 //!
 //! Every failure here has code 4 and names the variable. The forms are the specification's: container id
-//! `[A-Za-z0-9][A-Za-z0-9_.-]*`, interface name as Linux takes it. A container id is limited in length besides, because it becomes
-//! part of what the daemon keeps.
+//! `[A-Za-z0-9][A-Za-z0-9_.-]*`, interface name as Linux takes it. A container id is limited in length besides,
+//! because it becomes part of what the daemon keeps.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -12,7 +12,7 @@ use weft_api::{AttachmentKey, Failure, code};
 use crate::input::quoted;
 
 /// The longest name of a network and the longest container id, in bytes.
-pub const MAX_NAME: usize = 255;
+const MAX_NAME: usize = 255;
 
 /// The longest name of an interface, in bytes (`IFNAMSIZ` without its NUL).
 const MAX_IFNAME: usize = 15;
@@ -46,9 +46,7 @@ pub fn required(name: &str) -> Result<String, Failure> {
 pub fn attachment(network: &str) -> Result<AttachmentKey, Failure> {
     let container = required("CNI_CONTAINERID")?;
     if !is_name(&container) {
-        let why =
-            "it must begin with a letter or digit, continue with letters, digits, '_', '.' and '-', and have at most";
-        return Err(invalid("CNI_CONTAINERID", &format!("{}: {why} {MAX_NAME} bytes", quoted(&container))));
+        return Err(invalid("CNI_CONTAINERID", &format!("{}: it {}", quoted(&container), name_form())));
     }
     let ifname = required("CNI_IFNAME")?;
     if !is_ifname(&ifname) {
@@ -68,6 +66,13 @@ pub fn is_name(text: &str) -> bool {
     text.len() <= MAX_NAME
         && text.starts_with(|first: char| first.is_ascii_alphanumeric())
         && text.chars().all(|next| next.is_ascii_alphanumeric() || "_.-".contains(next))
+}
+
+/// What [`is_name`] demands, for messages: the end of a sentence that begins with "it".
+pub fn name_form() -> String {
+    format!(
+        "must begin with a letter or digit, continue with letters, digits, '_', '.' and '-', and have at most {MAX_NAME} bytes"
+    )
 }
 
 /// Whether Linux would take `text` as the name of an interface.

@@ -1,12 +1,13 @@
 //! `weft-cni`: the CNI plugin that a container runtime executes.
 //!
 //! Standard input becomes one request to weftd, weftd's answer becomes standard output: what a pod needs is decided
-//! and made in the daemon. What stays here is what the daemon cannot do from its place: read the runtime's environment and
-//! configuration as a hostile input, open the pod's network namespace (the descriptor goes with the request), speak
-//! the version of CNI that the runtime asked for, and wait for a daemon that is being restarted.
+//! and made in the daemon. What stays here is what the daemon cannot do from its place: read the runtime's
+//! environment and configuration as a hostile input, open the pod's network namespace (the descriptor goes with the
+//! request), speak the version of CNI that the runtime asked for, and wait for a daemon that is being restarted.
 //!
-//! Rules that hold for every command: exit code 0, or 1 and an error object on standard output; nothing else is ever
-//! written there. VERSION does not touch the daemon. DEL succeeds without the daemon, by a tombstone ([`tombstone`]).
+//! Rules that hold for every command: exit code 0, or 1 and an error object on standard output; nothing else is
+//! ever written there. VERSION does not touch the daemon. DEL succeeds without the daemon, by a tombstone
+//! ([`tombstone`]).
 //!
 //! Read first: the CNI specification 1.1.0, sections 2 (execution protocol) and 5 (result types).
 

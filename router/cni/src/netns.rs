@@ -1,9 +1,9 @@
 //! The pod's network namespace: opened and proven to be one, and not the host's.
 //!
-//! `CNI_NETNS` is a path that somebody else wrote. It may name a FIFO (whose open would hang), a device (whose open may
-//! act), a namespace of another kind, or the namespace of the node itself, in which an interface, an address
-//! and a default route would cut the node off. So the path is first looked up without opening what is there (`O_PATH`), then
-//! opened without blocking, and everything is asked of the descriptors, never of the path again.
+//! `CNI_NETNS` is a path that somebody else wrote. It may name a FIFO (whose open would hang), a device (whose open
+//! may act), a namespace of another kind, or the namespace of the node itself, in which an interface, an address
+//! and a default route would cut the node off. So the path is first looked up without opening what is there
+//! (`O_PATH`), then opened without blocking, and everything is asked of the descriptors, never of the path again.
 //!
 //! "The host's" are two: that of this process, which the runtime started on the node, and that of process 1. They
 //! differ where a whole node lives in a namespace, as in a lab.

@@ -1,21 +1,21 @@
 //! Tombstones: a DEL that weftd will do when it is back.
 //!
 //! A runtime repeats a failed DEL for ever, and the pod stays Terminating as long: so a DEL succeeds without the
-//! daemon. It leaves a file `<stateDir>/tombstones/<32 hex digits>.json` that holds the attachment as the
-//! protocol writes it ([`AttachmentKey`]), for example
+//! daemon. It leaves a file `<stateDir>/tombstones/<32 hex digits>.json` that holds the attachment as the protocol
+//! writes it ([`AttachmentKey`]), for example
 //!
 //! ```json
 //! {"network":"pods","container":"4f1c…","ifname":"eth0"}
 //! ```
 //!
-//! What the daemon must do: bind its socket first, then read every `*.json` here, free the attachment as a DEL would,
-//! make that durable, remove the file, and only then accept. In that order no tombstone is overlooked: one that is
-//! written after the daemon has read the folder is followed by a second try to reach the daemon, which succeeds then,
-//! and the file is removed here. A name that begins with a dot is a file that is still being written. What cannot be
-//! read as an attachment is to be logged and left.
+//! What the daemon must do: bind its socket first, then read every `*.json` here, free the attachment as a DEL
+//! would, make that durable, remove the file, and only then accept. In that order no tombstone is overlooked: one
+//! that is written after the daemon has read the folder is followed by a second try to reach the daemon, which
+//! succeeds then, and the file is removed here. A name that begins with a dot is a file that is still being
+//! written. What cannot be read as an attachment is to be logged and left.
 //!
-//! The file's name is a hash of the attachment, so that a repeated DEL leaves one file, and so that nothing the runtime says
-//! becomes part of a path. Writing is: new file, fsync, rename, fsync of the folder.
+//! The file's name is a hash of the attachment, so that a repeated DEL leaves one file, and so that nothing the
+//! runtime says becomes part of a path. Writing is: new file, fsync, rename, fsync of the folder.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};

@@ -106,8 +106,13 @@ fn add_hands_over_the_namespace_and_everything_that_was_asked_for() {
     let keys = json!({
         "mtu": 1400,
         "args": { "cni": { "ips": ["fd00::9"] } },
-        "runtimeConfig": { "ips": ["10.244.1.10/24"], "mac": "02-00-00-00-00-AA", "ipRanges": [[{ "subnet": "10.9.0.0/24" }]] },
-        "ipam": { "type": "weft", "ranges": [[{ "subnet": "10.8.0.0/24", "rangeStart": "10.8.0.5", "gateway": "10.8.0.1" }]] }
+        "runtimeConfig": {
+            "ips": ["10.244.1.10/24"], "mac": "02-00-00-00-00-AA", "ipRanges": [[{ "subnet": "10.9.0.0/24" }]]
+        },
+        "ipam": {
+            "type": "weft",
+            "ranges": [[{ "subnet": "10.8.0.0/24", "rangeStart": "10.8.0.5", "gateway": "10.8.0.1" }]]
+        }
     });
     let call = Call::new("ADD").set("CNI_NETNS", pod.netns()).set("CNI_ARGS", arguments);
     call.config(&with_socket(&folder, "1.1.0", keys)).run().result();

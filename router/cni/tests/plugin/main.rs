@@ -1,7 +1,8 @@
-//! weft-cni as a runtime sees it: the built binary, its environment, its standard input and output, and beside it a daemon
-//! that is played by this test over the real protocol.
+//! weft-cni as a runtime sees it: the built binary, its environment, its standard input and output, and beside it a
+//! daemon that is played by this test over the real protocol.
 //!
-//! The tests that attach need a network namespace: they make one with `ip netns` and fail, saying so, where that is not possible.
+//! The tests that attach need a network namespace: they make one with `ip netns` and fail, saying so, where that is
+//! not possible.
 
 #![allow(clippy::unwrap_used, reason = "everything here is a test; clippy recognises only functions marked as one")]
 
