@@ -89,6 +89,7 @@ reasons! {
     UnderlayUnreachable = "the kernel has no route to the node, or refused to send there",
     UnderlayBusy = "the underlay socket's buffer was full",
     Unsegmentable = "the superframe cannot be segmented in software",
+    RouterFault = "the router panicked over this frame, which is a bug of its own",
 }
 
 impl DropReason {

@@ -10,15 +10,21 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use arrayvec::ArrayVec;
+use rustix::io::Errno;
+use weft_encap::offload::{GsoKind, Offload};
 
 use crate::frame::Frame;
 use crate::pool::Pool;
 use crate::stats::Stats;
 
 pub mod memory;
+mod outbox;
+mod software;
 pub mod sys;
 pub mod tap;
 pub mod udp;
+
+pub use outbox::Outbox;
 
 /// Number of a port. Small and dense: counters and queues are indexed by it.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -65,6 +71,18 @@ pub struct Capabilities {
     pub udp: bool,
 }
 
+impl Capabilities {
+    /// Whether a frame with this much left to do can be handed on as it is.
+    pub fn take(&self, offload: &Offload) -> bool {
+        let segmented = offload.gso.is_none_or(|gso| match gso.kind {
+            GsoKind::Tcp4 => self.tcp4,
+            GsoKind::Tcp6 => self.tcp6,
+            GsoKind::Udp => self.udp,
+        });
+        segmented && (self.partial_checksum || offload.partial.is_none())
+    }
+}
+
 impl std::fmt::Display for Capabilities {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let names = [(self.partial_checksum, "csum"), (self.tcp4, "tso4"), (self.tcp6, "tso6"), (self.udp, "uso")];
@@ -102,12 +120,21 @@ pub trait Port {
     /// The port is broken and will not work again; the rest of `queue` is the caller's to drop.
     fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()>;
 
-    /// The descriptors whose readiness means that [`Port::receive`] has something to give.
-    fn readable(&self) -> BorrowedFd<'_>;
+    /// The descriptor whose readiness means that [`Port::receive`] has something to give; a port without one is asked
+    /// by whoever drives it.
+    fn readable(&self) -> Option<BorrowedFd<'_>>;
 
     /// What it takes on transmit.
     fn capabilities(&self) -> Capabilities;
 
+    /// Says how long a packet inside the tunnel may be; of interest to the underlay alone.
+    fn set_tunnel_mtu(&mut self, _mtu: u32) {}
+
     /// `tap`, `udp`, `memory`.
     fn kind(&self) -> &'static str;
+}
+
+/// Whether an error means that the port itself is gone. Everything else ends one frame.
+pub(crate) fn is_broken(error: Errno) -> bool {
+    matches!(error, Errno::BADF | Errno::BADFD | Errno::NXIO)
 }

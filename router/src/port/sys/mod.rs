@@ -4,3 +4,5 @@
 //! `socket2` is not here.
 
 pub mod arena;
+pub mod message;
+pub mod tun;

@@ -1,0 +1,355 @@
+//! The data-plane thread: poll, receive, forward, transmit, timers.
+//!
+//! One round serves each port that is ready with one batch, bounded in frames and bytes, and sends what came of it at once. Polling is
+//! edge-triggered: a port that was not drained stays in the worker's own ready list, and while that list is not empty polling does
+//! not wait. Otherwise the thread sleeps until a device, a command or a timer wakes it, and timers run only
+//! while something can age.
+//!
+//! A port whose device is gone leaves the poller at once, so that it cannot keep the thread awake; what waited for it
+//! is dropped by name, and the daemon hears of it as an [`Event`].
+//!
+//! A panic ends one frame, counted as [`DropReason::RouterFault`], or one port, if the port's own code
+//! panicked; the thread goes on. Whatever was counted for that frame before the panic stays counted, so
+//! conservation is not exact after it.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+
+use arc_swap::{ArcSwap, Cache};
+use crossbeam::channel::{self, Receiver, Sender, TryRecvError};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use std::collections::VecDeque;
+use std::os::fd::AsRawFd;
+
+use crate::control::{Command, Device, Event, PortSnapshot, RouterConfig, RouterError, Snapshot};
+use crate::drop_reason::DropReason;
+use crate::forward::Forwarder;
+use crate::pool::Pool;
+use crate::port::tap::TapPort;
+use crate::port::udp::UdpPort;
+use crate::port::{Batch, Capabilities, Outbox, Port, PortId, Received};
+use crate::stats::PortStats;
+use crate::tables::Tables;
+use crate::time::Instant;
+
+/// The waker's token; ports' are their numbers.
+const WAKER: Token = Token(usize::MAX);
+
+/// How soon a port that was busy is tried again.
+const BUSY_RETRY: Duration = Duration::from_millis(1);
+
+/// Starts the thread. Returns what wakes it up after a command was sent.
+pub(crate) fn spawn(
+    config: RouterConfig,
+    tables: Arc<ArcSwap<Tables>>,
+    inbox: Receiver<Command>,
+    events: Sender<Event>,
+) -> io::Result<(Arc<Waker>, JoinHandle<()>)> {
+    let poll = Poll::new()?;
+    let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
+    let (started, start) = channel::bounded(1);
+    // Buffers belong to their thread, so the worker is made on it.
+    let run = move || match Worker::new(&config, poll, tables, events) {
+        Ok(mut worker) => {
+            let _ = started.send(Ok(()));
+            worker.run(&inbox);
+        }
+        Err(error) => drop(started.send(Err(error))),
+    };
+    let thread = Builder::new().name("weft-worker".to_owned()).spawn(run)?;
+    start.recv().unwrap_or_else(|_| Err(io::Error::other("the worker thread ended while starting")))?;
+    Ok((waker, thread))
+}
+
+/// A port's place. It stays when the device is gone, until the daemon removes the port.
+struct Slot {
+    port: Option<Box<dyn Port>>,
+    kind: &'static str,
+    capabilities: Capabilities,
+    ready: bool,
+    busy: bool,
+}
+
+struct Worker {
+    poll: Poll,
+    events: Sender<Event>,
+    tables: Cache<Arc<ArcSwap<Tables>>, Arc<Tables>>,
+    tunnel_mtu: u32,
+    ports: Vec<Option<Slot>>,
+    /// Ports that may have something to give.
+    ready: VecDeque<PortId>,
+    /// Ports that did not take all of their queues.
+    busy: Vec<PortId>,
+    pool: Pool,
+    forwarder: Forwarder,
+    outbox: Outbox,
+    next_tick: Option<Instant>,
+}
+
+impl Worker {
+    fn new(
+        config: &RouterConfig,
+        poll: Poll,
+        tables: Arc<ArcSwap<Tables>>,
+        events: Sender<Event>,
+    ) -> io::Result<Worker> {
+        Ok(Worker {
+            poll,
+            events,
+            tables: Cache::new(tables),
+            tunnel_mtu: 0,
+            ports: Vec::new(),
+            ready: VecDeque::new(),
+            busy: Vec::new(),
+            pool: Pool::new(config.chunks, config.supers)?,
+            forwarder: Forwarder::new(config),
+            outbox: Outbox::new(),
+            next_tick: None,
+        })
+    }
+
+    fn run(&mut self, inbox: &Receiver<Command>) {
+        let mut ready = Events::with_capacity(256);
+        loop {
+            match self.poll.poll(&mut ready, self.patience()) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                // The poller itself is broken, which only a bug can do: the daemon sees the thread end.
+                Err(_) => return,
+            }
+            for event in &ready {
+                if event.token() != WAKER {
+                    self.mark_ready(PortId(event.token().0 as u16));
+                }
+            }
+            // Commands need no event of their own: looking costs nothing beside the poll.
+            if !self.obey(inbox) {
+                return;
+            }
+            self.round();
+        }
+    }
+
+    /// How long the thread may sleep.
+    fn patience(&self) -> Option<Duration> {
+        if !self.ready.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        let tick = self.next_tick.map(|tick| tick.since(Instant::boottime()));
+        if self.busy.is_empty() { tick } else { Some(tick.unwrap_or(BUSY_RETRY).min(BUSY_RETRY)) }
+    }
+
+    fn mark_ready(&mut self, id: PortId) {
+        if let Some(Some(slot)) = self.ports.get_mut(id.index())
+            && slot.port.is_some()
+            && !std::mem::replace(&mut slot.ready, true)
+        {
+            self.ready.push_back(id);
+        }
+    }
+
+    /// Serves all ports that are ready, once.
+    fn round(&mut self) {
+        let tables = Arc::clone(self.tables.load());
+        self.tell_mtu(&tables);
+        for id in std::mem::take(&mut self.busy) {
+            if let Some(Some(slot)) = self.ports.get_mut(id.index()) {
+                slot.busy = false;
+            }
+            self.transmit(id);
+        }
+        let mut worked = false;
+        for _ in 0..self.ready.len() {
+            let Some(id) = self.ready.pop_front() else { break };
+            worked |= self.serve(id, &tables);
+        }
+        self.tick(worked);
+    }
+
+    /// Receives one batch from a port, forwards it, and sends what came of it. Returns whether there was a frame.
+    fn serve(&mut self, id: PortId, tables: &Tables) -> bool {
+        let Some(Some(slot)) = self.ports.get_mut(id.index()) else { return false };
+        slot.ready = false;
+        let Some(port) = &mut slot.port else { return false };
+        let mut batch = Batch::new();
+        let received = guarded(|| port.receive(&self.pool, &mut batch, self.forwarder.stats()));
+        let worked = !batch.is_empty();
+        self.forward(batch, tables);
+        match received {
+            Ok(Received::Drained) => {}
+            Ok(Received::More) => self.mark_ready(id),
+            Err(_) => self.gone(id),
+        }
+        self.flush();
+        worked
+    }
+
+    fn forward(&mut self, mut batch: Batch, tables: &Tables) {
+        let now = Instant::boottime();
+        let mut frames = batch.drain(..);
+        let mut current = PortId(0);
+        loop {
+            let forwarded = catch_unwind(AssertUnwindSafe(|| {
+                for frame in frames.by_ref() {
+                    current = frame.ingress();
+                    self.forwarder.forward(frame, tables, now, &self.pool, &mut self.outbox);
+                }
+            }));
+            match forwarded {
+                Ok(()) => return,
+                Err(_) => self.forwarder.stats().port(current).dropped[DropReason::RouterFault as usize] += 1,
+            }
+        }
+    }
+
+    /// Has all ports send that were given frames.
+    fn flush(&mut self) {
+        while let Some(id) = self.outbox.touched() {
+            self.transmit(id);
+        }
+    }
+
+    fn transmit(&mut self, id: PortId) {
+        let queue = self.outbox.queue(id);
+        let slot = self.ports.get_mut(id.index()).and_then(Option::as_mut);
+        let Some((port, busy)) = slot.and_then(|slot| Some((slot.port.as_mut()?, &mut slot.busy))) else {
+            return self.empty_queue(id);
+        };
+        match guarded(|| port.transmit(queue, self.forwarder.stats())) {
+            Ok(()) if queue.is_empty() => {}
+            Ok(()) => {
+                if !std::mem::replace(busy, true) {
+                    self.busy.push(id);
+                }
+            }
+            Err(_) => self.gone(id),
+        }
+    }
+
+    /// Drops what waits for a port that is not there.
+    fn empty_queue(&mut self, id: PortId) {
+        for frame in self.outbox.queue(id).drain(..) {
+            self.forwarder.stats().drop(frame, DropReason::PortDown);
+        }
+    }
+
+    /// Takes a port whose device is gone out of service.
+    fn gone(&mut self, id: PortId) {
+        self.close(id);
+        let _ = self.events.send(Event::PortGone(id));
+    }
+
+    /// Closes a port's device.
+    fn close(&mut self, id: PortId) {
+        if let Some(Some(slot)) = self.ports.get_mut(id.index())
+            && let Some(port) = slot.port.take()
+        {
+            if let Some(fd) = port.readable() {
+                // Closing alone is not enough if someone else holds the descriptor too.
+                let _ = self.poll.registry().deregister(&mut SourceFd(&fd.as_raw_fd()));
+            }
+            (slot.ready, slot.busy) = (false, false);
+        }
+        self.ready.retain(|ready| *ready != id);
+        self.busy.retain(|busy| *busy != id);
+        self.empty_queue(id);
+    }
+
+    /// Lets what was learned age, as often as there is something that can.
+    fn tick(&mut self, worked: bool) {
+        let due = match self.next_tick {
+            Some(tick) => tick <= Instant::boottime(),
+            None => worked,
+        };
+        if due {
+            self.next_tick = self.forwarder.tick(Instant::boottime());
+        }
+    }
+
+    fn tell_mtu(&mut self, tables: &Tables) {
+        if self.tunnel_mtu != tables.tunnel_mtu {
+            self.tunnel_mtu = tables.tunnel_mtu;
+            for port in self.ports.iter_mut().flatten().filter_map(|slot| slot.port.as_mut()) {
+                port.set_tunnel_mtu(tables.tunnel_mtu);
+            }
+        }
+    }
+
+    /// Carries out all waiting commands; `false` if the thread shall end.
+    fn obey(&mut self, inbox: &Receiver<Command>) -> bool {
+        loop {
+            // An asker that is gone needs no answer.
+            match inbox.try_recv() {
+                Ok(Command::AddPort(id, device, answer)) => drop(answer.send(self.add(id, device))),
+                Ok(Command::RemovePort(id, answer)) => drop(answer.send(self.remove(id))),
+                Ok(Command::Snapshot { flows, answer }) => drop(answer.send(self.snapshot(flows))),
+                Err(TryRecvError::Empty) => return true,
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn add(&mut self, id: PortId, device: Device) -> Result<(), RouterError> {
+        let tunnel_mtu = self.tables.load().tunnel_mtu;
+        let port: Box<dyn Port> = match device {
+            Device::Tap(tap) => Box::new(TapPort::new(tap, id)),
+            Device::Underlay(underlay) => Box::new(UdpPort::new(underlay, id, tunnel_mtu)),
+        };
+        self.insert(id, port).map_err(RouterError::Device)
+    }
+
+    fn insert(&mut self, id: PortId, port: Box<dyn Port>) -> io::Result<()> {
+        if self.ports.len() <= id.index() {
+            self.ports.resize_with(id.index() + 1, || None);
+        }
+        let slot = &mut self.ports[id.index()];
+        if slot.as_ref().is_some_and(|slot| slot.port.is_some()) {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, format!("port {id} is in use")));
+        }
+        if let Some(fd) = port.readable() {
+            let token = Token(id.index());
+            self.poll.registry().register(&mut SourceFd(&fd.as_raw_fd()), token, Interest::READABLE)?;
+        }
+        let (kind, capabilities) = (port.kind(), port.capabilities());
+        *slot = Some(Slot { port: Some(port), kind, capabilities, ready: false, busy: false });
+        self.forwarder.stats().reset(id);
+        self.mark_ready(id);
+        Ok(())
+    }
+
+    fn remove(&mut self, id: PortId) -> Option<PortStats> {
+        self.ports.get_mut(id.index())?.as_ref()?;
+        self.close(id);
+        self.ports[id.index()] = None;
+        Some(*self.forwarder.stats().port(id))
+    }
+
+    fn snapshot(&mut self, flows: bool) -> Snapshot {
+        let now = Instant::boottime();
+        let stats = self.forwarder.stats();
+        let ports = self.ports.iter().enumerate().filter_map(|(index, slot)| {
+            let (id, slot) = (PortId(index as u16), slot.as_ref()?);
+            let capabilities = slot.port.as_ref().map_or(slot.capabilities, |port| port.capabilities());
+            Some(PortSnapshot { id, kind: slot.kind, up: slot.port.is_some(), capabilities, stats: stats.of(id) })
+        });
+        let (ports, nodes) = (ports.collect(), stats.nodes().to_vec());
+        Snapshot {
+            now,
+            epoch: self.tables.load().epoch,
+            ports,
+            nodes,
+            fdb: self.forwarder.fdb(),
+            flows: if flows { self.forwarder.flows(now) } else { Vec::new() },
+            free: self.pool.free(),
+        }
+    }
+}
+
+/// A port whose code panics is as good as gone.
+fn guarded<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| Err(io::Error::other("the port's code panicked")))
+}
