@@ -111,7 +111,9 @@ impl ConnTrack {
         let first = self.bucket(self.hash(&key));
         let bucket = &mut self.entries[first..first + WAYS];
         let same = |entry: &FlowEntry| {
-            entry.key == key && entry.verdict.sender == verdict.sender && entry.verdict.addressed_to == verdict.addressed_to
+            entry.key == key
+                && entry.verdict.sender == verdict.sender
+                && entry.verdict.addressed_to == verdict.addressed_to
         };
         let rank = |entry: &Option<FlowEntry>| match entry {
             Some(entry) if same(entry) => (0, Instant(0)),

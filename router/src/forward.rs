@@ -110,8 +110,7 @@ impl Forwarder {
             self.within_budget(packet, tables, now)?;
             return Ok((path, remember(receivers(hop, packet, tables), FlowCommit::None)));
         }
-        let verdict =
-            Verdict { sender: packet.sender, addressed_to: packet.dst, path, learned, epoch: tables.epoch };
+        let verdict = Verdict { sender: packet.sender, addressed_to: packet.dst, path, learned, epoch: tables.epoch };
         Ok((path, remember(0, FlowCommit::Open(flow, verdict))))
     }
 
@@ -142,7 +141,15 @@ impl Forwarder {
     }
 
     /// Ends a frame, and tells its sender if that is due.
-    fn refuse(&mut self, frame: Frame, packet: &Packet, reason: DropReason, mtu: u32, round: &Round<'_>, out: &mut Outbox) {
+    fn refuse(
+        &mut self,
+        frame: Frame,
+        packet: &Packet,
+        reason: DropReason,
+        mtu: u32,
+        round: &Round<'_>,
+        out: &mut Outbox,
+    ) {
         let ingress = frame.ingress();
         if icmp::is_due(reason, packet) && self.icmp_budget.allows(ingress, round.now) {
             let gateway = &round.tables.gateway;
@@ -170,7 +177,9 @@ impl Forwarder {
         }
         let hop = match (tables.mode, packet.sender) {
             (Mode::Routed, Sender::Node(_)) => return Err(DropReason::UnsupportedType),
-            (Mode::Routed, Sender::Pod(_)) | (Mode::Bridged, Sender::Node(_)) => Hop::Flood { ports: true, nodes: false },
+            (Mode::Routed, Sender::Pod(_)) | (Mode::Bridged, Sender::Node(_)) => {
+                Hop::Flood { ports: true, nodes: false }
+            }
             (Mode::Bridged, Sender::Pod(_)) => Hop::Flood { ports: true, nodes: true },
         };
         let copies = receivers(hop, packet, tables);
@@ -190,7 +199,14 @@ impl Forwarder {
         if self.flood_budget.allows(port, now) { Ok(()) } else { Err(DropReason::FloodBudget) }
     }
 
-    fn find_hop(&self, packet: &Packet, ip: Option<&Ip>, to: &AddressedTo, tables: &Tables, now: Instant) -> Result<Way, DropReason> {
+    fn find_hop(
+        &self,
+        packet: &Packet,
+        ip: Option<&Ip>,
+        to: &AddressedTo,
+        tables: &Tables,
+        now: Instant,
+    ) -> Result<Way, DropReason> {
         match (to, ip) {
             (AddressedTo::Neighbour(mac), _) => self.bridge_to(*mac, packet, tables, now),
             (AddressedTo::Router, Some(ip)) => route_to(ip, packet, tables),
@@ -244,7 +260,15 @@ impl Forwarder {
     }
 
     /// Copies go to all receivers but the last, which gets the frame itself.
-    fn flood(&mut self, frame: Frame, packet: &Packet, to: (bool, bool), entropy: u16, round: &Round<'_>, out: &mut Outbox) {
+    fn flood(
+        &mut self,
+        frame: Frame,
+        packet: &Packet,
+        to: (bool, bool),
+        entropy: u16,
+        round: &Round<'_>,
+        out: &mut Outbox,
+    ) {
         let tables = round.tables;
         let ports = tables.flood.iter().filter(|_| to.0).filter(|port| packet.sender != Sender::Pod(**port));
         let nodes = (0..tables.nodes.len()).map(|index| NodeId(index as u16)).filter(|_| to.1);
@@ -263,7 +287,9 @@ impl Forwarder {
                 (Some(frame), Hop::Node(node)) => self.send(node, frame, entropy, tables, out),
                 (Some(frame), Hop::Port(port)) => self.push(port, frame, out),
                 // A copy that could not be made was counted as made, and ends for want of a buffer.
-                (None, _) => self.stats.ended(original.as_ref().map_or(PortId(0), Frame::ingress), DropReason::NoBuffer),
+                (None, _) => {
+                    self.stats.ended(original.as_ref().map_or(PortId(0), Frame::ingress), DropReason::NoBuffer)
+                }
                 (Some(frame), _) => self.stats.drop(frame, DropReason::NoReceiver),
             }
         }

@@ -41,7 +41,13 @@ impl Stack {
     ///
     /// # Errors
     /// `GatewayRefused` for superframes, which no pod has a reason to send here.
-    pub fn serve(&mut self, frame: &Frame, gateway: &Gateway, mtu: u32, now: Instant) -> Result<&mut [Vec<u8>], DropReason> {
+    pub fn serve(
+        &mut self,
+        frame: &Frame,
+        gateway: &Gateway,
+        mtu: u32,
+        now: Instant,
+    ) -> Result<&mut [Vec<u8>], DropReason> {
         if frame.offload.gso.is_some() {
             return Err(DropReason::GatewayRefused);
         }

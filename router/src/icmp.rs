@@ -38,13 +38,22 @@ pub fn is_due(reason: DropReason, packet: &Packet) -> bool {
         reason,
         DropReason::TtlExceeded | DropReason::MtuExceeded | DropReason::NoRoute | DropReason::UnknownNeighbour
     );
-    let single = packet.dst.is_unicast() && !ip.src.is_unspecified() && !ip.src.is_multicast() && !ip.dst.is_multicast();
+    let single =
+        packet.dst.is_unicast() && !ip.src.is_unspecified() && !ip.src.is_multicast() && !ip.dst.is_multicast();
     about && single && !ip.is_icmp_error() && ip.fragment != Some(Fragment::Later)
 }
 
 /// Makes the error about a frame, from the gateway to the frame's sender, as an Ethernet frame with these MACs. `mtu` is what would have
 /// fitted. `None` if the gateway has no address of that family or no buffer is free.
-pub fn error(reason: DropReason, packet: &Packet, frame: &Frame, mtu: u32, gateway: &Gateway, macs: Macs, pool: &Pool) -> Option<Frame> {
+pub fn error(
+    reason: DropReason,
+    packet: &Packet,
+    frame: &Frame,
+    mtu: u32,
+    gateway: &Gateway,
+    macs: Macs,
+    pool: &Pool,
+) -> Option<Frame> {
     let ip = packet.ip()?;
     let (mut chunk, start) = pool.chunk()?;
     let (header, limit) = if ip.src.is_ipv4() { (IPV4_LEN, LIMIT_V4) } else { (IPV6_LEN, LIMIT_V6) };

@@ -9,7 +9,9 @@
 use std::net::{IpAddr, Ipv6Addr};
 
 use weft_encap::arp::Arp;
-use weft_encap::eth::{ETH_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_VLAN, EthHeader};
+use weft_encap::eth::{
+    ETH_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_VLAN, EthHeader,
+};
 use weft_encap::icmp::{self, IcmpHeader};
 use weft_encap::ipv4::{IPV4_LEN, Ipv4Header};
 use weft_encap::ipv6::{self, IPV6_LEN, Ipv6Header, WalkError};
@@ -317,7 +319,8 @@ fn superframe_header(frame: &Frame, ip: &Ip, gso: &Gso) -> Option<u16> {
     let partial = frame.offload.partial?;
     let summed = usize::from(partial.start) == l4 && usize::from(partial.offset) == offset;
     let len = l4 + header;
-    let usable = fits && summed && ip.fragment.is_none() && gso.size > 0 && len <= frame.head().len() && len < frame.len();
+    let usable =
+        fits && summed && ip.fragment.is_none() && gso.size > 0 && len <= frame.head().len() && len < frame.len();
     usable.then_some(len as u16)
 }
 

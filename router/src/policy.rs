@@ -101,7 +101,13 @@ fn check_discovery(pod: &Pod, message: &Discovery, is_probe: bool, known: Known<
 ///
 /// # Errors
 /// What it must not claim.
-pub fn check_node(node: &Node, mode: Mode, packet: &Packet, known: Known<'_>, static_mac: bool) -> Result<(), DropReason> {
+pub fn check_node(
+    node: &Node,
+    mode: Mode,
+    packet: &Packet,
+    known: Known<'_>,
+    static_mac: bool,
+) -> Result<(), DropReason> {
     match (mode, &packet.network) {
         (Mode::Routed, Network::Ip(ip)) => {
             let theirs = node.ranges.iter().any(|range| range.contains(&ip.src));

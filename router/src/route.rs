@@ -56,7 +56,9 @@ mod tests {
         v4.insert("0.0.0.0/0".parse().unwrap(), Via::Local);
         let mut v6 = PrefixMap::new();
         v6.insert("::/0".parse().unwrap(), Via::Local);
-        for address in ["0.0.0.0", "127.0.0.1", "169.254.1.1", "224.0.0.1", "255.255.255.255", "::", "::1", "fe80::1", "ff02::1"] {
+        for address in
+            ["0.0.0.0", "127.0.0.1", "169.254.1.1", "224.0.0.1", "255.255.255.255", "::", "::1", "fe80::1", "ff02::1"]
+        {
             assert_eq!(find(address.parse().unwrap(), &v4, &v6), Err(DropReason::NotForwardable), "{address}");
         }
     }
