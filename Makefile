@@ -1,0 +1,57 @@
+# `make` lists what there is. The work is done by the scripts in .ci/ and deploy/, and by cargo.
+
+SHELL := /bin/bash
+export PATH := $(PATH):/usr/sbin:/sbin:$(HOME)/.cargo/bin
+
+# Where cargo builds, and where the three programs are put together: the lab and the tests look for them there.
+export CARGO_TARGET_DIR ?= $(CURDIR)/target
+export WEFT_BIN_DIR ?= $(CARGO_TARGET_DIR)/weft
+
+# Seconds for each target of `make fuzz`.
+FUZZ_SECONDS ?= 60
+
+.PHONY: help demo test check bench fuzz build install uninstall clean
+.DEFAULT_GOAL := help
+
+help: ## List these targets
+	@echo "Weft: the pod network of a bare-metal cluster as one userspace program per node."
+	@echo
+	@sed -n 's/^\([a-z]*\):.* ## \(.*\)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r target text; do \
+	    printf '  make %-10s %s\n' "$$target" "$$text"; done
+	@echo
+	@echo "Programs are built into $(WEFT_BIN_DIR). Missing Debian packages are installed if you are root."
+
+demo: ## Two nodes, four pods, real traffic, in under a minute after building (root)
+	@.ci/setup root lab
+	@.ci/build
+	@"$(WEFT_BIN_DIR)/weft" lab demo
+
+test: ## Every test: units, models, a real kernel (root)
+	@.ci/setup root lab test
+	@.ci/build
+	@.ci/test
+
+check: ## Format, lints, documentation, dependencies, sizes
+	@.ci/setup build
+	@.ci/check
+
+bench: ## Criterion benches of the data plane's core; CPU time, see benches/README.md
+	@.ci/setup build
+	@cargo bench --locked -p weft-benches
+
+fuzz: ## Every fuzz target for FUZZ_SECONDS (60) each
+	@.ci/setup build
+	@.ci/fuzz $(FUZZ_SECONDS)
+
+build: ## weftd, weft and the static weft-cni, optimised
+	@.ci/setup build
+	@.ci/build
+
+install: build ## Put Weft on this node, for systemd and a container runtime (root)
+	@deploy/install "$(WEFT_BIN_DIR)"
+
+uninstall: ## Take it away again, and leave the node as it was (root)
+	@deploy/uninstall
+
+clean: ## Remove what was built
+	@cargo clean
