@@ -1,4 +1,5 @@
 //! The way of a frame, without devices: frames in, frames out, and every counter.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -84,7 +85,7 @@ impl Bed {
     }
 
     /// A pod sends bytes; what leaves is counted as sent.
-    fn from_pod(&mut self, port: u16, bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
+    fn pod_sends(&mut self, port: u16, bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
         let frame = Frame::from_bytes(bytes, PortId(port), &self.pool).unwrap();
         self.pass(frame)
     }
@@ -101,13 +102,13 @@ impl Bed {
             .collect()
     }
 
-    fn from_node(&mut self, peer: IpAddr, vni: u32, inner: &[u8]) -> Vec<(u16, Vec<u8>)> {
+    fn node_sends(&mut self, peer: IpAddr, vni: u32, inner: &[u8]) -> Vec<(u16, Vec<u8>)> {
         let mut bytes = VxlanHeader::new(Vni::new(vni).unwrap()).as_bytes().to_vec();
         bytes.extend_from_slice(inner);
-        self.from_underlay(peer, &bytes)
+        self.underlay_brings(peer, &bytes)
     }
 
-    fn from_underlay(&mut self, peer: IpAddr, bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
+    fn underlay_brings(&mut self, peer: IpAddr, bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
         let mut frame = Frame::from_bytes(bytes, UNDERLAY, &self.pool).unwrap();
         frame.outer = Some(Outer { peer, entropy: 0, tos: 0 });
         self.pass(frame)
@@ -219,9 +220,9 @@ fn pods_of_a_node_are_bridged_and_not_a_byte_changes() {
         let mut bed = Bed::new(mode, 2);
         for ttl in [1, 64] {
             let sent = udp4(pod_mac(1), pod_mac(2), pod_v4(1), pod_v4(2), ttl, 10);
-            assert_eq!(bed.from_pod(1, &sent), [(2, sent.clone())]);
+            assert_eq!(bed.pod_sends(1, &sent), [(2, sent.clone())]);
             let sent = udp6(pod_mac(1), pod_mac(2), pod_v6(1), pod_v6(2), ttl, 10);
-            assert_eq!(bed.from_pod(1, &sent), [(2, sent.clone())]);
+            assert_eq!(bed.pod_sends(1, &sent), [(2, sent.clone())]);
         }
         bed.assert_conserved();
     }
@@ -232,14 +233,14 @@ fn a_packet_for_another_node_is_routed_into_the_tunnel() {
     let mut bed = Bed::new(Mode::Routed, 1);
     for _ in 0..3 {
         let sent = udp4(pod_mac(1), GATEWAY, pod_v4(1), REMOTE, 64, 10);
-        let out = bed.from_pod(1, &sent);
+        let out = bed.pod_sends(1, &sent);
         assert_eq!(out.len(), 1);
         let (port, bytes) = &out[0];
         assert_eq!(*port, UNDERLAY.0);
         assert_eq!(VxlanHeader::parse(bytes).unwrap(), Vni::new(1).unwrap());
         assert_eq!(bytes[8..], udp4(VTEP, PEER_VTEP, pod_v4(1), REMOTE, 63, 10));
         let sent = udp6(pod_mac(1), GATEWAY, pod_v6(1), REMOTE6, 64, 10);
-        assert_eq!(bed.from_pod(1, &sent)[0].1[8..], udp6(VTEP, PEER_VTEP, pod_v6(1), REMOTE6, 63, 10));
+        assert_eq!(bed.pod_sends(1, &sent)[0].1[8..], udp6(VTEP, PEER_VTEP, pod_v6(1), REMOTE6, 63, 10));
     }
     bed.assert_conserved();
     assert_eq!(bed.forwarder.flows(bed.now).len(), 2);
@@ -251,7 +252,7 @@ fn a_packet_from_another_node_is_routed_to_its_pod_whatever_the_inner_mac() {
     let mut bed = Bed::new(Mode::Routed, 2);
     for mac in [VTEP, Mac([2, 9, 9, 9, 9, 9])] {
         let inner = udp4(PEER_VTEP, mac, REMOTE, pod_v4(2), 63, 10);
-        assert_eq!(bed.from_node(PEER, 1, &inner), [(2, udp4(GATEWAY, pod_mac(2), REMOTE, pod_v4(2), 62, 10))]);
+        assert_eq!(bed.node_sends(PEER, 1, &inner), [(2, udp4(GATEWAY, pod_mac(2), REMOTE, pod_v4(2), 62, 10))]);
     }
     bed.assert_conserved();
 }
@@ -276,7 +277,7 @@ fn nothing_comes_out_of_the_tunnel_that_does_not_belong_there() {
     ];
     for (peer, vni, inner, reason) in cases {
         let mut bed = Bed::new(Mode::Routed, 2);
-        assert_eq!(bed.from_node(peer, vni, &inner), [], "{reason:?}");
+        assert_eq!(bed.node_sends(peer, vni, &inner), [], "{reason:?}");
         bed.assert_only(0, reason, 1);
         assert_eq!(bed.forwarder.fdb(), []);
     }
@@ -294,7 +295,7 @@ fn each_reserved_bit_of_the_tunnel_header_is_refused() {
         let mut bytes = VxlanHeader::new(Vni::new(1).unwrap()).as_bytes().to_vec();
         bytes[bit / 8] ^= 0x80 >> (bit % 8);
         bytes.extend_from_slice(&inner);
-        assert_eq!(bed.from_underlay(PEER, &bytes), [], "bit {bit}");
+        assert_eq!(bed.underlay_brings(PEER, &bytes), [], "bit {bit}");
         bed.assert_only(0, DropReason::TunnelHeader, 1);
     }
 }
@@ -304,7 +305,7 @@ fn the_gateway_and_known_pods_are_answered_with_their_own_mac() {
     let mut bed = Bed::new(Mode::Routed, 2);
     let gateway = bed.tables.gateway;
     for (target, mac) in [(gateway.ipv4.unwrap(), GATEWAY), (pod_v4(2), pod_mac(2))] {
-        let out = bed.from_pod(1, &arp_request(pod_mac(1), pod_v4(1), target));
+        let out = bed.pod_sends(1, &arp_request(pod_mac(1), pod_v4(1), target));
         assert_eq!(out[0].0, 1);
         let (arp, _) = Arp::read_from_prefix(&out[0].1[14..]).unwrap();
         assert_eq!(arp.op.get(), REPLY);
@@ -314,7 +315,7 @@ fn the_gateway_and_known_pods_are_answered_with_their_own_mac() {
     for (target, mac, flags) in
         [(gateway.ipv6.unwrap(), GATEWAY, 0xe0), (link_local, GATEWAY, 0xe0), (pod_v6(2), pod_mac(2), 0x60)]
     {
-        let out = bed.from_pod(1, &solicitation(pod_mac(1), pod_v6(1), target));
+        let out = bed.pod_sends(1, &solicitation(pod_mac(1), pod_v6(1), target));
         assert_eq!(out[0].0, 1);
         assert_sound(&out[0].1);
         let (message, option) = Neighbor::parse(&out[0].1[54..]).unwrap();
@@ -333,7 +334,7 @@ fn duplicate_detection_and_probes_are_never_answered() {
         solicitation(pod_mac(1), Ipv6Addr::UNSPECIFIED, pod_mac(1).link_local()),
     ];
     for question in questions {
-        assert_eq!(bed.from_pod(1, &question), [(2, question.clone())]);
+        assert_eq!(bed.pod_sends(1, &question), [(2, question.clone())]);
     }
     bed.assert_conserved();
 }
@@ -372,7 +373,7 @@ fn a_pod_speaks_for_nobody_else() {
     ];
     for (bytes, reason) in cases {
         let mut bed = Bed::new(Mode::Bridged, 2);
-        assert_eq!(bed.from_pod(1, &bytes), [], "{reason:?}");
+        assert_eq!(bed.pod_sends(1, &bytes), [], "{reason:?}");
         bed.assert_only(1, reason, 1);
         assert_eq!(bed.forwarder.fdb(), []);
     }
@@ -390,7 +391,7 @@ fn link_local_protocols_pass() {
     ];
     for bytes in passes {
         let mut bed = Bed::new(Mode::Routed, 2);
-        assert_eq!(bed.from_pod(1, &bytes), [(2, bytes.clone())]);
+        assert_eq!(bed.pod_sends(1, &bytes), [(2, bytes.clone())]);
     }
 }
 
@@ -401,7 +402,7 @@ fn a_ping_to_the_gateway_is_answered_whole_or_in_fragments() {
     let gateway = bed.tables.gateway.ipv4.unwrap();
     let builder = PacketBuilder::ethernet2(pod_mac(1).0, GATEWAY.0).ipv4(pod_v4(1).octets(), gateway.octets(), 1);
     builder.icmpv4_echo_request(7, 9).write(&mut bytes, &[1; 1000]).unwrap();
-    let out = bed.from_pod(1, &bytes);
+    let out = bed.pod_sends(1, &bytes);
     assert_eq!(out.len(), 1);
     assert_sound(&out[0].1);
     assert_eq!((out[0].0, &out[0].1[..6], &out[0].1[6..12]), (1, &pod_mac(1).0[..], &GATEWAY.0[..]));
@@ -427,7 +428,7 @@ fn a_ping_to_the_gateway_is_answered_whole_or_in_fragments() {
         let mut frame = bytes[..14].to_vec();
         header.write(&mut frame).unwrap();
         frame.extend_from_slice(piece);
-        out = bed.from_pod(1, &frame);
+        out = bed.pod_sends(1, &frame);
     }
     assert_eq!(out.len(), 1);
     assert_sound(&out[0].1);
@@ -437,7 +438,7 @@ fn a_ping_to_the_gateway_is_answered_whole_or_in_fragments() {
     let gateway = bed.tables.gateway.ipv6.unwrap();
     let builder = PacketBuilder::ethernet2(pod_mac(1).0, GATEWAY.0).ipv6(pod_v6(1).octets(), gateway.octets(), 64);
     builder.icmpv6_echo_request(7, 9).write(&mut bytes, &[1; 1000]).unwrap();
-    let out = bed.from_pod(1, &bytes);
+    let out = bed.pod_sends(1, &bytes);
     assert_sound(&out[0].1);
     assert_eq!(out[0].1[54], 129);
     bed.assert_only(1, DropReason::Answered, 5);
@@ -448,7 +449,7 @@ fn a_router_must_not_forward_a_packet_whose_ttl_would_become_zero() {
     for ttl in [0, 1] {
         let mut bed = Bed::new(Mode::Routed, 1);
         let sent = udp4(pod_mac(1), GATEWAY, pod_v4(1), REMOTE, ttl, 100);
-        let out = bed.from_pod(1, &sent);
+        let out = bed.pod_sends(1, &sent);
         assert_eq!(out[0].0, 1);
         assert_sound(&out[0].1);
         assert_eq!(out[0].1[26..30], bed.tables.gateway.ipv4.unwrap().octets());
@@ -456,7 +457,7 @@ fn a_router_must_not_forward_a_packet_whose_ttl_would_become_zero() {
         assert_eq!(out[0].1[42..], sent[14..]);
         bed.assert_only(1, DropReason::TtlExceeded, 1);
         let sent = udp6(pod_mac(1), GATEWAY, pod_v6(1), REMOTE6, ttl, 100);
-        let out = bed.from_pod(1, &sent);
+        let out = bed.pod_sends(1, &sent);
         assert_sound(&out[0].1);
         assert_eq!(out[0].1[54..56], [3, 0]);
         assert_eq!(out[0].1[62..], sent[14..]);
@@ -466,7 +467,7 @@ fn a_router_must_not_forward_a_packet_whose_ttl_would_become_zero() {
 #[test]
 fn an_expired_packet_from_another_node_is_told_through_the_tunnel() {
     let mut bed = Bed::new(Mode::Routed, 1);
-    let out = bed.from_node(PEER, 1, &udp4(PEER_VTEP, VTEP, REMOTE, pod_v4(1), 1, 10));
+    let out = bed.node_sends(PEER, 1, &udp4(PEER_VTEP, VTEP, REMOTE, pod_v4(1), 1, 10));
     assert_eq!(out[0].0, UNDERLAY.0);
     let inner = &out[0].1[8..];
     assert_sound(inner);
@@ -479,7 +480,7 @@ fn an_expired_packet_from_another_node_is_told_through_the_tunnel() {
 fn an_oversize_packet_is_told_the_mtu_and_no_error_follows_an_error() {
     let mut bed = Bed::new(Mode::Routed, 1);
     let sent = udp4(pod_mac(1), GATEWAY, pod_v4(1), REMOTE, 64, 1450 - 27);
-    let out = bed.from_pod(1, &sent);
+    let out = bed.pod_sends(1, &sent);
     assert_eq!((out.len(), out[0].0), (1, 1));
     assert_sound(&out[0].1);
     assert_eq!(out[0].1[34..36], [3, 4]);
@@ -488,7 +489,7 @@ fn an_oversize_packet_is_told_the_mtu_and_no_error_follows_an_error() {
     bed.assert_only(1, DropReason::MtuExceeded, 1);
 
     let sent = udp6(pod_mac(1), GATEWAY, pod_v6(1), REMOTE6, 64, 1450 - 47);
-    let out = bed.from_pod(1, &sent);
+    let out = bed.pod_sends(1, &sent);
     assert_sound(&out[0].1);
     assert_eq!(out[0].1[54..56], [2, 0]);
     assert_eq!(out[0].1[58..62], 1450u32.to_be_bytes());
@@ -496,7 +497,7 @@ fn an_oversize_packet_is_told_the_mtu_and_no_error_follows_an_error() {
     let mut error = Vec::new();
     let builder = PacketBuilder::ethernet2(pod_mac(1).0, GATEWAY.0).ipv4(pod_v4(1).octets(), REMOTE.octets(), 1);
     builder.icmpv4_raw(3, 1, [0; 4]).write(&mut error, &[0; 28]).unwrap();
-    assert_eq!(bed.from_pod(1, &error), []);
+    assert_eq!(bed.pod_sends(1, &error), []);
     bed.assert_conserved();
 }
 
@@ -504,7 +505,7 @@ fn an_oversize_packet_is_told_the_mtu_and_no_error_follows_an_error() {
 fn icmp_errors_are_limited_per_port() {
     let mut bed = Bed::new(Mode::Routed, 1);
     let sent = udp4(pod_mac(1), GATEWAY, pod_v4(1), "192.0.2.1".parse().unwrap(), 64, 1);
-    let errors: usize = (0..1000).map(|_| bed.from_pod(1, &sent).len()).sum();
+    let errors: usize = (0..1000).map(|_| bed.pod_sends(1, &sent).len()).sum();
     assert_eq!(errors, RouterConfig::default().icmp_rate as usize);
     bed.assert_only(1, DropReason::NoRoute, 1000);
 }
@@ -584,25 +585,25 @@ fn in_bridged_mode_macs_are_learned_through_the_tunnel() {
     let remote = Ipv4Addr::new(10, 244, 2, 9);
     // The question goes to everybody, the answer teaches where it came from.
     let question = arp_request(pod_mac(1), pod_v4(1), remote);
-    let out = bed.from_pod(1, &question);
+    let out = bed.pod_sends(1, &question);
     assert_eq!(out.iter().map(|(port, _)| *port).collect::<Vec<_>>(), [0, 2, 3]);
     assert_eq!(out[0].1[8..], question);
     assert_eq!((&out[1].1, &out[2].1), (&question, &question));
 
     let unknown = udp4(pod_mac(1), REMOTE_MAC, pod_v4(1), remote, 64, 5);
-    let out = bed.from_pod(1, &unknown);
+    let out = bed.pod_sends(1, &unknown);
     assert_eq!(out.len(), 1, "an unknown MAC is on another node, for all local ones are known");
     let inner = udp4(REMOTE_MAC, pod_mac(1), remote, pod_v4(1), 64, 5);
-    assert_eq!(bed.from_node(PEER, 1, &inner), [(1, inner.clone())]);
+    assert_eq!(bed.node_sends(PEER, 1, &inner), [(1, inner.clone())]);
     assert_eq!(bed.forwarder.fdb().len(), 1);
-    let out = bed.from_pod(1, &unknown);
+    let out = bed.pod_sends(1, &unknown);
     assert_eq!((out.len(), out[0].0), (1, 0));
     assert_eq!(out[0].1[8..], unknown);
     bed.assert_conserved();
 
     // Never from tunnel to tunnel, and a broadcast from a node stays here.
-    assert_eq!(bed.from_node(PEER, 1, &udp4(REMOTE_MAC, Mac([2, 7, 7, 7, 7, 7]), remote, pod_v4(9), 64, 5)), []);
-    let out = bed.from_node(PEER, 1, &udp4(REMOTE_MAC, Mac::BROADCAST, remote, Ipv4Addr::BROADCAST, 64, 5));
+    assert_eq!(bed.node_sends(PEER, 1, &udp4(REMOTE_MAC, Mac([2, 7, 7, 7, 7, 7]), remote, pod_v4(9), 64, 5)), []);
+    let out = bed.node_sends(PEER, 1, &udp4(REMOTE_MAC, Mac::BROADCAST, remote, Ipv4Addr::BROADCAST, 64, 5));
     assert_eq!(out.iter().map(|(port, _)| *port).collect::<Vec<_>>(), [1, 2, 3]);
     bed.assert_conserved();
 }
@@ -623,12 +624,12 @@ fn local_and_gateway_macs_and_addresses_never_come_through_the_tunnel() {
     ];
     for bytes in cases {
         let mut bed = Bed::new(Mode::Bridged, 2);
-        assert_eq!(bed.from_node(PEER, 1, &bytes), []);
+        assert_eq!(bed.node_sends(PEER, 1, &bytes), []);
         bed.assert_only(0, DropReason::TunnelSource, 1);
         assert_eq!(bed.forwarder.fdb(), []);
     }
     let mut bed = Bed::new(Mode::Bridged, 2);
-    assert_eq!(bed.from_node(PEER, 1, &udp4(REMOTE_MAC, GATEWAY, remote, pod_v4(1), 64, 5)), []);
+    assert_eq!(bed.node_sends(PEER, 1, &udp4(REMOTE_MAC, GATEWAY, remote, pod_v4(1), 64, 5)), []);
     bed.assert_only(0, DropReason::NotForUs, 1);
 }
 
@@ -636,7 +637,7 @@ fn local_and_gateway_macs_and_addresses_never_come_through_the_tunnel() {
 fn a_question_from_another_node_reaches_only_the_pod_it_is_about() {
     let mut bed = Bed::new(Mode::Bridged, 3);
     let question = arp_request(REMOTE_MAC, Ipv4Addr::new(10, 244, 2, 9), pod_v4(2));
-    assert_eq!(bed.from_node(PEER, 1, &question), [(2, question.clone())]);
+    assert_eq!(bed.node_sends(PEER, 1, &question), [(2, question.clone())]);
     bed.assert_conserved();
 }
 
@@ -649,7 +650,7 @@ fn a_flow_follows_a_mac_that_moves_and_tables_that_change() {
     let inner = udp4(REMOTE_MAC, pod_mac(1), remote, pod_v4(1), 64, 5);
     let sent = udp4(pod_mac(1), REMOTE_MAC, pod_v4(1), remote, 64, 5);
     for peer in [PEER, second, PEER] {
-        bed.from_node(peer, 1, &inner);
+        bed.node_sends(peer, 1, &inner);
         for _ in 0..2 {
             let frame = Frame::from_bytes(&sent, PortId(1), &bed.pool).unwrap();
             let out = bed.give(frame);
@@ -687,12 +688,12 @@ fn frames_that_contradict_themselves_end_here_by_name() {
     ];
     for (bytes, reason) in cases {
         let mut bed = Bed::new(Mode::Routed, 2);
-        assert_eq!(bed.from_pod(1, &bytes), []);
+        assert_eq!(bed.pod_sends(1, &bytes), []);
         bed.assert_only(1, reason, 1);
     }
     for cut in 0..good.len() {
         let mut bed = Bed::new(Mode::Routed, 2);
-        assert_eq!(bed.from_pod(1, &good[..cut]), [], "cut at {cut}");
+        assert_eq!(bed.pod_sends(1, &good[..cut]), [], "cut at {cut}");
         bed.assert_conserved();
         assert_eq!(bed.forwarder.stats().of(PortId(1)).dropped_total(), 1);
     }
@@ -703,19 +704,19 @@ fn padding_does_not_cross_the_tunnel() {
     let mut bed = Bed::new(Mode::Routed, 1);
     let mut sent = udp4(pod_mac(1), GATEWAY, pod_v4(1), REMOTE, 64, 1);
     sent.resize(60, 0xcc);
-    assert_eq!(bed.from_pod(1, &sent)[0].1[8..], udp4(VTEP, PEER_VTEP, pod_v4(1), REMOTE, 63, 1));
+    assert_eq!(bed.pod_sends(1, &sent)[0].1[8..], udp4(VTEP, PEER_VTEP, pod_v4(1), REMOTE, 63, 1));
 }
 
 #[test]
 fn floods_stay_within_the_budget_and_spare_other_ports() {
     let mut bed = Bed::new(Mode::Bridged, 4);
     let storm = udp4(pod_mac(1), Mac::BROADCAST, pod_v4(1), Ipv4Addr::BROADCAST, 64, 5);
-    let copies: usize = (0..20_000).map(|_| bed.from_pod(1, &storm).len()).sum();
+    let copies: usize = (0..20_000).map(|_| bed.pod_sends(1, &storm).len()).sum();
     let rate = RouterConfig::default().flood_rate as usize;
     assert!((rate..rate + 8).contains(&copies), "{copies}");
     assert!(bed.dropped(1, DropReason::FloodBudget) > 0);
     let other = udp4(pod_mac(2), Mac::BROADCAST, pod_v4(2), Ipv4Addr::BROADCAST, 64, 5);
-    assert_eq!(bed.from_pod(2, &other).len(), 4);
+    assert_eq!(bed.pod_sends(2, &other).len(), 4);
     bed.assert_conserved();
 }
 
@@ -723,6 +724,6 @@ fn floods_stay_within_the_budget_and_spare_other_ports() {
 fn a_port_without_policy_forwards_nothing() {
     let mut bed = Bed::new(Mode::Routed, 2);
     let sent = udp4(pod_mac(1), pod_mac(2), pod_v4(1), pod_v4(2), 64, 20);
-    assert_eq!(bed.from_pod(9, &sent), []);
+    assert_eq!(bed.pod_sends(9, &sent), []);
     bed.assert_only(9, DropReason::PortClosed, 1);
 }
