@@ -1,2 +1,107 @@
-//! Under construction.
-fn main() {}
+//! `weft`: the command line.
+//!
+//! One half asks a running weftd for its state over its unix socket and prints it ([`show`]): tables for people, the
+//! protocol's own structures with `--json`. The other half ([`lab`]) builds a cluster on one machine from network
+//! namespaces, with the real daemon and the real plugin, and takes it down again.
+//!
+//! Results go to stdout, progress and errors to stderr. The exit code is 0 if all went well, 1 if not, 2 if the
+//! command line was wrong, and 3 if `weft status` succeeded but weftd reported problems.
+
+mod interrupt;
+mod lab;
+mod output;
+mod show;
+mod table;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::show::View;
+
+/// Exit code of `weft status` when the daemon answered and has problems to report.
+const EXIT_PROBLEMS: u8 = 3;
+
+const EXIT_CODES: &str =
+    "Exit code: 0 all went well; 1 an error; 2 a wrong command line; 3 `weft status` found problems.
+Colour is used on a terminal only, and never if NO_COLOR is set.";
+
+/// The pod network of a bare-metal cluster: what it is doing, and a laboratory to try it in.
+#[derive(Parser)]
+#[command(name = "weft", version, after_help = EXIT_CODES)]
+struct Cli {
+    /// The socket of the weftd to ask.
+    #[arg(long, global = true, value_name = "PATH", default_value = weft_api::SOCKET)]
+    socket: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The daemon's state; what is wrong comes first.
+    Status(Format),
+    /// The ports of the router, with counters.
+    Ports(Format),
+    /// Which destinations lead where.
+    Routes(Format),
+    /// The forwarding database: which MAC is where.
+    Fdb(Format),
+    /// The neighbours that the router answers for.
+    Neigh(Format),
+    /// The flows in the cache, busiest first.
+    Flows(Format),
+    /// The addresses that are leased, and to whom.
+    Leases(Format),
+    /// The frames that ended here, by reason; losses first.
+    Drops(Format),
+    /// The nodes of the cluster.
+    Nodes(Format),
+    /// Make weftd read its configuration again.
+    Reload,
+    /// A cluster on this machine, from network namespaces.
+    #[command(subcommand)]
+    Lab(lab::Command),
+    /// What the lab runs inside its namespaces.
+    #[command(subcommand, hide = true)]
+    LabPeer(lab::PeerCommand),
+}
+
+#[derive(Args)]
+struct Format {
+    /// Print the daemon's answer as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::complain(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<u8> {
+    let (view, format) = match cli.command {
+        Command::Status(format) => (View::Status, format),
+        Command::Ports(format) => (View::Ports, format),
+        Command::Routes(format) => (View::Routes, format),
+        Command::Fdb(format) => (View::Fdb, format),
+        Command::Neigh(format) => (View::Neigh, format),
+        Command::Flows(format) => (View::Flows, format),
+        Command::Leases(format) => (View::Leases, format),
+        Command::Drops(format) => (View::Drops, format),
+        Command::Nodes(format) => (View::Nodes, format),
+        Command::Reload => return show::reload(&cli.socket).map(|()| 0),
+        Command::Lab(command) => return lab::run(command).map(|()| 0),
+        Command::LabPeer(command) => return lab::run_peer(command).map(|()| 0),
+    };
+    let found_problems = show::show(view, &cli.socket, format.json)?;
+    Ok(if found_problems { EXIT_PROBLEMS } else { 0 })
+}
