@@ -24,6 +24,12 @@ const WAIT: Duration = Duration::from_secs(5);
 /// How long STATUS waits: runtimes ask it at boot, before anything is attached.
 const STATUS_WAIT: Duration = Duration::from_secs(10);
 
+/// How long a DEL waits for its answer, each of the two times it asks.
+const DEL_ANSWER: Duration = Duration::from_secs(4);
+
+/// How long STATUS waits for its answer; a daemon that takes longer is not one that serves an ADD.
+const STATUS_ANSWER: Duration = Duration::from_secs(10);
+
 /// `CNI_COMMAND`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
@@ -98,7 +104,8 @@ fn add(version: Version, config: &Config) -> Result<Value, Failure> {
         labels: arguments.labels,
     });
     let wait = config.wait.unwrap_or(WAIT);
-    let attached = daemon::ask(&config.socket, wait, &request, Some(descriptor.as_fd())).map_err(daemon::failure)?;
+    let attached = daemon::ask(&config.socket, wait, daemon::ANSWER, &request, Some(descriptor.as_fd()))
+        .map_err(daemon::failure)?;
     outcome::added(version, config, &netns, &attached)
 }
 
@@ -108,11 +115,12 @@ fn del(config: &Config) -> Result<(), Failure> {
     let netns = environment::variable("CNI_NETNS").ok().flatten();
     let descriptor = netns.and_then(|path| netns::open_pod(&path).ok());
     let request = Request::Del(key.clone());
-    let ask = || daemon::ask::<Empty>(&config.socket, Duration::ZERO, &request, descriptor.as_ref().map(AsFd::as_fd));
+    let descriptor = descriptor.as_ref().map(AsFd::as_fd);
+    let ask = || daemon::ask::<Empty>(&config.socket, Duration::ZERO, DEL_ANSWER, &request, descriptor);
 
     let away = match ask() {
         Ok(Empty {}) => return Ok(()),
-        Err(error @ (ClientError::Unreachable { .. } | ClientError::Protocol(_))) => error,
+        Err(error) if is_away(&error) => error,
         Err(error) => return Err(daemon::failure(error)),
     };
     let path = tombstone::write(&config.state_dir, &key).map_err(|error| {
@@ -124,7 +132,7 @@ fn del(config: &Config) -> Result<(), Failure> {
     // The daemon may have started, and have read the tombstones, just before this one was written.
     match ask() {
         Ok(Empty {}) => tombstone::remove(&path),
-        Err(ClientError::Unreachable { .. } | ClientError::Protocol(_)) => {
+        Err(error) if is_away(&error) => {
             eprintln!("weft-cni: weftd is away; it will free the attachment when it is back ({})", path.display());
         }
         Err(error) => {
@@ -133,6 +141,12 @@ fn del(config: &Config) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// A daemon that hangs is as good as one that is not there: a pod must not be kept from going. Should it come round and serve
+/// the DEL after all, the tombstone finds nothing left to do.
+fn is_away(error: &ClientError) -> bool {
+    matches!(error, ClientError::Unreachable { .. } | ClientError::TimedOut { .. } | ClientError::Protocol(_))
 }
 
 fn check(config: &Config) -> Result<(), Failure> {
@@ -145,14 +159,16 @@ fn check(config: &Config) -> Result<(), Failure> {
     let descriptor = netns::open_pod(&netns)?;
     let request = Request::Check(Check { key, expected });
     let wait = config.wait.unwrap_or(WAIT);
-    let Empty {} = daemon::ask(&config.socket, wait, &request, Some(descriptor.as_fd())).map_err(daemon::failure)?;
+    let Empty {} = daemon::ask(&config.socket, wait, daemon::ANSWER, &request, Some(descriptor.as_fd()))
+        .map_err(daemon::failure)?;
     Ok(())
 }
 
 fn gc(config: &Config) -> Result<(), Failure> {
     let request = Request::Gc(Gc { network: config.network.clone(), valid: config.valid_attachments()? });
     let wait = config.wait.unwrap_or(WAIT);
-    let Collected { .. } = daemon::ask(&config.socket, wait, &request, None).map_err(daemon::failure)?;
+    let Collected { .. } =
+        daemon::ask(&config.socket, wait, daemon::ANSWER, &request, None).map_err(daemon::failure)?;
     Ok(())
 }
 
@@ -160,7 +176,7 @@ fn gc(config: &Config) -> Result<(), Failure> {
 fn status(config: &Config) -> Result<(), Failure> {
     config.wanted(&Arguments::default())?;
     let wait = config.wait.unwrap_or(STATUS_WAIT);
-    match daemon::ask(&config.socket, wait, &Request::Ready, None) {
+    match daemon::ask(&config.socket, wait, STATUS_ANSWER, &Request::Ready, None) {
         Ok(Empty {}) => Ok(()),
         Err(error) => {
             let failure = daemon::failure(error);

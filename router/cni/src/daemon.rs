@@ -14,19 +14,20 @@ use serde::de::DeserializeOwned;
 use weft_api::{Client, ClientError, Failure, Request, code};
 
 /// How long the daemon may take for one answer. An ADD waits for netlink and for the disk.
-const ANSWER: Duration = Duration::from_secs(30);
+pub const ANSWER: Duration = Duration::from_secs(30);
 
 /// How long between two tries.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Asks the daemon at `socket`, and waits for up to `wait` until it is there.
+/// Asks the daemon at `socket`, waits for up to `wait` until it is there, and then for up to `answer` until it answers.
 pub fn ask<T: DeserializeOwned>(
     socket: &Path,
     wait: Duration,
+    answer: Duration,
     request: &Request,
     descriptor: Option<BorrowedFd<'_>>,
 ) -> Result<T, ClientError> {
-    let mut client = reach(socket, wait)?;
+    let mut client = reach(socket, wait, answer)?;
     match descriptor {
         Some(descriptor) => client.call_with_fd(request, descriptor),
         None => client.call(request),
@@ -42,10 +43,10 @@ pub fn failure(error: ClientError) -> Failure {
     }
 }
 
-fn reach(socket: &Path, wait: Duration) -> Result<Client, ClientError> {
+fn reach(socket: &Path, wait: Duration, answer: Duration) -> Result<Client, ClientError> {
     let deadline = Instant::now() + wait;
     loop {
-        match Client::connect(socket, ANSWER) {
+        match Client::connect(socket, answer) {
             Err(ClientError::Unreachable { source, .. }) if passes(source.kind()) && Instant::now() < deadline => {
                 std::thread::sleep(PAUSE.min(deadline.saturating_duration_since(Instant::now())));
             }

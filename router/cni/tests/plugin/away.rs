@@ -1,5 +1,6 @@
 //! Each command with a daemon that is away, comes late, or goes away in the middle.
 
+use std::os::unix::net::UnixListener;
 use std::thread;
 use std::time::Duration;
 
@@ -82,6 +83,17 @@ fn del_succeeds_at_once_and_leaves_one_tombstone_that_names_the_attachment() {
 
     call.clone().set("CNI_IFNAME", "eth1").run().silent();
     assert_eq!(tombstones(&folder).len(), 2);
+}
+
+#[test]
+fn del_does_not_wait_for_a_daemon_that_hangs() {
+    let folder = Folder::new();
+    // It is there, and accepts connections as far as the kernel does that for it, but never answers.
+    let _hung = UnixListener::bind(folder.path().join("weftd.sock")).unwrap();
+    let outcome = call(&folder, "DEL", json!({})).run();
+    assert!(outcome.elapsed < Duration::from_secs(10), "it took {:?}", outcome.elapsed);
+    outcome.silent();
+    assert_eq!(tombstones(&folder).len(), 1);
 }
 
 #[test]
