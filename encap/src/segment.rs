@@ -153,9 +153,9 @@ impl Segments {
     }
 
     fn write_network(&self, i: usize, bytes: &mut [u8], transport_len: u16) {
-        let len = bytes.len() as u16 + transport_len;
         match &self.network {
             Network::V4 { id, sum } => {
+                let len = bytes.len() as u16 + transport_len;
                 let (header, _) = Ipv4Header::mut_from_prefix(bytes).expect("the plan read this header");
                 let id = id.wrapping_add(i as u16);
                 header.total_len = len.into();
@@ -163,8 +163,10 @@ impl Segments {
                 header.checksum = sum.clone().add_word(len).add_word(id).finish().into();
             }
             Network::V6 => {
+                // IPv6 does not count its fixed header.
+                let len = (bytes.len() - IPV6_LEN) as u16 + transport_len;
                 let (header, _) = Ipv6Header::mut_from_prefix(bytes).expect("the plan read this header");
-                header.payload_len = (len - IPV6_LEN as u16).into();
+                header.payload_len = len.into();
             }
         }
     }

@@ -125,7 +125,7 @@ fn whatever_differs_stops_the_run() {
         ("DF", |next| next.dont_fragment ^= true),
     ];
     let v6: [(&str, Change); 1] = [("flow label", |next| next.flow_label ^= 1)];
-    let tcp: [(&str, Change); 12] = [
+    let tcp: [(&str, Change); 14] = [
         ("gap", |next| next.seq = next.seq.wrapping_add(1)),
         ("overlap", |next| next.seq = next.seq.wrapping_sub(1)),
         ("ack", |next| next.ack += 1),
@@ -137,6 +137,8 @@ fn whatever_differs_stops_the_run() {
         ("URG", |next| next.flags |= tcp::URG),
         ("ECE", |next| next.flags |= tcp::ECE),
         ("CWR", |next| next.flags |= tcp::CWR),
+        ("AccECN", |next| next.accurate_ecn = true),
+        ("urgent pointer", |next| next.urgent = 1),
         ("no ACK", |next| next.flags = 0),
     ];
     for first in kinds() {
@@ -222,10 +224,16 @@ fn a_frame_with_a_bad_checksum_passes_alone_and_unverified() {
 
 #[test]
 fn a_datagram_without_a_checksum_proves_nothing() {
-    let flow = Flow { tcp: false, ..Flow::default() };
-    let mut frame = flow.frame();
-    frame[flow.checksum_at()..][..2].fill(0);
-    assert_alone(&merge(&[frame.clone(), frame]), false);
+    let frame = |word: u16| Flow { tcp: false, payload: word.to_be_bytes().to_vec(), ..Flow::default() }.frame();
+    let at = Flow::default().l4() + 6;
+    // Also where the sum is zero, so that a missing checksum would verify.
+    let zero_sum = (0..=u16::MAX).find(|word| frame(*word)[at..at + 2] == [0xff, 0xff]);
+    for word in [0x1234, zero_sum.unwrap()] {
+        let mut frame = frame(word);
+        assert_alone(&merge(&[frame.clone()]), true);
+        frame[at..at + 2].fill(0);
+        assert_alone(&merge(&[frame.clone(), frame]), false);
+    }
 }
 
 #[test]
@@ -250,18 +258,17 @@ fn another_tunnel_header_stops_the_run() {
 #[test]
 fn a_run_is_no_longer_than_an_ip_packet() {
     for flow in kinds() {
-        let header_len = flow.header_len() - L3;
-        // Exactly at the limit, and one byte beyond.
-        for (payload, frames) in [((65_535 - header_len) / 5, 5), ((65_535 - header_len) / 5 + 1, 4)] {
-            let mut next = Flow { payload: noise(payload), ..flow.clone() };
-            let all: Vec<_> = (0..8)
-                .map(|_| {
-                    let frame = next.frame();
-                    next = second(&next);
-                    frame
-                })
-                .collect();
-            assert_eq!(merge(&all).frames, frames, "{payload}");
+        let mut frames = Vec::new();
+        let mut next = Flow { payload: noise(16_000), ..flow.clone() };
+        for _ in 0..4 {
+            frames.push(next.frame());
+            next = second(&next);
+        }
+        let room = 65_535 - (flow.header_len() - L3) - 4 * 16_000;
+        for (payload, count) in [(room, 5), (room + 1, 4)] {
+            let last = Flow { payload: noise(payload), ..next.clone() };
+            let frames = [&frames[..], &[last.frame()]].concat();
+            assert_eq!(merge(&frames).frames, count, "{payload}");
         }
     }
 }

@@ -26,6 +26,7 @@ pub struct Flow {
     pub seq: u32,
     pub ack: u32,
     pub flags: u8,
+    pub accurate_ecn: bool,
     pub window: u16,
     pub urgent: u16,
     pub options: Vec<u8>,
@@ -51,6 +52,7 @@ impl Default for Flow {
             seq: u32::MAX - 1000,
             ack: 77,
             flags: tcp::ACK,
+            accurate_ecn: false,
             window: 502,
             urgent: 0,
             // Two no-operations and a timestamp.
@@ -158,6 +160,7 @@ impl Flow {
         let mut header = TcpHeader::new(self.src_port, self.dst_port, self.seq, self.window);
         header.acknowledgment_number = self.ack;
         header.urgent_pointer = self.urgent;
+        header.ns = self.accurate_ecn;
         for (field, flag) in [
             (&mut header.fin, tcp::FIN),
             (&mut header.syn, tcp::SYN),

@@ -74,6 +74,15 @@ fn the_largest_superframe_can_be_cut() {
 }
 
 #[test]
+fn the_largest_ipv6_payload_may_stay_whole() {
+    for flow in kinds().into_iter().filter(|flow| flow.v6) {
+        let flow = Flow { payload: noise(65_535 - (flow.header_len() - flow.l4())), ..flow };
+        assert_cut_as_the_oracle_builds(&flow, 65_535);
+        assert_cut_as_the_oracle_builds(&flow, 1448);
+    }
+}
+
+#[test]
 fn a_udp_checksum_of_zero_is_transmitted_as_all_ones() {
     // The payload's first word takes each value once: for one of them the checksum comes out as zero.
     let flow = Flow { tcp: false, payload: vec![0; 4], ..Flow::default() };
