@@ -45,7 +45,9 @@ impl Body {
 
     /// `count` pieces of `piece` bytes at a distance of `stride`; the last has `last` bytes. All must lie in the buffer.
     pub fn strided(buffer: Super, start: usize, stride: usize, piece: usize, count: usize, last: usize) -> Body {
-        assert!(count >= 1 && start + (count - 1) * stride + last.max(if count > 1 { piece } else { 0 }) <= buffer.len());
+        assert!(
+            count >= 1 && start + (count - 1) * stride + last.max(if count > 1 { piece } else { 0 }) <= buffer.len()
+        );
         Body {
             buffer,
             start: start as u32,
@@ -138,6 +140,12 @@ impl Frame {
     /// Attaches payload; `merged` frames beyond the first became part of this one.
     pub fn with_body(mut self, body: Body, merged: u16) -> Frame {
         self.body = (!body.is_empty()).then_some(body);
+        self.merged = merged;
+        self
+    }
+
+    /// Says that `merged` frames beyond the first became part of this one, which has no body.
+    pub fn with_merged(mut self, merged: u16) -> Frame {
         self.merged = merged;
         self
     }

@@ -138,8 +138,11 @@ pub fn pair(first: PortId, second: PortId) -> (MemoryPort, MemoryPort) {
 
 impl Port for MemoryPort {
     fn receive(&mut self, pool: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received> {
+        if self.broken {
+            return Err(Errno::BADFD.into());
+        }
         let mut bytes = 0;
-        while !self.broken {
+        loop {
             if batch.is_full() || bytes >= BATCH_BYTES {
                 return Ok(Received::More);
             }
@@ -155,7 +158,6 @@ impl Port for MemoryPort {
                 None => stats.lost(self.id, DropReason::NoBuffer),
             }
         }
-        Err(Errno::BADFD.into())
     }
 
     fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
@@ -182,5 +184,108 @@ impl Port for MemoryPort {
 
     fn kind(&self) -> &'static str {
         "memory"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::port::sample;
+
+    fn transmit(port: &mut MemoryPort, packet: &Packet, stats: &mut Stats, pool: &Pool) {
+        let mut frame = Frame::from_bytes(&packet.bytes, PortId(9), pool).unwrap();
+        frame.offload = packet.offload;
+        frame.outer = packet.outer;
+        stats.received(&frame);
+        port.transmit(&mut Queue::from([frame]), stats).unwrap();
+        assert_eq!(stats.of(PortId(9)).in_flight(), 0);
+    }
+
+    #[test]
+    fn a_superframe_is_cut_and_summed_for_a_port_that_takes_none() {
+        let pool = Pool::new(8, 8).unwrap();
+        for (packet, payload) in [sample::tcp4(10_000, 1448), sample::tcp6(10_000, 1440), sample::udp4(10_000, 1472)] {
+            let mut stats = Stats::default();
+            let mut port = MemoryPort::new(PortId(1)).with_capabilities(Capabilities::default());
+            transmit(&mut port, &packet, &mut stats, &pool);
+            let sent = port.outbox().take();
+            assert_eq!(sent.len(), 7);
+            let bytes: Vec<u8> = sent.iter().flat_map(|packet| sample::verified_payload(&packet.bytes)).collect();
+            assert_eq!(bytes, payload);
+            let counted = stats.of(PortId(9));
+            assert_eq!((counted.splits, counted.sent, stats.of(PortId(1)).out), (6, 7, 7));
+        }
+    }
+
+    #[test]
+    fn behind_a_tunnel_header_the_same_holds() {
+        let pool = Pool::new(8, 8).unwrap();
+        let (inner, payload) = sample::tcp4(10_000, 1398);
+        let packet = sample::tunnelled(&inner);
+        let mut port = MemoryPort::new(PortId(1)).with_capabilities(Capabilities::default());
+        transmit(&mut port, &packet, &mut Stats::default(), &pool);
+        let sent = port.outbox().take();
+        assert!(sent.iter().all(|segment| segment.bytes[..TUNNEL_HEADER] == packet.bytes[..TUNNEL_HEADER]));
+        let inner = |segment: &Packet| sample::verified_payload(&segment.bytes[TUNNEL_HEADER..]);
+        assert_eq!(sent.iter().flat_map(inner).collect::<Vec<u8>>(), payload);
+    }
+
+    #[test]
+    fn a_partial_checksum_is_filled_in_over_head_and_body() {
+        let pool = Pool::new(8, 8).unwrap();
+        let checksum_only = Capabilities { partial_checksum: true, ..Capabilities::default() };
+        for len in [0, 1, 999, 1_700, 1_701, 1_703, 60_001] {
+            let (packet, payload) = sample::udp4(len, 0);
+            let mut port = MemoryPort::new(PortId(1)).with_capabilities(Capabilities::default());
+            transmit(&mut port, &packet, &mut Stats::default(), &pool);
+            assert_eq!(sample::verified_payload(&port.outbox().take()[0].bytes), payload);
+            let mut port = MemoryPort::new(PortId(1)).with_capabilities(checksum_only);
+            transmit(&mut port, &packet, &mut Stats::default(), &pool);
+            assert_eq!(port.outbox().take()[0], packet);
+        }
+    }
+
+    #[test]
+    fn segments_that_are_refused_are_counted_one_by_one() {
+        let pool = Pool::new(8, 8).unwrap();
+        let mut stats = Stats::default();
+        let mut port = MemoryPort::new(PortId(1)).with_capabilities(Capabilities::default()).refusing_each(3);
+        transmit(&mut port, &sample::tcp4(10_000, 1448).0, &mut stats, &pool);
+        let counted = stats.of(PortId(9));
+        assert_eq!((counted.splits, counted.sent), (6, 5));
+        assert_eq!(counted.dropped[DropReason::DeviceRefused as usize], 2);
+    }
+
+    #[test]
+    fn an_offload_that_does_not_fit_the_frame_ends_it_by_name() {
+        let pool = Pool::new(8, 8).unwrap();
+        let (mut packet, _) = sample::tcp4(100, 10);
+        for header_len in [0, 20, 53, 200, u16::MAX] {
+            packet.offload.gso.as_mut().unwrap().header_len = header_len;
+            let mut stats = Stats::default();
+            let mut port = MemoryPort::new(PortId(1)).with_capabilities(Capabilities::default());
+            transmit(&mut port, &packet, &mut stats, &pool);
+            assert_eq!(stats.of(PortId(9)).dropped[DropReason::Unsegmentable as usize], 1, "{header_len}");
+        }
+        packet.offload.gso = None;
+        packet.offload.partial.as_mut().unwrap().start = 3_000;
+        let mut stats = Stats::default();
+        let mut port = MemoryPort::new(PortId(1)).with_capabilities(Capabilities::default());
+        transmit(&mut port, &packet, &mut stats, &pool);
+        assert_eq!(stats.of(PortId(9)).dropped[DropReason::BadOffload as usize], 1);
+    }
+
+    #[test]
+    fn what_one_of_a_pair_sends_the_other_receives() {
+        let pool = Pool::new(8, 8).unwrap();
+        let (mut first, mut second) = pair(PortId(1), PortId(2));
+        let mut stats = Stats::default();
+        let (packet, _) = sample::tcp4(10_000, 1448);
+        transmit(&mut first, &packet, &mut stats, &pool);
+        let mut batch = Batch::new();
+        assert_eq!(second.receive(&pool, &mut batch, &mut stats).unwrap(), Received::Drained);
+        assert_eq!(batch[0].to_vec(), packet.bytes);
+        assert_eq!(batch[0].offload, packet.offload);
+        assert_eq!(batch[0].ingress(), PortId(2));
     }
 }

@@ -19,6 +19,8 @@ use crate::stats::Stats;
 
 pub mod memory;
 mod outbox;
+#[cfg(test)]
+pub(crate) mod sample;
 mod software;
 pub mod sys;
 pub mod tap;

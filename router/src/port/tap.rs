@@ -267,3 +267,145 @@ fn refusal(error: Errno) -> DropReason {
         _ => DropReason::DeviceRefused,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::Pool;
+    use crate::port::memory::Packet;
+    use crate::port::sample;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
+
+    const ALL: Capabilities = Capabilities { partial_checksum: true, tcp4: true, tcp6: true, udp: true };
+
+    /// A port over a socket that keeps message boundaries, as a TAP does, and its other end.
+    fn stand_in(capabilities: Capabilities) -> (TapPort, OwnedFd) {
+        let (fd, other) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None).unwrap();
+        for fd in [&fd, &other] {
+            sockopt::set_socket_send_buffer_size(fd, 1 << 20).unwrap();
+        }
+        (TapPort::new(Tap { fd, name: "stand-in".to_owned(), capabilities }, PortId(1)), other)
+    }
+
+    fn give(other: &OwnedFd, packet: &Packet) {
+        let mut header = [0; virtio::LEN];
+        virtio::write(&packet.offload, &mut header);
+        rustix::io::write(other, &[&header[..], &packet.bytes].concat()).unwrap();
+    }
+
+    fn take(other: &OwnedFd) -> Packet {
+        let mut bytes = vec![0; 70_000];
+        let len = rustix::io::read(other, &mut bytes).unwrap();
+        let offload = virtio::parse(bytes.first_chunk().unwrap(), len - virtio::LEN).unwrap();
+        Packet { bytes: bytes[virtio::LEN..len].to_vec(), offload, outer: None }
+    }
+
+    fn is_empty(other: &OwnedFd) -> bool {
+        rustix::io::read(other, &mut [0; 1]) == Err(Errno::AGAIN)
+    }
+
+    #[test]
+    fn a_superframe_passes_whole_and_a_small_frame_keeps_the_large_buffer_free() {
+        let pool = Pool::new(8, 8).unwrap();
+        let (mut port, other) = stand_in(ALL);
+        let packets = [sample::tcp4(60_000, 1448).0, sample::udp4(10, 0).0, sample::tcp6(1_700, 1428).0];
+        packets.iter().for_each(|packet| give(&other, packet));
+        let (mut batch, mut stats) = (Batch::new(), Stats::default());
+        assert_eq!(port.receive(&pool, &mut batch, &mut stats).unwrap(), Received::Drained);
+        assert_eq!(batch.len(), 3);
+        for (frame, packet) in batch.iter().zip(&packets) {
+            assert_eq!((&frame.to_vec(), frame.offload), (&packet.bytes, packet.offload));
+        }
+        let mut queue: Queue = batch.drain(..).collect();
+        port.transmit(&mut queue, &mut stats).unwrap();
+        packets.iter().for_each(|packet| assert_eq!(take(&other), *packet));
+        let counted = stats.of(PortId(1));
+        assert_eq!((counted.received, counted.sent, counted.out, counted.in_flight()), (3, 3, 3, 0));
+        drop(port);
+        assert_eq!(pool.free(), (8, 8));
+    }
+
+    #[test]
+    fn a_device_without_offloads_gets_segments() {
+        let pool = Pool::new(8, 8).unwrap();
+        let (mut port, other) = stand_in(Capabilities { partial_checksum: true, ..Capabilities::default() });
+        let (packet, payload) = sample::tcp4(10_000, 1448);
+        let mut frame = Frame::from_bytes(&packet.bytes, PortId(1), &pool).unwrap();
+        frame.offload = packet.offload;
+        let mut stats = Stats::default();
+        stats.received(&frame);
+        port.transmit(&mut Queue::from([frame]), &mut stats).unwrap();
+        let segments: Vec<Packet> = (0..7).map(|_| take(&other)).collect();
+        assert!(is_empty(&other));
+        assert!(segments.iter().all(|segment| segment.offload == Default::default()));
+        let bytes: Vec<u8> = segments.iter().flat_map(|segment| sample::verified_payload(&segment.bytes)).collect();
+        assert_eq!(bytes, payload);
+        assert_eq!((stats.of(PortId(1)).sent, stats.of(PortId(1)).in_flight()), (7, 0));
+    }
+
+    #[test]
+    fn what_cannot_be_taken_is_counted_by_name() {
+        let (mut port, other) = stand_in(ALL);
+        let mut bad = sample::udp4(10, 0).0;
+        bad.offload.partial.as_mut().unwrap().start = 500;
+        rustix::io::write(&other, &[0; 11]).unwrap();
+        give(&other, &bad);
+        give(&other, &Packet { bytes: vec![0; crate::pool::SUPER + CHUNK], ..Packet::default() });
+        let (mut batch, mut stats) = (Batch::new(), Stats::default());
+        let pool = Pool::new(1, 1).unwrap();
+        port.receive(&pool, &mut batch, &mut stats).unwrap();
+        // A lone chunk, and a super buffer that is somewhere else.
+        give(&other, &sample::udp4(10_000, 0).0);
+        let held = (port.spare.take(), pool.large());
+        port.receive(&pool, &mut batch, &mut stats).unwrap();
+        give(&other, &sample::udp4(10, 0).0);
+        give(&other, &sample::udp4(20, 0).0);
+        port.receive(&pool, &mut batch, &mut stats).unwrap();
+        drop(held);
+        let counted = stats.of(PortId(1));
+        let of = |reason: DropReason| counted.dropped[reason as usize];
+        assert_eq!((of(DropReason::TooShort), of(DropReason::BadOffload), of(DropReason::Truncated)), (1, 1, 1));
+        assert_eq!((of(DropReason::NoBuffer), batch.len(), counted.received), (2, 1, 6));
+        assert_eq!(counted.in_flight(), 1);
+        assert!(is_empty(&other));
+    }
+
+    #[test]
+    fn a_batch_ends_at_its_limits_and_the_device_is_asked_again() {
+        let pool = Pool::new(128, 32).unwrap();
+        let (mut port, other) = stand_in(ALL);
+        let (mut batch, mut stats) = (Batch::new(), Stats::default());
+        (0..BATCH).for_each(|_| give(&other, &sample::udp4(10, 0).0));
+        assert_eq!(port.receive(&pool, &mut batch, &mut stats).unwrap(), Received::More);
+        assert_eq!(batch.len(), BATCH);
+        batch.clear();
+        (0..6).for_each(|_| give(&other, &sample::tcp4(60_000, 1448).0));
+        assert_eq!(port.receive(&pool, &mut batch, &mut stats).unwrap(), Received::More);
+        assert_eq!(batch.len(), BATCH_BYTES.div_ceil(60_000));
+        batch.clear();
+        assert_eq!(port.receive(&pool, &mut batch, &mut stats).unwrap(), Received::Drained);
+        assert_eq!(batch.len(), 1);
+    }
+
+    #[test]
+    fn a_busy_device_leaves_frames_in_the_queue() {
+        let pool = Pool::new(128, 64).unwrap();
+        let (mut port, other) = stand_in(ALL);
+        let (packet, mut stats) = (sample::tcp4(60_000, 1448).0, Stats::default());
+        let mut queue = Queue::new();
+        for _ in 0..64 {
+            let mut frame = Frame::from_bytes(&packet.bytes, PortId(1), &pool).unwrap();
+            frame.offload = packet.offload;
+            stats.received(&frame);
+            queue.push_back(frame);
+        }
+        port.transmit(&mut queue, &mut stats).unwrap();
+        let waiting = queue.len();
+        assert!((1..64).contains(&waiting), "{waiting}");
+        assert_eq!(stats.of(PortId(1)).in_flight(), waiting as i64);
+        take(&other);
+        port.transmit(&mut queue, &mut stats).unwrap();
+        assert!(queue.len() < waiting);
+        assert_eq!(stats.of(PortId(1)).in_flight(), queue.len() as i64);
+    }
+}

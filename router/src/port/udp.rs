@@ -145,3 +145,243 @@ impl Port for UdpPort {
         "udp"
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::drop_reason::DropReason;
+    use crate::frame::{Frame, Outer};
+    use crate::port::BATCH;
+    use crate::port::memory::Packet;
+    use crate::port::sample;
+    use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+    use std::time::{Duration, Instant};
+
+    const SENDER: PortId = PortId(1);
+    const RECEIVER: PortId = PortId(2);
+
+    struct Nodes {
+        pool: Pool,
+        sender: UdpPort,
+        receiver: UdpPort,
+        to: IpAddr,
+        stats: Stats,
+        queue: Queue,
+    }
+
+    /// Two nodes on the loopback device, of which one sends to the other.
+    fn nodes() -> Nodes {
+        let underlay = Underlay::open("127.0.0.1:0".parse().unwrap(), 4).unwrap();
+        let to = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
+        let other = Underlay::open(SocketAddr::new(to, underlay.local().port()), 4).unwrap();
+        Nodes {
+            pool: Pool::new(512, 64).unwrap(),
+            sender: UdpPort::new(underlay, SENDER, 1450),
+            receiver: UdpPort::new(other, RECEIVER, 1450),
+            to,
+            stats: Stats::default(),
+            queue: Queue::new(),
+        }
+    }
+
+    impl Nodes {
+        /// Queues a frame of port 9.
+        fn push(&mut self, inner: &Packet, entropy: u16) {
+            let packet = sample::tunnelled(inner);
+            let mut frame = Frame::from_bytes(&packet.bytes, PortId(9), &self.pool).unwrap();
+            frame.offload = packet.offload;
+            frame.outer = Some(Outer { peer: self.to, entropy, tos: 0 });
+            self.stats.received(&frame);
+            self.queue.push_back(frame);
+        }
+
+        fn transmit(&mut self) {
+            self.sender.transmit(&mut self.queue, &mut self.stats).unwrap();
+            assert!(self.queue.is_empty());
+            assert_eq!(self.stats.of(PortId(9)).in_flight(), 0);
+        }
+
+        /// Receives until as many frames, the merged ones counted, are there.
+        fn receive(&mut self, count: u64) -> Vec<Frame> {
+            let (mut frames, started) = (Vec::new(), Instant::now());
+            while self.stats.of(RECEIVER).received < count {
+                assert!(started.elapsed() < Duration::from_secs(5), "{:?}", self.stats.of(RECEIVER));
+                let mut batch = Batch::new();
+                self.receiver.receive(&self.pool, &mut batch, &mut self.stats).unwrap();
+                frames.extend(batch);
+            }
+            frames
+        }
+    }
+
+    #[test]
+    fn a_superframe_arrives_as_one_again() {
+        let mut nodes = nodes();
+        for (packet, payload) in [sample::tcp4(30_000, 1398), sample::tcp6(30_000, 1378), sample::udp4(30_000, 1400)] {
+            nodes.push(&packet, 3);
+            nodes.transmit();
+            let segments = payload.len().div_ceil(packet.offload.gso.unwrap().size.into()) as u64;
+            assert_eq!(nodes.stats.of(PortId(9)).sent, segments);
+            let frames = nodes.receive(segments);
+            let merged: Vec<u8> =
+                frames.iter().flat_map(|frame| frame.to_vec()[frame.head().len()..].to_vec()).collect();
+            assert_eq!(merged, payload);
+            assert_eq!(frames.len(), 1, "the loopback device passes the train whole");
+            assert_eq!(frames[0].offload.gso, packet.offload.gso);
+            assert_eq!(frames[0].offload.partial, packet.offload.partial);
+            assert_eq!(frames[0].to_vec(), sample::tunnelled(&packet).bytes);
+            assert_eq!(frames[0].outer.unwrap().peer, IpAddr::V4(Ipv4Addr::LOCALHOST));
+            nodes.stats = Stats::default();
+        }
+    }
+
+    #[test]
+    fn two_superframes_of_more_than_one_message_arrive_in_order() {
+        let mut nodes = nodes();
+        let (packet, payload) = sample::tcp4(65_400, 536);
+        nodes.push(&packet, 3);
+        nodes.push(&packet, 3);
+        nodes.transmit();
+        let frames = nodes.receive(2 * 123);
+        let bytes: Vec<u8> = frames.iter().flat_map(|frame| frame.to_vec()[TUNNEL_HEADER + 54..].to_vec()).collect();
+        assert_eq!(bytes, [&payload[..], &payload[..]].concat());
+        assert_eq!(nodes.stats.of(RECEIVER).in_flight(), frames.len() as i64);
+    }
+
+    #[test]
+    fn frames_of_all_sizes_arrive_summed_and_in_order_per_flow() {
+        let mut nodes = nodes();
+        let lengths: Vec<usize> = (0..200).map(|index| [100, 100, 1400, 3, 0, 1400, 1400, 99][index % 8]).collect();
+        for (index, len) in lengths.iter().enumerate() {
+            nodes.push(&sample::udp4(*len, 0).0, index as u16 / 50);
+        }
+        nodes.transmit();
+        assert_eq!(nodes.stats.of(PortId(9)).splits, 0);
+        let frames = nodes.receive(200);
+        let mut arrived: Vec<usize> = Vec::new();
+        for frame in &frames {
+            let bytes = frame.to_vec();
+            match frame.offload.gso {
+                None => arrived.push(sample::verified_payload(&bytes[TUNNEL_HEADER..]).len()),
+                // Equal datagrams of one flow that followed one another.
+                Some(gso) => {
+                    let payload = &bytes[TUNNEL_HEADER + usize::from(gso.header_len)..];
+                    payload.chunks(gso.size.into()).for_each(|chunk| arrived.push(chunk.len()));
+                }
+            }
+        }
+        assert_eq!(arrived.len(), 200);
+        let mut sorted = (arrived, lengths);
+        sorted.0.sort_unstable();
+        sorted.1.sort_unstable();
+        assert_eq!(sorted.0, sorted.1);
+        drop(frames);
+        nodes.receiver.receiver.forget();
+        assert_eq!(nodes.pool.free(), (512, 64));
+    }
+
+    #[test]
+    fn frames_that_do_not_fit_a_batch_wait_for_the_next() {
+        let mut nodes = nodes();
+        // Every second one belongs to another flow, so nothing is merged, but all are sent as one train.
+        let mut packets = [sample::udp4(500, 0).0, sample::udp4(500, 0).0];
+        packets[1].bytes[34] ^= 1;
+        for index in 0..120 {
+            nodes.push(&packets[index % 2], 0);
+        }
+        nodes.transmit();
+        let frames = nodes.receive(120);
+        assert_eq!(frames.len(), 120);
+        assert!(frames.len() > BATCH);
+    }
+
+    #[test]
+    fn without_buffers_datagrams_are_counted_and_taken() {
+        let mut nodes = nodes();
+        nodes.push(&sample::tcp4(30_000, 1398).0, 0);
+        nodes.transmit();
+        let all: Vec<_> = std::iter::from_fn(|| nodes.pool.large()).collect();
+        let frames = nodes.receive(22);
+        assert!(frames.is_empty());
+        assert_eq!(nodes.stats.of(RECEIVER).dropped[DropReason::NoBuffer as usize], 22);
+        drop(all);
+    }
+
+    #[test]
+    fn an_oversize_segment_is_dropped_by_name_and_the_socket_still_segments() {
+        let mut nodes = nodes();
+        // The loopback device takes 65,536 bytes, a datagram 65,507.
+        nodes.push(&sample::udp4(65_480, 0).0, 0);
+        nodes.push(&sample::udp4(1_000, 0).0, 0);
+        nodes.transmit();
+        let counted = nodes.stats.of(PortId(9));
+        assert_eq!((counted.sent, counted.dropped[DropReason::UnderlayMtu as usize]), (1, 1));
+        assert!(nodes.sender.capabilities().udp);
+    }
+
+    #[test]
+    fn a_node_that_cannot_be_reached_ends_its_frames_only() {
+        let mut nodes = nodes();
+        let reachable = nodes.to;
+        nodes.push(&sample::udp4(10, 0).0, 0);
+        // A socket bound to the loopback device's address cannot send to the outside.
+        nodes.to = "192.0.2.1".parse().unwrap();
+        nodes.push(&sample::tcp4(3_000, 1398).0, 0);
+        nodes.to = reachable;
+        nodes.push(&sample::udp4(11, 0).0, 0);
+        nodes.transmit();
+        let counted = nodes.stats.of(PortId(9));
+        assert_eq!((counted.sent, counted.dropped[DropReason::UnderlayUnreachable as usize]), (2, 3));
+        assert_eq!(nodes.receive(2).len(), 2);
+    }
+
+    /// What a kernel's VXLAN device behind a veth sends.
+    fn receive_as_sent(nodes: &mut Nodes, inner: &Packet) -> Frame {
+        let socket = UdpSocket::bind("127.0.0.3:0").unwrap();
+        let to = SocketAddr::new(nodes.to, nodes.sender.sender.peer_port());
+        socket.send_to(&sample::tunnelled(inner).bytes, to).unwrap();
+        let count = nodes.stats.of(RECEIVER).received + 1;
+        nodes.receive(count).remove(0)
+    }
+
+    #[test]
+    fn a_partial_checksum_that_arrives_is_recognised_and_a_complete_one_is_not() {
+        let mut nodes = nodes();
+        for inner in [sample::tcp4(100, 0).0, sample::udp4(1_000, 0).0] {
+            let frame = receive_as_sent(&mut nodes, &inner);
+            assert_eq!(frame.offload, inner.offload);
+        }
+        let mut frame = Frame::from_bytes(&sample::udp4(1_000, 0).0.bytes, PortId(0), &nodes.pool).unwrap();
+        frame.offload = sample::udp4(1_000, 0).0.offload;
+        crate::port::software::fill_checksum(&mut frame, 0).unwrap();
+        let inner = Packet { bytes: frame.to_vec(), ..Packet::default() };
+        let frame = receive_as_sent(&mut nodes, &inner);
+        assert_eq!(frame.offload.partial, None);
+        assert!(frame.offload.verified);
+    }
+
+    #[test]
+    fn a_superframe_that_was_never_cut_is_cut_at_the_tunnels_mtu() {
+        let mut nodes = nodes();
+        for (packet, size) in [(sample::tcp4(30_000, 0).0, 1450 - 40), (sample::tcp6(30_000, 0).0, 1450 - 60)] {
+            let frame = receive_as_sent(&mut nodes, &packet);
+            assert_eq!(frame.to_vec(), sample::tunnelled(&packet).bytes);
+            assert_eq!(frame.offload.partial, packet.offload.partial);
+            assert_eq!(frame.offload.gso.unwrap().size, size);
+            assert_eq!(frame.merged(), 0);
+        }
+    }
+
+    #[test]
+    fn datagrams_too_short_for_anything_become_frames_to_be_refused() {
+        let mut nodes = nodes();
+        let socket = UdpSocket::bind("127.0.0.3:0").unwrap();
+        let to = SocketAddr::new(nodes.to, nodes.sender.sender.peer_port());
+        for len in 0..60 {
+            socket.send_to(&vec![0; len], to).unwrap();
+        }
+        let frames = nodes.receive(60);
+        assert_eq!(frames.len(), 59);
+        assert_eq!(nodes.stats.of(RECEIVER).dropped[DropReason::TooShort as usize], 1);
+    }
+}

@@ -1,8 +1,8 @@
 //! From datagrams to frames: trains parted into runs, runs made superframes.
 //!
 //! The payload stays in the super buffer that the datagram was received into; each frame gets a head of its own with a
-//! copy of the headers. A frame that fits a chunk is copied whole, so that the super buffer is free again at
-//! once.
+//! copy of the headers. A frame that fits a chunk, merged or not, is copied whole, so that the super buffer is free again
+//! at once.
 //!
 //! A peer that is a kernel's VXLAN device behind a veth hands over what its own stack gave it: checksums still partial, and superframes
 //! as one datagram. Such a datagram is recognised by its inner IP length, which fills it.
@@ -85,6 +85,11 @@ impl Receiver {
         Ok(Received::More)
     }
 
+    #[cfg(test)]
+    pub(super) fn forget(&mut self) {
+        (self.spare, self.train) = (None, None);
+    }
+
     /// Receives one datagram, or one train, and returns its length. Without a buffer it is counted and gone.
     fn take(&mut self, socket: &OwnedFd, pool: &Pool, stats: &mut Stats) -> Result<usize, Errno> {
         let Some(mut buffer) = self.spare.take().or_else(|| pool.large()) else {
@@ -160,7 +165,17 @@ impl Receiver {
         let offload = coalesce::finish(&mut room[TUNNEL_HEADER..], run);
         let (first, last) = (run.first_payload, run.last_payload);
         let body = Body::strided(train.buffer.share(), train.at + head, train.stride, first, run.frames, last);
-        let mut frame = Frame::new(chunk, start, head, self.id).with_body(body, (run.frames - 1) as u16);
+        let merged = (run.frames - 1) as u16;
+        let mut frame = match chunk.get_mut(start + head..start + head + body.len()) {
+            Some(room) => {
+                let copied = body.pieces().fold(0, |at, piece| {
+                    room[at..at + piece.len()].copy_from_slice(piece);
+                    at + piece.len()
+                });
+                Frame::new(chunk, start, head + copied, self.id).with_merged(merged)
+            }
+            None => Frame::new(chunk, start, head, self.id).with_body(body, merged),
+        };
         frame.offload = offload;
         Some(frame)
     }

@@ -79,6 +79,11 @@ impl Sender {
         Sender { id, peer_port, sockets, headers: vec![0; CUTS * CUT_STRIDE].into_boxed_slice() }
     }
 
+    #[cfg(test)]
+    pub(super) fn peer_port(&self) -> u16 {
+        self.peer_port
+    }
+
     /// Whether all sockets have the kernel cut messages.
     pub(super) fn segments(&self) -> bool {
         self.sockets.iter().all(|socket| socket.segments)
