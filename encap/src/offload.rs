@@ -6,6 +6,7 @@
 use core::fmt;
 
 use crate::checksum::Sum;
+use crate::udp;
 
 /// What is still to be done to a frame.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Default)]
@@ -78,9 +79,10 @@ impl Partial {
         for piece in pieces {
             sum.add(piece);
         }
-        // RFC 768: "If the computed checksum is zero, it is transmitted as all ones". For other protocols the two are
-        // the same number, and Linux (skb_checksum_help) does not tell them apart either.
-        head[field..field + 2].copy_from_slice(&sum.finish_nonzero().to_be_bytes());
+        // RFC 768: "If the computed checksum is zero, it is transmitted as all ones". Elsewhere zero is a number.
+        let is_udp = usize::from(self.offset) == udp::CHECKSUM_OFFSET;
+        let checksum = if is_udp { sum.finish_nonzero() } else { sum.finish() };
+        head[field..field + 2].copy_from_slice(&checksum.to_be_bytes());
         Ok(())
     }
 }
@@ -88,7 +90,7 @@ impl Partial {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{checksum, udp};
+    use crate::checksum;
 
     /// A UDP header with a partial checksum (its pseudo-header's sum is 0x1234) and a payload of seven bytes.
     const DATAGRAM: [u8; 15] = [0, 7, 0, 9, 0, 15, 0x12, 0x34, 1, 2, 3, 4, 5, 6, 7];
@@ -111,6 +113,9 @@ mod tests {
         let mut head = [0xff, 0xff, 0, 0, 0, 0, 0, 0];
         Partial { start: 0, offset: 6 }.fill(&mut head, []).unwrap();
         assert_eq!(head[6..], [0xff, 0xff]);
+        let mut head = [0xff, 0xff, 0, 0, 0, 0, 0, 0];
+        Partial { start: 0, offset: 2 }.fill(&mut head, []).unwrap();
+        assert_eq!(head[2..4], [0, 0], "only UDP has a meaning for zero");
     }
 
     #[test]
