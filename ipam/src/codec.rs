@@ -276,3 +276,81 @@ impl<'a> Iterator for Fields<'a> {
         Some(split.map(|(value, _)| (tag, value)).ok_or(SHORT))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Every byte of a lease, so that the format cannot change by accident.
+    #[test]
+    fn a_lease_is_these_bytes() {
+        let record = Record {
+            owner: Owner { network: "n".into(), container: "c".into(), ifname: "e".into() },
+            leases: vec![Lease {
+                address: "10.0.0.2".parse().unwrap(),
+                prefix_len: 24,
+                gateway: "10.0.0.1".parse().unwrap(),
+                set: "10.0.0.1".parse().unwrap(),
+            }],
+            facts: Facts {
+                pool: "p".into(),
+                time: 0x0102,
+                mac: Some([2, 0, 0, 0, 0, 9]),
+                netns: Some("x".into()),
+                labels: BTreeMap::from([("k".into(), "v".into())]),
+            },
+        };
+        let mut bytes = Vec::new();
+        put_lease(&mut bytes, &record);
+        let fields: [&[u8]; 9] = [
+            b"\x01\x01\0\0\0n",
+            b"\x02\x01\0\0\0c",
+            b"\x03\x01\0\0\0e",
+            b"\x04\x01\0\0\0p",
+            b"\x05\x08\0\0\0\x02\x01\0\0\0\0\0\0",
+            b"\x06\x06\0\0\0\x02\0\0\0\0\x09",
+            b"\x07\x01\0\0\0x",
+            b"\x08\x06\0\0\0\x01\0\0\0kv",
+            b"\x09\x0d\0\0\0\x18\x0a\0\0\x02\x0a\0\0\x01\x0a\0\0\x01",
+        ];
+        let body = fields.concat();
+        assert_eq!(bytes, [&[1, body.len() as u8, 0, 0, 0], &body[..]].concat());
+        assert_eq!(parse(&bytes), Ok(vec![Op::Lease(Box::new(record))]));
+    }
+
+    #[test]
+    fn releases_and_rounds_go_both_ways_and_several_fit_into_one_payload() {
+        let owner = Owner { network: "n".into(), container: String::new(), ifname: "é".into() };
+        let (set, last) = ("fd00::1".parse().unwrap(), "fd00::7".parse().unwrap());
+        let mut bytes = Vec::new();
+        put_release(&mut bytes, &owner);
+        put_round(&mut bytes, "p", set, last);
+        assert_eq!(parse(&bytes), Ok(vec![Op::Release(owner), Op::Round { pool: "p".into(), set, last }]));
+    }
+
+    #[test]
+    fn what_is_not_fully_understood_is_refused() {
+        let mut release = Vec::new();
+        put_release(&mut release, &Owner::default());
+        let with = |field: &[u8]| {
+            let mut bytes = [&release[..], field].concat();
+            bytes[1] += field.len() as u8;
+            parse(&bytes)
+        };
+        assert!(with(b"").is_ok());
+        assert_eq!(with(b"\x63\0\0\0\0"), Err(UNKNOWN));
+        assert_eq!(with(b"\x01\0\0\0\0"), Err(TWICE));
+        assert_eq!(with(b"\x01\x05\0\0\0"), Err(SHORT));
+        assert_eq!(with(b"\x01"), Err(SHORT));
+        assert_eq!(parse(&[RELEASE, 0, 0, 0, 0]), Err(MISSING));
+        assert!(parse(&[99, 0, 0, 0, 0]).is_err() && parse(&[]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_payload_makes_it_panic(bytes in prop::collection::vec(prop_oneof![0_u8..12, any::<u8>()], 0..200)) {
+            let _ = parse(&bytes);
+        }
+    }
+}

@@ -269,3 +269,73 @@ pub(crate) fn to_number(address: IpAddr) -> u128 {
 pub(crate) fn to_address(number: u128, v4: bool) -> IpAddr {
     if v4 { IpAddr::V4(Ipv4Addr::from(number as u32)) } else { IpAddr::V6(Ipv6Addr::from(number)) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(subnet: &str, fields: [Option<&str>; 3]) -> Result<Range, RangeError> {
+        let [start, end, gateway] = fields.map(|f| f.map(|f| f.parse().unwrap()));
+        Range::new(subnet.parse().unwrap(), start, end, gateway)
+    }
+
+    fn said(subnet: &str, fields: [Option<&str>; 3]) -> String {
+        range(subnet, fields).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn absent_fields_mean_what_they_mean_to_host_local() {
+        for (subnet, start, end, gateway, size) in [
+            ("10.1.2.0/24", "10.1.2.1", "10.1.2.254", "10.1.2.1", 253),
+            ("10.1.2.0/30", "10.1.2.1", "10.1.2.2", "10.1.2.1", 1),
+            ("fd00::/126", "fd00::1", "fd00::3", "fd00::1", 2),
+            ("fd00::/64", "fd00::1", "fd00::ffff:ffff:ffff:ffff", "fd00::1", u64::MAX - 1),
+            ("0.0.0.0/0", "0.0.0.1", "255.255.255.254", "0.0.0.1", (1 << 32) - 3),
+            ("::/0", "::1", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "::1", u64::MAX),
+        ] {
+            let range = range(subnet, [None; 3]).unwrap();
+            let found = [range.start, range.end, range.gateway].map(|a| a.to_string());
+            assert_eq!(found, [start, end, gateway], "{subnet}");
+            assert_eq!(range.size(), size, "{subnet}");
+            assert_eq!(range.to_string(), subnet);
+        }
+    }
+
+    #[test]
+    fn given_fields_narrow_the_range() {
+        let r = range("10.1.2.0/24", [Some("10.1.2.10"), Some("::ffff:10.1.2.20"), Some("10.1.2.15")]).unwrap();
+        assert_eq!(r.to_string(), "10.1.2.0/24 (10.1.2.10 to 10.1.2.20)");
+        assert_eq!(r.size(), 10);
+        // Neither network nor broadcast address is given, even if they are named.
+        let r = range("10.1.2.0/24", [Some("10.1.2.0"), Some("10.1.2.255"), Some("169.254.1.1")]).unwrap();
+        assert_eq!((r.to_string(), r.size()), ("10.1.2.0/24".into(), 254));
+    }
+
+    #[test]
+    fn an_error_names_the_field() {
+        let none = [None; 3];
+        for subnet in ["10.0.0.0/31", "10.0.0.0/32", "fd00::/127", "fd00::/128"] {
+            assert!(said(subnet, none).starts_with(&format!("subnet {subnet} is too small")));
+        }
+        assert_eq!(said("10.0.0.5/24", none), "subnet 10.0.0.5/24 has host bits set; did you mean 10.0.0.0/24?");
+        assert!(said("::ffff:10.0.0.0/120", none).contains("write it as IPv4"));
+        let net = "10.0.0.0/24";
+        assert_eq!(said(net, [Some("10.0.1.1"), None, None]), "rangeStart 10.0.1.1 is not in subnet 10.0.0.0/24");
+        assert_eq!(said(net, [None, Some("fd00::1"), None]), "rangeEnd fd00::1 is not in subnet 10.0.0.0/24");
+        let reversed = said(net, [Some("10.0.0.9"), Some("10.0.0.8"), None]);
+        assert_eq!(reversed, "rangeStart 10.0.0.9 is after rangeEnd 10.0.0.8");
+        assert!(said(net, [Some("10.0.0.255"), None, None]).starts_with("rangeStart 10.0.0.255 is after"));
+        assert!(said(net, [None, None, Some("fd00::1")]).starts_with("gateway fd00::1"));
+    }
+
+    #[test]
+    fn a_set_is_of_one_family_and_its_ranges_do_not_overlap() {
+        let set = |subnets: &[&str]| RangeSet::new(subnets.iter().map(|s| range(s, [None; 3]).unwrap()).collect());
+        assert_eq!(set(&[]), Err(RangeError::Empty));
+        assert!(matches!(set(&["10.0.0.0/24", "fd00::/64"]), Err(RangeError::Families { .. })));
+        assert!(matches!(set(&["10.0.0.0/24", "10.1.0.0/24", "10.0.0.64/26"]), Err(RangeError::Overlap { .. })));
+        assert_eq!(set(&["10.0.0.0/24", "10.0.1.0/24"]).unwrap().to_string(), "10.0.0.0/24, 10.0.1.0/24");
+        let halves = [[Some("10.0.0.2"), Some("10.0.0.9"), None], [Some("10.0.0.10"), None, None]];
+        assert!(RangeSet::new(halves.map(|f| range("10.0.0.0/24", f).unwrap()).to_vec()).is_ok());
+    }
+}

@@ -1,5 +1,7 @@
 //! Any crash, at any point, on any disk: no address is given twice and no acknowledged lease is lost.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod sim;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};

@@ -1,5 +1,7 @@
 //! A journal with bytes that nobody wrote: refused, or reported, or unaffected; never a wrong address, never a panic.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod sim;
 
 use std::collections::BTreeMap;

@@ -1,5 +1,7 @@
 //! The store on a real file system: lock, permissions, processes that are killed, limits that are hit.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};

@@ -1,5 +1,7 @@
 //! The store against the plainest implementation of host-local's rules: one address tried after the other.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod sim;
 
 use std::collections::{BTreeMap, HashMap};
