@@ -353,3 +353,193 @@ impl Worker {
 fn guarded<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| Err(io::Error::other("the port's code panicked")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::port::memory::{MemoryPort, Wire};
+    use crate::port::{BATCH, Queue, sample};
+    use crate::stats::Stats;
+    use crate::tables::{Gateway, Pod};
+    use std::os::fd::BorrowedFd;
+    use weft_encap::mac::Mac;
+
+    const A: PortId = PortId(1);
+    const B: PortId = PortId(2);
+
+    fn tables() -> Tables {
+        let mut tables = Tables::empty(Gateway { mac: Mac([2, 0, 0, 0, 0, 0xff]), ipv4: None, ipv6: None });
+        tables.epoch = 1;
+        for (port, number) in [(A, 1), (B, 2)] {
+            let mac = Mac([2, 0, 0, 0, 0, number]);
+            tables.add_pod(port, Pod { mac, ipv4: vec![[10, 0, 0, number].into()], ipv6: Vec::new(), mtu: 1450 });
+        }
+        tables
+    }
+
+    /// A worker without a thread, and what it reports.
+    fn worker() -> (Worker, Receiver<Event>) {
+        let (sender, events) = channel::unbounded();
+        let tables = Arc::new(ArcSwap::from_pointee(tables()));
+        let config = RouterConfig { chunks: 2048, supers: 16, ..RouterConfig::default() };
+        (Worker::new(&config, Poll::new().unwrap(), tables, sender).unwrap(), events)
+    }
+
+    impl Worker {
+        fn plug(&mut self, port: MemoryPort, id: PortId) -> (Wire, Wire) {
+            let wires = (port.inbox(), port.outbox());
+            self.insert(id, Box::new(port)).unwrap();
+            wires
+        }
+
+        fn in_flight(&mut self) -> i64 {
+            [A, B].iter().map(|id| self.forwarder.stats().of(*id).in_flight()).sum()
+        }
+
+        fn run_dry(&mut self) {
+            while !self.ready.is_empty() {
+                self.round();
+            }
+        }
+    }
+
+    #[test]
+    fn a_port_with_more_than_a_batch_is_served_until_it_is_empty() {
+        let (mut worker, _events) = worker();
+        let (inbox, _) = worker.plug(MemoryPort::new(A), A);
+        let (_, outbox) = worker.plug(MemoryPort::new(B), B);
+        let packet = sample::udp4(100, 0).0;
+        inbox.borrow_mut().extend((0..3 * BATCH + 5).map(|_| packet.clone()));
+        worker.round();
+        assert_eq!(worker.patience(), Some(Duration::ZERO));
+        assert_eq!(outbox.borrow().len(), BATCH);
+        worker.run_dry();
+        assert!(outbox.borrow().iter().all(|sent| *sent == packet));
+        assert_eq!(outbox.borrow().len(), 3 * BATCH + 5);
+        assert_eq!(worker.in_flight(), 0);
+        assert_eq!(worker.pool.free(), (2048, 16));
+    }
+
+    #[test]
+    fn an_idle_worker_sleeps_until_it_is_woken() {
+        let (mut worker, _events) = worker();
+        worker.plug(MemoryPort::new(A), A);
+        worker.run_dry();
+        assert_eq!(worker.patience(), None);
+    }
+
+    #[test]
+    fn a_port_that_breaks_is_reported_once_and_what_waits_for_it_is_dropped_by_name() {
+        let (mut worker, events) = worker();
+        let (inbox, _) = worker.plug(MemoryPort::new(A), A);
+        let mut broken = MemoryPort::new(B);
+        broken.break_down();
+        worker.insert(B, Box::new(broken)).unwrap();
+        inbox.borrow_mut().extend((0..3).map(|_| sample::udp4(100, 0).0));
+        worker.run_dry();
+        assert_eq!(events.try_iter().collect::<Vec<_>>(), [Event::PortGone(B)]);
+        let counted = worker.forwarder.stats().of(A);
+        assert_eq!((counted.dropped[DropReason::PortDown as usize], counted.in_flight()), (3, 0));
+        assert!(!worker.snapshot(true).ports.iter().any(|port| port.id == B && port.up));
+        assert!(worker.remove(B).is_some());
+        assert!(worker.remove(B).is_none());
+        assert!(events.is_empty());
+    }
+
+    #[test]
+    fn a_busy_port_is_tried_again_and_loses_nothing() {
+        let (mut worker, _events) = worker();
+        let (inbox, _) = worker.plug(MemoryPort::new(A), A);
+        let (_, outbox) = worker.plug(MemoryPort::new(B).with_room(2), B);
+        inbox.borrow_mut().extend((0..5).map(|_| sample::udp4(100, 0).0));
+        worker.run_dry();
+        assert_eq!((outbox.borrow().len(), worker.in_flight()), (2, 3));
+        assert_eq!(worker.patience(), Some(BUSY_RETRY));
+        let mut arrived = 0;
+        while !worker.busy.is_empty() {
+            arrived += outbox.borrow_mut().drain(..).count();
+            worker.round();
+        }
+        assert_eq!((arrived + outbox.borrow().len(), worker.in_flight()), (5, 0));
+    }
+
+    #[test]
+    fn a_number_in_use_is_refused_and_one_used_again_counts_from_zero() {
+        let (mut worker, _events) = worker();
+        let (inbox, _) = worker.plug(MemoryPort::new(A), A);
+        inbox.borrow_mut().push_back(sample::udp4(100, 0).0);
+        worker.run_dry();
+        let error = worker.insert(A, Box::new(MemoryPort::new(A))).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(worker.remove(A).unwrap().received, 1);
+        worker.plug(MemoryPort::new(A), A);
+        assert_eq!(worker.forwarder.stats().of(A).received, 0);
+    }
+
+    #[test]
+    fn frames_for_a_port_without_a_device_are_dropped_by_name() {
+        let (mut worker, _events) = worker();
+        let (inbox, _) = worker.plug(MemoryPort::new(A), A);
+        inbox.borrow_mut().push_back(sample::udp4(100, 0).0);
+        worker.run_dry();
+        let counted = worker.forwarder.stats().of(A);
+        assert_eq!((counted.dropped[DropReason::PortDown as usize], counted.in_flight()), (1, 0));
+    }
+
+    /// A port whose code has a bug.
+    struct Faulty;
+
+    impl Port for Faulty {
+        fn receive(&mut self, _: &Pool, _: &mut Batch, _: &mut Stats) -> io::Result<Received> {
+            panic!("a bug in a port")
+        }
+
+        fn transmit(&mut self, _: &mut Queue, _: &mut Stats) -> io::Result<()> {
+            panic!("a bug in a port")
+        }
+
+        fn readable(&self) -> Option<BorrowedFd<'_>> {
+            None
+        }
+
+        fn capabilities(&self) -> Capabilities {
+            Capabilities::default()
+        }
+
+        fn kind(&self) -> &'static str {
+            "memory"
+        }
+    }
+
+    #[test]
+    fn a_port_whose_code_panics_is_taken_out_and_the_others_go_on() {
+        let (mut worker, events) = worker();
+        let (inbox, _) = worker.plug(MemoryPort::new(A), A);
+        let (_, outbox) = worker.plug(MemoryPort::new(B), B);
+        worker.insert(PortId(3), Box::new(Faulty)).unwrap();
+        worker.run_dry();
+        assert_eq!(events.try_iter().collect::<Vec<_>>(), [Event::PortGone(PortId(3))]);
+        inbox.borrow_mut().push_back(sample::udp4(100, 0).0);
+        worker.mark_ready(A);
+        worker.run_dry();
+        assert_eq!(outbox.borrow().len(), 1);
+    }
+
+    #[test]
+    fn the_thread_answers_commands_in_order_and_ends_when_it_is_told_to() {
+        let (commands, inbox) = channel::unbounded();
+        let (sender, _events) = channel::unbounded();
+        let tables = Arc::new(ArcSwap::from_pointee(tables()));
+        let (waker, thread) = spawn(RouterConfig::default(), tables, inbox, sender).unwrap();
+        let (answer, snapshot) = channel::bounded(1);
+        commands.send(Command::Snapshot { flows: true, answer }).unwrap();
+        waker.wake().unwrap();
+        assert_eq!(snapshot.recv().unwrap().epoch, 1);
+        let (answer, removed) = channel::bounded(1);
+        commands.send(Command::RemovePort(A, answer)).unwrap();
+        commands.send(Command::Stop).unwrap();
+        waker.wake().unwrap();
+        assert!(removed.recv().unwrap().is_none());
+        thread.join().unwrap();
+    }
+}
