@@ -1,2 +1,140 @@
-//! Under construction.
-fn main() {}
+//! `weftd`: the node daemon.
+//!
+//! A control plane (tokio, one thread: signals and accepting clients; a thread for each client) around the data plane,
+//! which is a thread of its own in `weft-router`. Read [`control`] for how a file becomes tables, [`attach`] for how a
+//! pod gets its interface, [`api`] for how it is asked.
+
+mod api;
+mod attach;
+mod control;
+mod log;
+mod netlink;
+mod node;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Arc, Weak};
+
+use anyhow::Context;
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use weft_router::Event;
+
+use control::config::{Invalid, Log};
+use node::Node;
+
+const FAILED: u8 = 1;
+const MISCONFIGURED: u8 = 2;
+
+/// The weft node daemon.
+#[derive(Debug, Parser)]
+#[command(
+    name = "weftd",
+    version,
+    about,
+    after_help = "Signals:
+  SIGHUP            read the configuration again; a wrong one is logged and the old one stays
+  SIGTERM, SIGINT   stop
+
+Exit codes:
+  0  stopped by SIGTERM or SIGINT; or the configuration is valid (--check)
+  1  could not start, or the data plane stopped
+  2  wrong usage or configuration"
+)]
+struct Arguments {
+    /// The configuration file.
+    #[arg(long, value_name = "FILE", default_value = "/etc/weft/weftd.toml")]
+    config: PathBuf,
+    /// Check the configuration and exit.
+    #[arg(long)]
+    check: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if arguments.check {
+        log::start(Log { level: tracing::Level::WARN, json: false });
+    }
+    let config = match node::read_config(&arguments.config) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("weftd: {error:#}");
+            return ExitCode::from(MISCONFIGURED);
+        }
+    };
+    if arguments.check {
+        println!("{} is valid", arguments.config.display());
+        return ExitCode::SUCCESS;
+    }
+    let level = log::start(config.log);
+    let result = Node::start(config, arguments.config, level).and_then(run);
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::from(if error.is::<Invalid>() { MISCONFIGURED } else { FAILED })
+        }
+    }
+}
+
+/// Serves until a signal or the end of the data plane.
+fn run(node: Node) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(api::MAX_CONNECTIONS + 16)
+        .thread_name("weft-api")
+        .build()
+        .context("cannot start the control plane: not enough memory or descriptors")?;
+    let node = Arc::new(node);
+    let stopped = runtime.block_on(serve(&node));
+    // Requests under way have until their deadline; a client that waits for nothing is cut off.
+    runtime.shutdown_timeout(api::GRACE);
+    stopped
+}
+
+async fn serve(node: &Arc<Node>) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
+    let path = node.state().desired.config.socket.clone();
+    let socket = api::socket::Bound::new(&path)?;
+    // After the socket is bound and before anyone is served: a shim that still gave up finds the socket on its second try.
+    attach::tombstone::honour_all(node);
+    let mut data_plane = watch_data_plane(node)?;
+    let server = api::Server::new(Arc::clone(node));
+    tracing::info!(socket = %path.display(), pid = std::process::id(), "ready");
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => {
+                let node = Arc::clone(node);
+                tokio::task::spawn_blocking(move || drop(node.reload()));
+            }
+            _ = data_plane.recv() => anyhow::bail!("the data plane has stopped: see the log above, then restart weftd"),
+            stream = socket.accept() => server.serve(stream).await,
+        }
+    }
+    tracing::info!("stopping");
+    Ok(())
+}
+
+/// Follows what the data plane notices. The receiver ends when the data plane does.
+fn watch_data_plane(node: &Arc<Node>) -> anyhow::Result<mpsc::Receiver<()>> {
+    let events = node.router.events().clone();
+    let node: Weak<Node> = Arc::downgrade(node);
+    let (alive, ended) = mpsc::channel(1);
+    let follow = move || {
+        let _alive = alive;
+        while let Ok(event) = events.recv() {
+            let Some(node) = node.upgrade() else { break };
+            match event {
+                Event::PortGone(port) => node.port_gone(port),
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("weft-events".into()).stack_size(256 * 1024);
+    thread.spawn(follow).context("cannot start a thread: not enough memory or processes (ulimit -u)")?;
+    Ok(ended)
+}

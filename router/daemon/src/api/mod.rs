@@ -1,0 +1,157 @@
+//! The API: clients on the unix socket, each on a blocking thread of its own.
+//!
+//! Limits, because every client is a stranger: only root and weftd's own user are served; at most [`MAX_CONNECTIONS`] at
+//! once, where a new client displaces the one that has been silent for longest; a request must arrive whole, and its answer be
+//! taken, within [`DEADLINE`]. A client that only sits there costs others nothing.
+
+pub mod show;
+pub mod slots;
+pub mod socket;
+pub mod status;
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt::socket_peercred;
+use serde::Serialize;
+use tokio::task;
+use weft_api::{Answer, Connection, Empty, Failure, Incoming, LineError, MAX_REQUEST, Request, code};
+
+use crate::attach;
+use crate::node::Node;
+use slots::{Slot, Slots};
+
+/// Clients at once.
+pub const MAX_CONNECTIONS: usize = 128;
+/// How long a client may be silent, dribble, or not take its answer.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+/// How long requests under way may take when weftd stops.
+pub const GRACE: Duration = Duration::from_secs(5);
+
+/// Serves clients.
+pub struct Server {
+    node: Arc<Node>,
+    slots: Arc<Slots>,
+}
+
+impl Server {
+    /// Serves them with `node`.
+    pub fn new(node: Arc<Node>) -> Server {
+        Server { node, slots: Arc::new(Slots::new(MAX_CONNECTIONS)) }
+    }
+
+    /// Takes a client in, or refuses it.
+    pub async fn serve(&self, stream: std::io::Result<UnixStream>) {
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a client");
+                // Out of descriptors: the client stays in the backlog, and trying again at once would spin.
+                return tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        if let Err(failure) = check_peer(&stream) {
+            return refuse(stream, failure);
+        }
+        match self.slots.take(&stream) {
+            Some(slot) => {
+                let node = Arc::clone(&self.node);
+                drop(task::spawn_blocking(move || converse(&node, Connection::new(stream, MAX_REQUEST), &slot)));
+            }
+            None => refuse(stream, busy()),
+        }
+    }
+}
+
+fn busy() -> Failure {
+    Failure {
+        code: code::TRY_AGAIN,
+        msg: format!("weftd is serving {MAX_CONNECTIONS} requests already"),
+        details: "try again".into(),
+    }
+}
+
+/// Without waiting: whoever does not take the answer at once does without.
+fn refuse(stream: UnixStream, failure: Failure) {
+    let _ = Connection::new(stream, MAX_REQUEST).answer(&Answer::<Empty>::Error(failure), Instant::now());
+}
+
+fn check_peer(stream: &UnixStream) -> Result<(), Failure> {
+    let refused = |msg: String| Failure {
+        code: code::REQUEST,
+        msg,
+        details: "run it as root, or as the user that weftd runs as".into(),
+    };
+    let peer = socket_peercred(stream).map_err(|error| refused(format!("cannot tell who asks: {error}")))?;
+    if peer.uid.is_root() || peer.uid == rustix::process::geteuid() {
+        return Ok(());
+    }
+    tracing::warn!(uid = peer.uid.as_raw(), "refused a client of another user");
+    Err(refused(format!("user {} may not talk to weftd", peer.uid.as_raw())))
+}
+
+/// One client's requests, one after the other.
+fn converse(node: &Node, mut connection: Connection, slot: &Slot) {
+    loop {
+        slot.idle();
+        let line = match connection.receive(Instant::now() + DEADLINE) {
+            Ok(Some(line)) => line,
+            Ok(None) | Err(LineError::TimedOut { .. } | LineError::Io(_) | LineError::Cut) => return,
+            Err(error @ (LineError::TooLong(_) | LineError::Misplaced)) => {
+                let failure = Failure { code: code::REQUEST, msg: error.to_string(), details: String::new() };
+                return refuse_connection(&mut connection, failure);
+            }
+        };
+        if !slot.working() {
+            return;
+        }
+        let answered = match line.request() {
+            Ok(incoming) => answer(node, &mut connection, incoming),
+            Err(failure) => reply::<Empty>(&mut connection, Err(failure)),
+        };
+        if let Err(error) = answered {
+            tracing::debug!(%error, "a client did not take its answer");
+            return;
+        }
+    }
+}
+
+fn refuse_connection(connection: &mut Connection, failure: Failure) {
+    let _ = reply::<Empty>(connection, Err(failure));
+}
+
+/// Does what is asked, and answers.
+fn answer(node: &Node, connection: &mut Connection, incoming: Incoming) -> Result<(), LineError> {
+    let done = Ok(Empty {});
+    match incoming.request {
+        Request::Add(request) => reply(connection, attach::add(node, &request, incoming.descriptor)),
+        Request::Del(key) => {
+            attach::del(node, &key);
+            reply(connection, done)
+        }
+        Request::Check(request) => {
+            reply(connection, attach::check(node, &request, incoming.descriptor).map(|()| Empty {}))
+        }
+        Request::Gc(request) => reply(connection, Ok(attach::collect(node, &request))),
+        Request::Ready => reply(connection, status::ready(node).map(|()| Empty {})),
+        Request::Status => reply(connection, status::status(node)),
+        Request::Ports => reply(connection, show::ports(node)),
+        Request::Routes => reply(connection, Ok(show::routes(node))),
+        Request::Fdb => reply(connection, show::fdb(node)),
+        Request::Neigh => reply(connection, Ok(show::neighbours(node))),
+        Request::Flows => reply(connection, show::flows(node)),
+        Request::Leases => reply(connection, Ok(show::leases(node))),
+        Request::Drops => reply(connection, show::drops(node)),
+        Request::Nodes => reply(connection, show::nodes(node)),
+        Request::Reload => reply(connection, node.reload().map(|()| Empty {})),
+    }
+}
+
+fn reply<T: Serialize>(connection: &mut Connection, result: Result<T, Failure>) -> Result<(), LineError> {
+    let answer = match result {
+        Ok(value) => Answer::Ok(value),
+        Err(failure) => Answer::Error(failure),
+    };
+    connection.answer(&answer, Instant::now() + DEADLINE)
+}

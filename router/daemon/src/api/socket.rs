@@ -1,0 +1,110 @@
+//! The unix socket: who may see it, and whose it is.
+//!
+//! It is made with mode 0600, in a folder that is made with mode 0700 if it is not there. A file that a dead daemon
+//! left is replaced; a living one is an error, and so is any file that is no socket.
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use rustix::fs::Mode;
+use tokio::net::UnixListener;
+
+/// The listening socket; its file goes when this is dropped.
+#[derive(Debug)]
+pub struct Bound {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode, so that nobody else's file is removed in the end.
+    file: (u64, u64),
+}
+
+impl Bound {
+    /// Listens at `path`. To be called before threads that make files: it sets the process's umask for a moment.
+    ///
+    /// # Errors
+    /// What is in the way, and what to do.
+    pub fn new(path: &Path) -> anyhow::Result<Bound> {
+        if let Some(folder) = path.parent() {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(folder)
+                .with_context(|| format!("cannot make the socket's folder {}", folder.display()))?;
+        }
+        make_room(path)?;
+        let before = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
+        let listener = UnixListener::bind(path);
+        rustix::process::umask(before);
+        let listener = listener.with_context(|| format!("cannot listen at {}", path.display()))?;
+        let stat = fs::metadata(path).with_context(|| format!("{} vanished", path.display()))?;
+        Ok(Bound { listener, path: path.to_owned(), file: (stat.dev(), stat.ino()) })
+    }
+
+    /// The next client.
+    pub async fn accept(&self) -> io::Result<UnixStream> {
+        let (stream, _) = self.listener.accept().await?;
+        stream.into_std()
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|stat| (stat.dev(), stat.ino()) == self.file) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn make_room(path: &Path) -> anyhow::Result<()> {
+    let stat = match fs::symlink_metadata(path) {
+        Ok(stat) => stat,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).with_context(|| format!("cannot look at {}", path.display())),
+    };
+    if !stat.file_type().is_socket() {
+        bail!("{} is there and is no socket: move it away, or configure another socket", path.display());
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => bail!("another weftd listens at {}: stop it, or configure another socket", path.display()),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).with_context(|| format!("cannot remove the stale socket {}", path.display()))
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot tell whose socket {} is", path.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[tokio::test]
+    async fn the_socket_is_private_and_goes_with_its_owner() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run/weftd.sock");
+        let bound = Bound::new(&path).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o600, 0o700));
+        let error = Bound::new(&path).unwrap_err();
+        assert!(error.to_string().starts_with("another weftd listens at"), "{error}");
+        drop(bound);
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_and_other_files_are_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weftd.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let bound = Bound::new(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "mine").unwrap();
+        drop(bound);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
+        assert!(Bound::new(&path).unwrap_err().to_string().contains("is no socket"));
+    }
+}

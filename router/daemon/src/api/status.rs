@@ -1,0 +1,256 @@
+//! The state as a whole, problems first: each says what is wrong and what to do.
+
+use std::fs;
+use std::net::SocketAddr;
+
+use weft_api::{Counters, Failure, RangeUse, Status, code};
+use weft_ipam::Usage;
+use weft_router::tables::Mode;
+use weft_router::{DropReason, Snapshot};
+
+use super::show;
+use crate::attach::{addresses, key_of};
+use crate::control::config::{Config, Underlay};
+use crate::control::desired::UNDERLAY;
+use crate::control::host::{Host, Interface};
+use crate::netlink::Netlink;
+use crate::node::{Node, State, add, counters};
+
+/// Above this part of its addresses a range is nearly used up.
+const NEARLY: (u64, u64) = (9, 10);
+/// Losses below one in so many frames are everyday life: a scan, a pod that was just deleted.
+const WORTH_TELLING: u64 = 1000;
+
+/// CNI STATUS: can an ADD be served now?
+pub fn ready(node: &Node) -> Result<(), Failure> {
+    let fail = |code, msg: String, details: &str| Err(Failure { code, msg, details: details.into() });
+    let Ok(snapshot) = node.router.snapshot(false) else {
+        return fail(code::LIMITED, "the data plane has stopped".into(), "restart weftd; its log says why");
+    };
+    let state = node.state();
+    let config = &state.desired.config;
+    if let Some(problem) = underlay_problem(&snapshot, config, host().as_ref()) {
+        return fail(code::LIMITED, problem, "pods of this node reach each other, but no other node");
+    }
+    if let Some(trouble) = state.store.trouble().or(state.store.poisoned()) {
+        return fail(code::NOT_AVAILABLE, trouble.to_owned(), "no lease can be made durable");
+    }
+    for (v4, family) in [(true, "IPv4"), (false, "IPv6")] {
+        let mut of_family = usages(&state).filter(|(range, _)| range.addr().is_ipv4() == v4).peekable();
+        if of_family.peek().is_some() && of_family.all(|(_, usage)| usage.leased >= usage.size) {
+            let msg = format!("no {family} address is free in this node's ranges");
+            return fail(code::NOT_AVAILABLE, msg, "remove pods, or give the node another range and reload");
+        }
+    }
+    Ok(())
+}
+
+/// The daemon's state.
+pub fn status(node: &Node) -> Result<Status, Failure> {
+    let snapshot = show::snapshot(node, false)?;
+    let host = host();
+    let state = node.state();
+    let config = &state.desired.config;
+    let device = host.as_ref().and_then(|host| underlay_device(config, host));
+    let mut sum = state.retired;
+    for port in &snapshot.ports {
+        add(&mut sum, &counters(&port.stats));
+    }
+    let kind = snapshot.ports.iter().find(|port| port.id == UNDERLAY);
+    Ok(Status {
+        problems: problems(&state, &snapshot, host.as_ref(), &sum),
+        node: config.node.clone(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+        uptime: node.started.elapsed().as_secs_f64(),
+        mode: if config.mode == Mode::Routed { "routed".into() } else { "bridged".into() },
+        ranges: config.ranges.iter().map(ToString::to_string).collect(),
+        gateways: [config.gateway.ipv4.map(Into::into), config.gateway.ipv6.map(Into::into)]
+            .into_iter()
+            .flatten()
+            .collect(),
+        gateway_mac: config.gateway.mac.to_string(),
+        vtep_mac: config.vtep_mac.to_string(),
+        underlay: SocketAddr::new(config.underlay.address, config.underlay.port).to_string(),
+        underlay_kind: kind.map(|port| format!("{}, offloads: {}", port.kind, port.capabilities)).unwrap_or_default(),
+        vni: config.vni.get(),
+        mtu: config.mtu,
+        underlay_mtu: device.map_or(config.underlay.mtu, |device| device.mtu),
+        pods: state.attachments.len(),
+        peers: config.peers.len(),
+        leases: usages(&state)
+            .map(|(range, usage)| RangeUse { range: range.to_string(), leased: usage.leased, size: usage.size })
+            .collect(),
+        epoch: snapshot.epoch,
+        counters: sum,
+    })
+}
+
+/// How full each of the node's ranges is.
+fn usages(state: &State) -> impl Iterator<Item = (ipnet::IpNet, Usage)> {
+    let config = &state.desired.config;
+    config.ranges.iter().filter_map(|range| {
+        let known = addresses::own_range(config, *range).ok()?;
+        Some((*range, state.store.usage("", &known)))
+    })
+}
+
+fn host() -> Option<Host> {
+    Netlink::open().and_then(|mut netlink| netlink.host()).ok()
+}
+
+fn underlay_device<'h>(config: &Config, host: &'h Host) -> Option<&'h Interface> {
+    host.holder_of(config.underlay.address)
+}
+
+/// Everything that is wrong, the gravest first.
+fn problems(state: &State, snapshot: &Snapshot, host: Option<&Host>, sum: &Counters) -> Vec<String> {
+    let config = &state.desired.config;
+    let mut all = Vec::new();
+    all.extend(underlay_problem(snapshot, config, host));
+    all.extend(host.and_then(|host| mtu_problem(config, host)));
+    all.extend(store_problems(state));
+    all.extend(unattached_problem(state));
+    all.extend(peer_problems(state, snapshot));
+    all.extend(usages(state).filter(|(_, usage)| nearly_full(*usage)).map(|(range, usage)| {
+        let (leased, size) = (usage.leased, usage.size);
+        format!("{leased} of the {size} addresses of {range} are leased: give the node another range and reload")
+    }));
+    all.extend(loss_problems(snapshot, sum));
+    all.extend(receive_buffer_problem(config));
+    all
+}
+
+fn nearly_full(usage: Usage) -> bool {
+    u128::from(usage.leased) * u128::from(NEARLY.1) > u128::from(usage.size) * u128::from(NEARLY.0)
+}
+
+fn underlay_problem(snapshot: &Snapshot, config: &Config, host: Option<&Host>) -> Option<String> {
+    let address = config.underlay.address;
+    if !snapshot.ports.iter().any(|port| port.id == UNDERLAY && port.up) {
+        return Some("the underlay's socket is broken: other nodes cannot be reached; restart weftd".into());
+    }
+    match underlay_device(config, host?) {
+        None => Some(format!("no interface has the underlay address {address}: give it back, or configure another")),
+        Some(device) if !device.up => {
+            Some(format!("{}, which has the underlay address {address}, is down: set it up", device.name))
+        }
+        Some(_) => None,
+    }
+}
+
+fn mtu_problem(config: &Config, host: &Host) -> Option<String> {
+    let device = underlay_device(config, host)?;
+    let needed = config.mtu + Underlay::overhead(config.underlay.address);
+    (device.mtu < needed).then(|| {
+        format!(
+            "pods have an MTU of {}, which needs {needed} on the underlay, but {} has {}: large packets are lost; raise \
+             the device's MTU, or lower the key mtu and recreate the pods",
+            config.mtu, device.name, device.mtu
+        )
+    })
+}
+
+fn store_problems(state: &State) -> Vec<String> {
+    let pending = state.store.pending();
+    let waiting =
+        (pending > 0).then(|| format!("{pending} released leases could not be written to the lease store yet"));
+    [state.store.trouble().map(str::to_owned), waiting].into_iter().flatten().collect()
+}
+
+fn unattached_problem(state: &State) -> Option<String> {
+    let without = state.store.iter().map(|record| key_of(&record.owner));
+    let without: Vec<String> = without
+        .filter(|key| !state.attachments.contains_key(key))
+        .map(|key| format!("{}/{}", key.container, key.ifname))
+        .collect();
+    let (count, first) = (without.len(), without.first()?);
+    let others = if count > 1 { format!(" and {} more", count - 1) } else { String::new() };
+    Some(format!(
+        "{count} leases belong to pods without a device ({first}{others}): weftd was restarted, which ends the devices of \
+         its pods, or their namespaces are gone; recreate the pods, or let the runtime's DEL or GC free the leases"
+    ))
+}
+
+fn peer_problems(state: &State, snapshot: &Snapshot) -> Vec<String> {
+    let config = &state.desired.config;
+    let silent = config.peers.iter().filter(|peer| {
+        let id = state.desired.nodes.of(&peer.name);
+        let stats = id.and_then(|id| snapshot.nodes.get(id.index()));
+        stats.is_some_and(|stats| stats.sent > 0 && stats.last_seen.is_none())
+    });
+    let told = |peer: &crate::control::config::Peer| {
+        format!(
+            "{} has been sent to, and nothing ever came from {}: is weftd running there with this node as a peer, and does a \
+             firewall drop UDP port {}?",
+            peer.name, peer.underlay, config.underlay.port
+        )
+    };
+    silent.map(told).collect()
+}
+
+/// Losses by reason over all ports, where they are more than a trickle.
+fn loss_problems(snapshot: &Snapshot, sum: &Counters) -> Vec<String> {
+    let losses = DropReason::ALL.iter().filter(|reason| reason.is_loss());
+    let counted = losses.map(|reason| {
+        let count: u64 = snapshot.ports.iter().map(|port| port.stats.dropped[*reason as usize]).sum();
+        (reason, count)
+    });
+    counted
+        .filter(|(_, count)| *count > 0 && count.saturating_mul(WORTH_TELLING) > sum.received)
+        .map(|(reason, count)| {
+            format!(
+                "{count} frames ended as {}: {}; see which ports with `weft drops`",
+                reason.name(),
+                reason.meaning()
+            )
+        })
+        .collect()
+}
+
+/// What the kernel dropped because the underlay's socket was full.
+fn receive_buffer_problem(config: &Config) -> Option<String> {
+    let (file, address) = match config.underlay.address {
+        std::net::IpAddr::V4(_) => ("/proc/thread-self/net/udp", config.underlay.address),
+        std::net::IpAddr::V6(_) => ("/proc/thread-self/net/udp6", config.underlay.address),
+    };
+    let drops = socket_drops(&fs::read_to_string(file).ok()?, config.underlay.port);
+    (drops > 0).then(|| {
+        format!(
+            "the kernel dropped {drops} datagrams for {address} because the socket's buffer was full (RcvbufErrors): \
+             weftd had too little CPU for a while"
+        )
+    })
+}
+
+/// The drops of all sockets on `port`, out of `/proc/net/udp`.
+fn socket_drops(text: &str, port: u16) -> u64 {
+    let drops = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let local = fields.get(1)?.rsplit(':').next()?;
+        (u16::from_str_radix(local, 16).ok()? == port).then(|| fields.last()?.parse::<u64>().ok())?
+    };
+    text.lines().skip(1).filter_map(drops).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drops_of_the_underlays_socket_are_read_from_proc() {
+        let text = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode ref pointer drops\n\
+             2063: 0100C80A:2118 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 3404 2 0 17\n\
+             2064: 0100C80A:2119 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 3405 2 0 4\n\
+             garbage\n";
+        assert_eq!(socket_drops(text, 0x2118), 17);
+        assert_eq!(socket_drops(text, 53), 0);
+    }
+
+    #[test]
+    fn a_range_is_nearly_full_above_nine_tenths() {
+        assert!(!nearly_full(Usage { leased: 9, size: 10 }));
+        assert!(nearly_full(Usage { leased: 10, size: 10 }));
+        assert!(!nearly_full(Usage { leased: 3, size: u64::MAX }));
+    }
+}

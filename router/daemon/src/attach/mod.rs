@@ -1,0 +1,441 @@
+//! Attaching pods: ADD, DEL, CHECK and GC.
+//!
+//! ```text
+//! names, namespace checked → lease (durable) → TAP made here → moved into the pod → set up there
+//!     → tables say who is behind the port → port given to the worker → answer
+//! ```
+//!
+//! Each step has an undo, and [`Attempt`] runs what was reached in reverse if the next step fails: a failed ADD leaves
+//! no lease, device or port. The namespace's descriptor is closed at the end of the request, for an open one keeps
+//! the namespace alive. Requests for different attachments run side by side, for the same one in turn ([`turn`]).
+
+pub mod addresses;
+pub mod namespace;
+pub mod pod;
+pub mod tombstone;
+pub mod turn;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::time::SystemTime;
+
+use rustix::io::Errno;
+use weft_api::{Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Check, Collected, Failure, Gc, code};
+use weft_encap::mac::Mac;
+use weft_ipam::{Facts, LeaseError, Owner};
+use weft_router::port::tap::Tap;
+use weft_router::tables::Pod;
+use weft_router::{Device, PortId};
+
+use crate::control::config::Config;
+use crate::control::derive;
+use crate::netlink::{LinkChange, Netlink};
+use crate::node::{Attachment, Node, State};
+use namespace::Namespace;
+use pod::{Interface, SetUpError};
+
+/// Longest network name and container id in bytes. Runtimes use 64 digits; anything much longer is no id.
+const MAX_NAME: usize = 1024;
+/// `IFNAMSIZ` less the terminating zero.
+const MAX_IFNAME: usize = 15;
+/// How often a device name or MAC is drawn again if it is taken.
+const DRAWS: usize = 16;
+
+/// CNI ADD.
+pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attached, Failure> {
+    check_key(&request.key)?;
+    let mac = request.mac.as_deref().map(parse_mac).transpose()?;
+    let namespace = Namespace::check(fd, &request.netns)?;
+    let _turn = node.turns.take(&request.key);
+    tombstone::honour(node, &request.key);
+    let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
+    let (interface, config) = attempt.lease(request, mac, &namespace)?;
+    let tap = make_device(&namespace, &interface)?;
+    attempt.open_port(&interface, tap)?;
+    attempt.finish();
+    tracing::info!(
+        network = request.key.network, container = request.key.container, ifname = request.key.ifname,
+        mac = %interface.mac, addresses = ?interface.addresses.iter().map(|(net, _)| net).collect::<Vec<_>>(),
+        "attached"
+    );
+    Ok(attached(&interface, &config))
+}
+
+/// CNI DEL. What is not there is as good as freed.
+pub fn del(node: &Node, key: &AttachmentKey) {
+    let _turn = node.turns.take(key);
+    if free(node, key) {
+        tracing::info!(network = key.network, container = key.container, ifname = key.ifname, "detached");
+    }
+}
+
+/// Port, tables, lease, in this order; whether there was any of them. To be called in the attachment's turn.
+fn free(node: &Node, key: &AttachmentKey) -> bool {
+    let had_port = node.detach(key);
+    let had_lease = node.state().store.release(&owner(key)).is_some();
+    had_port || had_lease
+}
+
+/// CNI GC.
+pub fn collect(node: &Node, request: &Gc) -> Collected {
+    let valid: BTreeSet<(&str, &str)> =
+        request.valid.iter().map(|(container, ifname)| (container.as_str(), ifname.as_str())).collect();
+    let stale: Vec<AttachmentKey> = {
+        let state = node.state();
+        let leased = state.store.iter().map(|record| key_of(&record.owner));
+        let all: BTreeSet<AttachmentKey> = leased.chain(state.attachments.keys().cloned()).collect();
+        let stays = |key: &AttachmentKey| valid.contains(&(key.container.as_str(), key.ifname.as_str()));
+        all.into_iter().filter(|key| key.network == request.network && !stays(key)).collect()
+    };
+    let freed = stale.into_iter().filter(|key| {
+        let _turn = node.turns.take(key);
+        free(node, key)
+    });
+    Collected { freed: freed.collect() }
+}
+
+/// CNI CHECK: everything that is missing or different.
+pub fn check(node: &Node, request: &Check, fd: Option<OwnedFd>) -> Result<(), Failure> {
+    check_key(&request.key)?;
+    let namespace = Namespace::check(fd, "of the request")?;
+    let _turn = node.turns.take(&request.key);
+    let interface = {
+        let state = node.state();
+        let leased = state.store.get(&owner(&request.key)).is_some();
+        match state.attachments.get(&request.key) {
+            Some(attachment) if leased => attachment.interface.clone(),
+            Some(_) => return Err(differs(vec!["it has a port, but no lease".into()])),
+            None if leased => return Err(differs(vec!["it has a lease, but its device is gone".into()])),
+            None => return Err(differs(vec!["it is not known here".into()])),
+        }
+    };
+    let name = interface.name.clone();
+    let observed = namespace.enter(move || pod::observe(&name)).map_err(|error| Failure {
+        code: code::INTERNAL,
+        msg: format!("cannot look into the pod's network namespace: {error}"),
+        details: String::new(),
+    })?;
+    let mut all = observed.differences(&interface);
+    if let Some(expected) = &request.expected {
+        all.extend(unexpected(expected, &interface));
+    }
+    if all.is_empty() { Ok(()) } else { Err(differs(all)) }
+}
+
+/// What the runtime believes and we did not make. Zero, empty and unspecified mean that it did not say.
+fn unexpected(expected: &Attached, made: &Interface) -> Vec<String> {
+    let mut all = Vec::new();
+    if expected.ifname != made.name {
+        all.push(format!("prevResult has interface {:?}, weftd made {}", expected.ifname, made.name));
+    }
+    if !expected.mac.is_empty() && expected.mac.parse() != Ok(made.mac) {
+        all.push(format!("prevResult has MAC {:?}, weftd gave {}", expected.mac, made.mac));
+    }
+    if ![0, made.mtu].contains(&expected.mtu) {
+        all.push(format!("prevResult has MTU {}, weftd gave {}", expected.mtu, made.mtu));
+    }
+    for address in &expected.addresses {
+        let known = |(net, gateway): &(ipnet::IpNet, IpAddr)| {
+            let by = address.gateway.is_unspecified() || *gateway == address.gateway;
+            by && net.to_string() == address.address
+        };
+        if !made.addresses.iter().any(known) {
+            all.push(format!("prevResult has {} by {}, which weftd did not give", address.address, address.gateway));
+        }
+    }
+    all
+}
+
+fn differs(all: Vec<String>) -> Failure {
+    Failure {
+        code: code::CHECK,
+        msg: all.join("; "),
+        details: "delete the pod's sandbox, so that the runtime makes a new one".into(),
+    }
+}
+
+/// What an ADD has done so far; undone when it is dropped before [`Attempt::finish`].
+struct Attempt<'a> {
+    node: &'a Node,
+    key: &'a AttachmentKey,
+    leased: bool,
+    port: Option<PortId>,
+}
+
+impl Attempt<'_> {
+    /// Leases the addresses, durably.
+    fn lease(
+        &mut self,
+        request: &Attach,
+        mac: Option<Mac>,
+        namespace: &Namespace,
+    ) -> Result<(Interface, std::sync::Arc<Config>), Failure> {
+        let mut state = self.node.state();
+        let config = state.desired.config.clone();
+        let mtu = choose_mtu(&config, request.mtu)?;
+        let mac = choose_mac(&state, &config, mac)?;
+        let sets = addresses::sets(&config, request)?;
+        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let facts = Facts {
+            pool: String::new(),
+            time,
+            mac: Some(mac.0),
+            netns: Some(namespace.identity().to_owned()),
+            labels: request.labels.clone(),
+        };
+        let record =
+            state.store.lease(&owner(self.key), &sets, &request.requested, facts).map_err(|error| refusal(&error))?;
+        self.leased = true;
+        let addresses = record.leases.iter().map(|lease| (lease.cidr(), lease.gateway)).collect();
+        Ok((Interface { name: self.key.ifname.clone(), mac, mtu, addresses }, config))
+    }
+
+    /// Says in the tables who is behind the port, then gives it to the worker. In this order an event about the port always
+    /// finds its attachment.
+    fn open_port(&mut self, interface: &Interface, tap: Tap) -> Result<(), Failure> {
+        let port = self.node.attach(self.key, interface.clone()).ok_or_else(|| Failure {
+            code: code::EXHAUSTED,
+            msg: "every port number of this node is in use".into(),
+            details: "remove pods from this node".into(),
+        })?;
+        self.port = Some(port);
+        self.node.router.add_port(port, Device::Tap(tap)).map_err(|error| Failure {
+            code: code::INTERNAL,
+            msg: format!("the data plane refused the device: {error}"),
+            details: "see weftd's log".into(),
+        })
+    }
+
+    fn finish(mut self) {
+        (self.leased, self.port) = (false, None);
+    }
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        if self.port.is_some() {
+            self.node.detach(self.key);
+        }
+        if self.leased {
+            self.node.state().store.release(&owner(self.key));
+        }
+    }
+}
+
+/// Makes the TAP here and moves it into the pod. A descriptor opened there would keep the namespace alive.
+/// Dropping the TAP is the undo, wherever the device is.
+fn make_device(namespace: &Namespace, interface: &Interface) -> Result<Tap, Failure> {
+    let kernel = |what: &str, error: io::Error| {
+        let no_descriptor = matches!(Errno::from_io_error(&error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM));
+        Failure {
+            code: if no_descriptor { code::TRY_AGAIN } else { code::INTERNAL },
+            msg: format!("cannot {what}: {error}"),
+            details: match Errno::from_io_error(&error) {
+                Some(Errno::PERM) => "weftd needs CAP_NET_ADMIN and CAP_SYS_ADMIN".into(),
+                Some(Errno::NOENT | Errno::NODEV) => "load the kernel module tun and provide /dev/net/tun".into(),
+                _ => String::new(),
+            },
+        }
+    };
+    let tap = create_tap().map_err(|error| kernel("make a TAP device", error))?;
+    let name = tap.name().to_owned();
+    let moved = (|| {
+        let mut netlink = Netlink::open()?;
+        let link = netlink.link(&name)?.ok_or(Errno::NODEV)?;
+        use std::os::fd::AsFd;
+        netlink.change_link(link.index, LinkChange { namespace: Some(namespace.as_fd()), ..LinkChange::default() })
+    })();
+    moved.map_err(|error| kernel("move the TAP device into the pod's network namespace", error))?;
+    let set_up = namespace.enter(|| Ok(pod::set_up(&name, interface)));
+    match set_up.map_err(|error| kernel("enter the pod's network namespace", error))? {
+        Ok(()) => Ok(tap),
+        Err(SetUpError::Exists) => Err(Failure {
+            code: code::EXISTS,
+            msg: format!("the pod has an interface {} already", interface.name),
+            details: "DEL comes before another ADD; or choose another CNI_IFNAME".into(),
+        }),
+        Err(SetUpError::Step(what, error)) => Err(kernel(&format!("{what} in the pod"), error)),
+    }
+}
+
+/// A TAP of a random name, which no other ADD and no user has.
+fn create_tap() -> io::Result<Tap> {
+    for _ in 0..DRAWS {
+        let [a, b, c, d] = random()?;
+        match Tap::create(&format!("weft{a:02x}{b:02x}{c:02x}{d:02x}")) {
+            Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::BUSY | Errno::EXIST)) => {}
+            made => return made,
+        }
+    }
+    Err(Errno::EXIST.into())
+}
+
+fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    // Up to 256 bytes come whole; before the kernel's generator is ready, this waits.
+    rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty())?;
+    Ok(bytes)
+}
+
+/// The MAC that was asked for, or a random one; nobody else's on this node.
+fn choose_mac(state: &State, config: &Config, asked: Option<Mac>) -> Result<Mac, Failure> {
+    let taken = |mac: Mac| {
+        [config.gateway.mac, config.vtep_mac].contains(&mac)
+            || config.peers.iter().any(|peer| peer.vtep_mac == mac)
+            || state.store.iter().any(|record| record.facts.mac == Some(mac.0))
+    };
+    match asked {
+        Some(mac) if taken(mac) => Err(Failure {
+            code: code::ADDRESS,
+            msg: format!("the requested MAC {mac} is in use"),
+            details: "ask for another one, or for none".into(),
+        }),
+        Some(mac) => Ok(mac),
+        None => {
+            let draw = || random().ok().map(derive::local_unicast).filter(|mac| !taken(*mac));
+            (0..DRAWS).find_map(|_| draw()).ok_or_else(|| Failure {
+                code: code::TRY_AGAIN,
+                msg: "no random MAC could be drawn".into(),
+                details: String::new(),
+            })
+        }
+    }
+}
+
+fn choose_mtu(config: &Config, asked: Option<u32>) -> Result<u32, Failure> {
+    let least = if config.gateway.ipv6.is_some() { 1280 } else { 576 };
+    match asked {
+        Some(mtu) if !(least..=config.mtu).contains(&mtu) => Err(Failure {
+            code: code::CONFIG,
+            msg: format!("the requested MTU {mtu} is not from {least} to {}", config.mtu),
+            details: "the upper limit is the key mtu of weftd's configuration".into(),
+        }),
+        asked => Ok(asked.unwrap_or(config.mtu)),
+    }
+}
+
+fn parse_mac(text: &str) -> Result<Mac, Failure> {
+    let refuse = |what: &str| Failure {
+        code: code::CONFIG,
+        msg: format!("the requested MAC {text:?} is {what}"),
+        details: "write a unicast address such as 0a:00:00:12:34:56".into(),
+    };
+    let mac: Mac = text.parse().map_err(|_| refuse("no MAC address"))?;
+    if mac.is_unicast() { Ok(mac) } else { Err(refuse("not a unicast address")) }
+}
+
+fn check_key(key: &AttachmentKey) -> Result<(), Failure> {
+    let refuse = |variable: &str, what: &str| {
+        let msg = format!("{variable} {what}");
+        Err(Failure { code: code::ENVIRONMENT, msg, details: String::new() })
+    };
+    for (variable, value) in [("the network's name", &key.network), ("CNI_CONTAINERID", &key.container)] {
+        if value.is_empty() || value.len() > MAX_NAME || value.chars().any(char::is_control) {
+            return refuse(variable, "is empty, too long or has control characters");
+        }
+    }
+    // dev_valid_name, https://github.com/torvalds/linux/blob/v6.12/net/core/dev.c#L1050; and % would be a pattern.
+    let bad = |c: char| c == '/' || c == ':' || c == '%' || c.is_whitespace() || c.is_control();
+    let name = &key.ifname;
+    if name.is_empty() || name.len() > MAX_IFNAME || name == "." || name == ".." || name.chars().any(bad) {
+        return refuse("CNI_IFNAME", "is no name for an interface");
+    }
+    if ["lo", "all", "default"].contains(&name.as_str()) {
+        return refuse("CNI_IFNAME", "is a name that the kernel uses itself");
+    }
+    Ok(())
+}
+
+fn refusal(error: &LeaseError) -> Failure {
+    let code = match error {
+        LeaseError::Exists { .. } => code::EXISTS,
+        LeaseError::NotInRange { .. } | LeaseError::Gateway { .. } | LeaseError::Taken { .. } => code::ADDRESS,
+        LeaseError::Exhausted { .. } | LeaseError::Full { .. } => code::EXHAUSTED,
+        LeaseError::NoRanges | LeaseError::Overlap { .. } | LeaseError::TooLarge { .. } => code::CONFIG,
+        LeaseError::Store(_) => code::TRY_AGAIN,
+    };
+    Failure { code, msg: error.to_string(), details: String::new() }
+}
+
+fn attached(interface: &Interface, config: &Config) -> Attached {
+    let address =
+        |(net, gateway): &(ipnet::IpNet, IpAddr)| AttachedAddress { address: net.to_string(), gateway: *gateway };
+    let route = |(gateway, _): (IpAddr, bool)| AttachedRoute {
+        destination: if gateway.is_ipv4() { "0.0.0.0/0".into() } else { "::/0".into() },
+        gateway,
+    };
+    debug_assert!(interface.mtu <= config.mtu, "the MTU was checked");
+    Attached {
+        ifname: interface.name.clone(),
+        mac: interface.mac.to_string(),
+        mtu: interface.mtu,
+        addresses: interface.addresses.iter().map(address).collect(),
+        routes: interface.default_routes().into_iter().map(route).collect(),
+    }
+}
+
+impl Attachment {
+    /// What the data plane needs to know.
+    pub fn pod(interface: &Interface) -> Pod {
+        let mut pod = Pod { mac: interface.mac, ipv4: Vec::new(), ipv6: Vec::new(), mtu: interface.mtu };
+        for (net, _) in &interface.addresses {
+            match net.addr() {
+                IpAddr::V4(address) => pod.ipv4.push(address),
+                IpAddr::V6(address) => pod.ipv6.push(address),
+            }
+        }
+        pod
+    }
+}
+
+/// The store's word for an attachment.
+pub fn owner(key: &AttachmentKey) -> Owner {
+    Owner { network: key.network.clone(), container: key.container.clone(), ifname: key.ifname.clone() }
+}
+
+/// The protocol's word for an owner.
+pub fn key_of(owner: &Owner) -> AttachmentKey {
+    AttachmentKey { network: owner.network.clone(), container: owner.container.clone(), ifname: owner.ifname.clone() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(network: &str, container: &str, ifname: &str) -> AttachmentKey {
+        AttachmentKey { network: network.into(), container: container.into(), ifname: ifname.into() }
+    }
+
+    #[test]
+    fn names_that_no_runtime_gives_are_refused() {
+        assert_eq!(check_key(&key("pods", "c1", "eth0")), Ok(()));
+        let long = "x".repeat(MAX_NAME + 1);
+        let bad = [
+            key("", "c1", "eth0"),
+            key("pods", "", "eth0"),
+            key("pods", &long, "eth0"),
+            key("pods", "c\0", "eth0"),
+            key("pods", "c1", ""),
+            key("pods", "c1", ".."),
+            key("pods", "c1", "../../x"),
+            key("pods", "c1", "eth%d"),
+            key("pods", "c1", "a b"),
+            key("pods", "c1", "sixteencharacter"),
+            key("pods", "c1", "lo"),
+            key("pods", "c1", "all"),
+        ];
+        for key in bad {
+            assert_eq!(check_key(&key).unwrap_err().code, code::ENVIRONMENT, "{key:?}");
+        }
+    }
+
+    #[test]
+    fn only_unicast_macs_can_be_asked_for() {
+        assert!(parse_mac("0a:00:00:00:00:01").is_ok());
+        for text in ["", "0a:00", "01:00:5e:00:00:01", "00:00:00:00:00:00", "ff:ff:ff:ff:ff:ff"] {
+            assert_eq!(parse_mac(text).unwrap_err().code, code::CONFIG, "{text}");
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! A pod's network namespace: is it one, and working inside it.
+//!
+//! The descriptor came from outside, so it is looked at before anything is done with it: it must be a network
+//! namespace, and neither weftd's own nor that of process 1. Work inside is done on a thread of its own that enters the namespace
+//! and ends afterwards: a thread that has been elsewhere never goes back to a pool.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::thread;
+
+use rustix::fs::{fstat, fstatfs, readlinkat_raw};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use weft_api::{Failure, code};
+
+/// `NSFS_MAGIC`, <https://github.com/torvalds/linux/blob/v6.12/include/uapi/linux/magic.h#L94>.
+const NSFS_MAGIC: u64 = 0x6e73_6673;
+
+/// A pod's network namespace, checked.
+#[derive(Debug)]
+pub struct Namespace {
+    fd: OwnedFd,
+    /// What tells it from others as long as it lives: device and inode of its file.
+    identity: String,
+}
+
+impl Namespace {
+    /// Checks what came with a request. `path` is what the runtime called it, for messages.
+    pub fn check(fd: Option<OwnedFd>, path: &str) -> Result<Namespace, Failure> {
+        let refuse = |what: String| failure(path, what);
+        let fd = fd.ok_or_else(|| refuse("no descriptor came with the request".into()))?;
+        let kernel = |error: rustix::io::Errno| refuse(format!("it cannot be looked at: {error}"));
+        if u64::try_from(fstatfs(&fd).map_err(kernel)?.f_type).ok() != Some(NSFS_MAGIC) {
+            return Err(refuse("it is not a namespace".into()));
+        }
+        // The kernel names a namespace's file by its kind: `net:[4026531840]`.
+        if !kind(&fd).map_err(kernel)?.starts_with(b"net:[") {
+            return Err(refuse("it is a namespace, but not a network namespace".into()));
+        }
+        let identity = identity(&fd).map_err(kernel)?;
+        for (whose, own) in [("weftd's own", "/proc/thread-self/ns/net"), ("that of process 1", "/proc/1/ns/net")] {
+            // Without permission to look at process 1 its namespace cannot be ours to configure either.
+            let other = std::fs::File::open(own).ok().and_then(|file| self::identity(&file.into()).ok());
+            if other.as_ref() == Some(&identity) {
+                return Err(refuse(format!("it is {whose}; a pod needs one of its own")));
+            }
+        }
+        Ok(Namespace { fd, identity })
+    }
+
+    /// What tells it from others as long as it lives.
+    pub fn identity(&self) -> &str {
+        &self.identity
+    }
+
+    /// Runs `work` on a thread inside the namespace and waits for it.
+    pub fn enter<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        let inside = || {
+            move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network))?;
+            work()
+        };
+        thread::scope(|scope| {
+            let thread =
+                thread::Builder::new().name("weft-pod".into()).stack_size(256 * 1024).spawn_scoped(scope, inside)?;
+            thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread in the pod's namespace panicked")))
+        })
+    }
+}
+
+impl AsFd for Namespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn failure(path: &str, what: String) -> Failure {
+    Failure {
+        code: code::NETNS,
+        msg: format!("network namespace {path:?}: {what}"),
+        details: "CNI_NETNS must name the network namespace of the pod's sandbox".into(),
+    }
+}
+
+fn identity(fd: &OwnedFd) -> rustix::io::Result<String> {
+    let stat = fstat(fd)?;
+    Ok(format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+fn kind(fd: &OwnedFd) -> rustix::io::Result<Vec<u8>> {
+    use std::os::fd::AsRawFd;
+    let path = format!("/proc/thread-self/fd/{}", fd.as_raw_fd());
+    let mut buffer = [0_u8; 64];
+    let target: &[u8] = readlinkat_raw(rustix::fs::CWD, path, &mut buffer[..]).map(|count| &buffer[..count])?;
+    Ok(target.to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+
+    fn message(fd: Option<OwnedFd>) -> String {
+        let failure = Namespace::check(fd, "/x").unwrap_err();
+        assert_eq!(failure.code, code::NETNS);
+        failure.msg
+    }
+
+    #[test]
+    fn what_is_no_pods_namespace_is_refused_by_name() {
+        let open = |path: &str| Some(OwnedFd::from(File::open(path).unwrap()));
+        assert!(message(None).contains("no descriptor"));
+        assert!(message(open("/etc/passwd")).contains("not a namespace"));
+        assert!(message(open("/")).contains("not a namespace"));
+        assert!(message(open("/proc/self/ns/mnt")).contains("not a network namespace"));
+        assert!(message(open("/proc/self/ns/net")).contains("weftd's own"));
+    }
+}

@@ -1,0 +1,228 @@
+//! Inside the pod's network namespace: making the interface what it shall be, and comparing it later.
+//!
+//! Everything here runs on the thread that [`super::namespace::Namespace::enter`] made.
+
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use rustix::io::Errno;
+use weft_encap::mac::Mac;
+
+use crate::netlink::{Link, LinkChange, Netlink};
+
+/// Frames that the pod's transmit queue holds. It gives TCP no backpressure, so it bounds memory, not delay.
+const QUEUE: u32 = 1000;
+/// Bytes of the largest datagram that the kernel segments in hardware's stead (`UDP_SEGMENT`).
+const UNDERLAY_DATAGRAM: u32 = 65_493;
+/// What a segment has on top of the pod's MTU inside a datagram: inner Ethernet and VXLAN.
+const SEGMENT_OVERHEAD: u32 = 14 + 8;
+
+/// A pod's interface as it shall be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// Its MAC.
+    pub mac: Mac,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// Its addresses, each with its on-link prefix and gateway.
+    pub addresses: Vec<(IpNet, IpAddr)>,
+}
+
+/// Why the interface could not be made.
+#[derive(Debug)]
+pub enum SetUpError {
+    /// The name is taken in the pod.
+    Exists,
+    /// A step failed.
+    Step(String, io::Error),
+}
+
+impl Interface {
+    /// The default routes: the gateway of the first address of each family, and whether it is outside that address's prefix.
+    pub fn default_routes(&self) -> Vec<(IpAddr, bool)> {
+        let first = |v4: bool| {
+            let (net, gateway) = self.addresses.iter().find(|(net, _)| net.addr().is_ipv4() == v4)?;
+            Some((*gateway, !net.contains(gateway)))
+        };
+        [first(true), first(false)].into_iter().flatten().collect()
+    }
+
+    fn has_ipv6(&self) -> bool {
+        self.addresses.iter().any(|(net, _)| net.addr().is_ipv6())
+    }
+}
+
+/// Segments that a superframe of the pod may stand for, so that it leaves the node as one datagram.
+fn gso_max_segments(mtu: u32) -> u32 {
+    (UNDERLAY_DATAGRAM / (mtu + SEGMENT_OVERHEAD)).clamp(1, 64)
+}
+
+/// Turns the device `temporary`, which has just been moved here, into `interface`.
+pub fn set_up(temporary: &str, interface: &Interface) -> Result<(), SetUpError> {
+    let step = |what: &str| {
+        let what = what.to_owned();
+        move |error| SetUpError::Step(what, error)
+    };
+    let mut netlink = Netlink::open().map_err(step("open a netlink socket"))?;
+    let device = netlink.link(temporary).map_err(step("find the new device"))?;
+    let index = device.ok_or_else(|| step("find the new device")(Errno::NODEV.into()))?.index;
+    let change = LinkChange {
+        name: Some(&interface.name),
+        mac: Some(interface.mac),
+        mtu: Some(interface.mtu),
+        queue: Some(QUEUE),
+        gso_max_segments: Some(gso_max_segments(interface.mtu)),
+        ..LinkChange::default()
+    };
+    netlink.change_link(index, change).map_err(|error| match Errno::from_io_error(&error) {
+        Some(Errno::EXIST) => SetUpError::Exists,
+        _ => SetUpError::Step("set name, MAC and MTU".into(), error),
+    })?;
+    set_ipv6(interface).map_err(step("set the interface's IPv6 behaviour"))?;
+    let up = LinkChange { up: true, ..LinkChange::default() };
+    if let Some(lo) = netlink.link("lo").map_err(step("find lo"))? {
+        netlink.change_link(lo.index, up).map_err(step("set lo up"))?;
+    }
+    for (address, _) in &interface.addresses {
+        netlink.add_address(index, *address).map_err(step(&format!("add the address {address}")))?;
+    }
+    netlink.change_link(index, up).map_err(step("set the interface up"))?;
+    for (gateway, on_link) in interface.default_routes() {
+        let what = format!("add the default route by {gateway}");
+        netlink.add_default_route(index, gateway, on_link).map_err(step(&what))?;
+    }
+    Ok(())
+}
+
+/// No router advertisement shall change what was set; the link-local address is made of the MAC, as the router
+/// expects, and is usable at once like the others.
+fn set_ipv6(interface: &Interface) -> io::Result<()> {
+    let folder = format!("/proc/sys/net/ipv6/conf/{}", interface.name);
+    if !interface.has_ipv6() && fs::metadata(&folder).is_err() {
+        return Ok(());
+    }
+    let mut wanted = vec![("accept_ra", "0"), ("addr_gen_mode", "0"), ("accept_dad", "0")];
+    if interface.has_ipv6() {
+        wanted.push(("disable_ipv6", "0"));
+    }
+    for (name, value) in wanted {
+        let path = format!("{folder}/{name}");
+        let named = |error: io::Error| io::Error::new(error.kind(), format!("{path}: {error}"));
+        // Inside a container /proc/sys may be read-only, which is no harm as long as the value is right.
+        if fs::read_to_string(&path).map_err(named)?.trim() != value {
+            fs::write(&path, value).map_err(named)?;
+        }
+    }
+    Ok(())
+}
+
+/// What is there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// The interface; `None` if there is none of that name.
+    pub link: Option<Link>,
+    /// Its addresses.
+    pub addresses: Vec<IpNet>,
+    /// Gateways of default routes through it.
+    pub default_routes: Vec<IpAddr>,
+}
+
+/// Looks at the interface `name`.
+pub fn observe(name: &str) -> io::Result<Observed> {
+    let mut netlink = Netlink::open()?;
+    let Some(link) = netlink.link(name)? else { return Ok(Observed::default()) };
+    let here = |at: u32| at == link.index;
+    let addresses = netlink.addresses()?.into_iter().filter(|(at, _)| here(*at)).map(|(_, net)| net).collect();
+    let routes = netlink.default_routes()?.into_iter().filter(|(at, _)| here(*at)).map(|(_, via)| via).collect();
+    Ok(Observed { link: Some(link), addresses, default_routes: routes })
+}
+
+impl Observed {
+    /// What is missing or different, one item each.
+    pub fn differences(&self, wanted: &Interface) -> Vec<String> {
+        let Some(link) = &self.link else { return vec![format!("there is no interface {}", wanted.name)] };
+        let mut all = Vec::new();
+        if link.mac != Some(wanted.mac) {
+            let has = link.mac.map_or("none".to_owned(), |mac| mac.to_string());
+            all.push(format!("{}'s MAC is {has}, not {}", wanted.name, wanted.mac));
+        }
+        if link.mtu != wanted.mtu {
+            all.push(format!("{}'s MTU is {}, not {}", wanted.name, link.mtu, wanted.mtu));
+        }
+        if !link.up {
+            all.push(format!("{} is down", wanted.name));
+        }
+        for (address, _) in wanted.addresses.iter().filter(|(address, _)| !self.addresses.contains(address)) {
+            all.push(format!("{} has no address {address}", wanted.name));
+        }
+        for (gateway, _) in wanted.default_routes() {
+            if !self.default_routes.contains(&gateway) {
+                all.push(format!("there is no default route by {gateway} through {}", wanted.name));
+            }
+        }
+        all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted() -> Interface {
+        let address = |net: &str, gateway: &str| (net.parse().unwrap(), gateway.parse().unwrap());
+        Interface {
+            name: "eth0".into(),
+            mac: "0a:00:00:00:00:01".parse().unwrap(),
+            mtu: 1450,
+            addresses: vec![
+                address("10.244.1.2/24", "10.244.1.1"),
+                address("fd00::2/64", "fd00::1"),
+                address("10.9.0.2/24", "10.9.0.1"),
+            ],
+        }
+    }
+
+    #[test]
+    fn a_superframe_of_the_pod_fits_one_datagram() {
+        assert_eq!((gso_max_segments(1450), gso_max_segments(8950), gso_max_segments(576)), (44, 7, 64));
+        assert_eq!(gso_max_segments(65_535), 1);
+    }
+
+    #[test]
+    fn each_family_has_one_default_route() {
+        let routes: Vec<String> = wanted().default_routes().iter().map(|(via, on)| format!("{via} {on}")).collect();
+        assert_eq!(routes, ["10.244.1.1 false", "fd00::1 false"]);
+        let mut outside = wanted();
+        outside.addresses[0].1 = "10.244.9.1".parse().unwrap();
+        assert!(outside.default_routes()[0].1);
+    }
+
+    #[test]
+    fn every_difference_is_named() {
+        let wanted = wanted();
+        assert_eq!(Observed::default().differences(&wanted), ["there is no interface eth0"]);
+        let link = Link { name: "eth0".into(), mac: Some(Mac::ZERO), mtu: 1500, ..Link::default() };
+        let observed = Observed { link: Some(link), addresses: vec![wanted.addresses[1].0], default_routes: vec![] };
+        assert_eq!(
+            observed.differences(&wanted),
+            [
+                "eth0's MAC is 00:00:00:00:00:00, not 0a:00:00:00:00:01",
+                "eth0's MTU is 1500, not 1450",
+                "eth0 is down",
+                "eth0 has no address 10.244.1.2/24",
+                "eth0 has no address 10.9.0.2/24",
+                "there is no default route by 10.244.1.1 through eth0",
+                "there is no default route by fd00::1 through eth0",
+            ]
+        );
+        let link = Link { mac: Some(wanted.mac), mtu: 1450, up: true, ..observed.link.unwrap() };
+        let all = wanted.addresses.iter().map(|(net, _)| *net).collect();
+        let routes = wanted.default_routes().iter().map(|(via, _)| *via).collect();
+        let observed = Observed { link: Some(link), addresses: all, default_routes: routes };
+        assert_eq!(observed.differences(&wanted), Vec::<String>::new());
+    }
+}

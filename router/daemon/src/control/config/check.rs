@@ -1,0 +1,450 @@
+//! What must hold between the values of a configuration, and between them and the machine.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use weft_encap::mac::Mac;
+use weft_encap::vxlan::Vni;
+use weft_router::tables::{Gateway, Mode};
+
+use super::reader::{At, Place, Problem, Reader};
+use super::{Config, DEFAULT_PORT, DEFAULT_STATE_DIR, Draft, DraftPeer, DraftUnderlay, Peer, Underlay};
+use crate::control::derive;
+use crate::control::host::{Host, Interface};
+
+/// With more, a superframe would not hold two segments: it has at most 65,493 bytes, 22 of each segment are ours.
+const MAX_MTU: u32 = 32_700;
+/// RFC 8200, section 5: "IPv6 requires that every link in the Internet have an MTU of 1280 octets or greater."
+const MIN_MTU_V6: u32 = 1280;
+/// RFC 791, page 25: "Every internet destination must be able to receive a datagram of 576 octets."
+const MIN_MTU_V4: u32 = 576;
+/// Longer names do not fit what DNS and Kubernetes call a name.
+const MAX_NAME: usize = 253;
+/// Nodes are numbered with 16 bits, and some numbers wait for reuse.
+const MAX_PEERS: usize = 60_000;
+
+/// Checks the draft; notes problems in `reader`. `None` if something needed is missing.
+pub fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Config>, Vec<Problem>) {
+    let mut warnings = Vec::new();
+    let node = needed(reader, draft.node.as_ref(), &root("node"), "write a name for this node");
+    if let Some(node) = node {
+        check_name(reader, node);
+    }
+    let mode = check_mode(reader, draft.mode.as_ref());
+    let underlay = check_underlay(reader, draft.underlay.as_ref());
+    check_paths(reader, &draft);
+    check_ranges(reader, &draft, mode);
+    check_peers(reader, &draft);
+    let gateway = check_gateway(reader, &draft, mode);
+    check_macs(reader, &draft);
+    let mtus = underlay.and_then(|underlay| check_mtu(reader, &draft, underlay, host, &mut warnings));
+    let built = (|| {
+        let (node, mode, (mtu, underlay_mtu), from) = (node?, mode?, mtus?, draft.underlay.as_ref()?);
+        let underlay = build_underlay(from, underlay_mtu)?;
+        let vtep_mac = || derive::vtep_mac(&node.value, underlay.address);
+        Some(Config {
+            node: node.value.clone(),
+            mode,
+            vni: Vni::new(draft.vni.as_ref().map_or(1, |vni| vni.value))?,
+            mtu,
+            socket: draft.socket.as_ref().map_or(PathBuf::from(weft_api::SOCKET), |path| path.value.clone()),
+            state_dir: draft.state_dir.as_ref().map_or(PathBuf::from(DEFAULT_STATE_DIR), |path| path.value.clone()),
+            ranges: values(&draft.ranges),
+            segment: values(&draft.segment),
+            gateway,
+            vtep_mac: draft.vtep_mac.as_ref().map_or_else(vtep_mac, |mac| mac.value),
+            underlay,
+            peers: draft.peers.iter().map(build_peer).collect::<Option<_>>()?,
+            limits: draft.limits,
+            log: draft.log,
+        })
+    })();
+    (built, warnings)
+}
+
+fn build_underlay(draft: &DraftUnderlay, mtu: u32) -> Option<Underlay> {
+    Some(Underlay {
+        address: draft.address.as_ref()?.value.to_canonical(),
+        port: draft.port.as_ref().map_or(DEFAULT_PORT, |port| port.value),
+        device: draft.device.as_ref().map(|device| device.value.clone()),
+        mtu,
+    })
+}
+
+fn build_peer(draft: &DraftPeer) -> Option<Peer> {
+    let (name, underlay) = (draft.name.as_ref()?.value.clone(), draft.underlay.as_ref()?.value.to_canonical());
+    let vtep_mac = draft.vtep_mac.as_ref().map_or_else(|| derive::vtep_mac(&name, underlay), |mac| mac.value);
+    Some(Peer { name, underlay, ranges: values(&draft.ranges), vtep_mac })
+}
+
+fn check_name(reader: &mut Reader<'_>, name: &At<String>) {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if name.value.is_empty() || name.value.len() > MAX_NAME || !name.value.chars().all(fits) {
+        let what = format!("{:?} is no name: use 1 to {MAX_NAME} of letters, digits, '.', '_', '-'", name.value);
+        reader.problem(&name.place, what);
+    }
+}
+
+fn check_mode(reader: &mut Reader<'_>, mode: Option<&At<String>>) -> Option<Mode> {
+    let mode = needed(reader, mode, &root("mode"), "write \"routed\" or \"bridged\"")?;
+    match mode.value.as_str() {
+        "routed" => Some(Mode::Routed),
+        "bridged" => Some(Mode::Bridged),
+        other => {
+            reader.problem(&mode.place, format!("{other:?} is neither \"routed\" nor \"bridged\""));
+            None
+        }
+    }
+}
+
+fn check_underlay(reader: &mut Reader<'_>, draft: Option<&DraftUnderlay>) -> Option<IpAddr> {
+    let advice = "write this node's address in the network between the nodes";
+    let Some(draft) = draft else {
+        reader.problem(&root("underlay.address"), format!("is missing: {advice}"));
+        return None;
+    };
+    let address = needed(reader, draft.address.as_ref(), &draft.section, advice)?;
+    check_host_address(reader, address);
+    Some(address.value.to_canonical())
+}
+
+/// Whether an address can be a node's: one that packets can be sent to and from.
+fn check_host_address(reader: &mut Reader<'_>, at: &At<IpAddr>) {
+    if let Some(kind) = special(at.value) {
+        reader.problem(&at.place, format!("{} is {kind}: write an address that the other nodes can reach", at.value));
+    }
+}
+
+fn check_paths(reader: &mut Reader<'_>, draft: &Draft) {
+    for path in [&draft.socket, &draft.state_dir].into_iter().flatten() {
+        if !path.value.is_absolute() {
+            reader.problem(&path.place, format!("{:?} is not absolute: begin the path with '/'", path.value));
+        }
+    }
+    // sun_path has 108 bytes, the terminating zero included.
+    if let Some(socket) = draft.socket.as_ref().filter(|socket| socket.value.as_os_str().len() > 107) {
+        reader.problem(&socket.place, "is longer than the 107 bytes that a unix socket's path may have");
+    }
+}
+
+/// Each range for itself, then all against each other: no address may belong to two nodes.
+fn check_ranges(reader: &mut Reader<'_>, draft: &Draft, mode: Option<Mode>) {
+    if draft.ranges.is_empty() && !reader.problems.iter().any(|problem| problem.place.key == "ranges") {
+        reader.problem(&root("ranges"), "is missing: write the prefixes out of which this node gives addresses");
+    }
+    check_segment(reader, draft, mode);
+    let own = draft.ranges.iter().map(|range| (range, "this node".to_owned()));
+    let theirs = draft.peers.iter().flat_map(|peer| {
+        let name = peer.name.as_ref().map_or(peer.section.key.clone(), |name| format!("peer {}", name.value));
+        peer.ranges.iter().map(move |range| (range, name.clone()))
+    });
+    let all: Vec<(&At<IpNet>, String)> = own.chain(theirs).collect();
+    for (range, _) in &all {
+        check_range(reader, range);
+        if mode == Some(Mode::Bridged) && !draft.segment.iter().any(|segment| segment.value.contains(&range.value)) {
+            let what = format!("{} is not inside the segment: add it there, or change the range", range.value);
+            reader.problem(&range.place, what);
+        }
+    }
+    check_overlaps(reader, all);
+}
+
+fn check_range(reader: &mut Reader<'_>, range: &At<IpNet>) {
+    if let Some(kind) = special(range.value.network()).or_else(|| special(range.value.broadcast())) {
+        reader.problem(&range.place, format!("{} is {kind}: pods cannot have such addresses", range.value));
+    } else if let Err(error) = weft_ipam::Range::whole(range.value) {
+        reader.problem(&range.place, error.to_string());
+    }
+}
+
+fn check_segment(reader: &mut Reader<'_>, draft: &Draft, mode: Option<Mode>) {
+    match (mode, draft.segment.first()) {
+        (Some(Mode::Routed), Some(first)) => {
+            reader.problem(&first.place, "only bridged mode has a segment: remove it, or set mode = \"bridged\"");
+        }
+        (Some(Mode::Bridged), None) => {
+            reader
+                .problem(&root("segment"), "is missing: bridged mode needs the on-link prefixes of all nodes together");
+        }
+        _ => {}
+    }
+    for (number, segment) in draft.segment.iter().enumerate() {
+        check_range(reader, segment);
+        let same = |other: &&At<IpNet>| other.value.addr().is_ipv4() == segment.value.addr().is_ipv4();
+        if draft.segment[..number].iter().any(|other| same(&other)) {
+            reader.problem(&segment.place, "is the second prefix of its family: a segment has one of each at most");
+        }
+    }
+}
+
+/// Prefixes nest or are disjoint. In order of their first address, one overlaps an earlier one exactly if it lies in the last
+/// one that was not inside another.
+fn check_overlaps(reader: &mut Reader<'_>, mut all: Vec<(&At<IpNet>, String)>) {
+    all.sort_by_key(|(range, _)| (range.value.addr().is_ipv6(), range.value.network(), range.value.prefix_len()));
+    let mut outer: Option<&(&At<IpNet>, String)> = None;
+    for item in &all {
+        match outer {
+            Some((range, owner)) if range.value.contains(&item.0.value) => {
+                let what = format!(
+                    "{} of {} overlaps {} of {owner} (line {}): give each its own",
+                    item.0.value, item.1, range.value, range.place.line
+                );
+                reader.problem(&item.0.place, what);
+            }
+            _ => outer = Some(item),
+        }
+    }
+}
+
+fn check_peers(reader: &mut Reader<'_>, draft: &Draft) {
+    if let Some(peer) = draft.peers.get(MAX_PEERS) {
+        reader.problem(&peer.section, format!("is one too many: a node has at most {MAX_PEERS} peers"));
+    }
+    let mut names: HashMap<&str, (&Place, &str)> = HashMap::new();
+    let mut addresses: HashMap<IpAddr, (&Place, &str)> = HashMap::new();
+    if let Some(node) = &draft.node {
+        names.insert(&node.value, (&node.place, "this node's name; peers are the other nodes"));
+    }
+    if let Some(address) = draft.underlay.as_ref().and_then(|underlay| underlay.address.as_ref()) {
+        let own = (&address.place, "this node's address; peers are the other nodes");
+        addresses.insert(address.value.to_canonical(), own);
+    }
+    for peer in &draft.peers {
+        let place = |key: &str| Place { line: peer.section.line, key: format!("{}.{key}", peer.section.key) };
+        if let Some(name) = needed(reader, peer.name.as_ref(), &place("name"), "write the name of that node") {
+            check_name(reader, name);
+            unique(reader, &mut names, name.value.as_str(), &name.place);
+        }
+        let advice = "write that node's underlay address";
+        if let Some(address) = needed(reader, peer.underlay.as_ref(), &place("underlay"), advice) {
+            check_host_address(reader, address);
+            check_family(reader, draft, address);
+            unique(reader, &mut addresses, address.value.to_canonical(), &address.place);
+        }
+    }
+    check_underlay_outside_ranges(reader, draft);
+}
+
+fn unique<'a, K: std::hash::Hash + Eq + std::fmt::Display>(
+    reader: &mut Reader<'_>,
+    seen: &mut HashMap<K, (&'a Place, &'static str)>,
+    key: K,
+    place: &'a Place,
+) {
+    match seen.get(&key) {
+        Some((earlier, "")) => {
+            let what = format!("{key} stands in line {} already: each node has its own", earlier.line);
+            reader.problem(place, what);
+        }
+        Some((_, why)) => reader.problem(place, format!("{key} is {why}")),
+        None => drop(seen.insert(key, (place, ""))),
+    }
+}
+
+fn check_family(reader: &mut Reader<'_>, draft: &Draft, address: &At<IpAddr>) {
+    let Some(own) = draft.underlay.as_ref().and_then(|underlay| underlay.address.as_ref()) else { return };
+    if own.value.to_canonical().is_ipv4() != address.value.to_canonical().is_ipv4() {
+        let what = format!("{} is not of the family of underlay.address {}", address.value, own.value);
+        reader.problem(&address.place, what);
+    }
+}
+
+/// A node inside a pod range would have its tunnel packets routed into the tunnel.
+fn check_underlay_outside_ranges(reader: &mut Reader<'_>, draft: &Draft) {
+    let own = draft.underlay.as_ref().and_then(|underlay| underlay.address.as_ref());
+    let addresses = own.into_iter().chain(draft.peers.iter().filter_map(|peer| peer.underlay.as_ref()));
+    let ranges: Vec<&At<IpNet>> =
+        draft.ranges.iter().chain(&draft.segment).chain(draft.peers.iter().flat_map(|peer| &peer.ranges)).collect();
+    // Longest match is overkill here: the first hit is as good for the message.
+    let mut by_network: HashMap<IpNet, &At<IpNet>> = HashMap::new();
+    let mut lengths = std::collections::BTreeSet::new();
+    for range in ranges {
+        lengths.insert(range.value.prefix_len());
+        by_network.insert(range.value.trunc(), range);
+    }
+    for address in addresses {
+        let canonical = address.value.to_canonical();
+        let networks = lengths.iter().filter_map(|length| Some(IpNet::new(canonical, *length).ok()?.trunc()));
+        if let Some(range) = networks.filter_map(|network| by_network.get(&network)).next() {
+            let what = format!(
+                "{} lies in {} (line {}), which is for pods: the underlay needs addresses of its own",
+                address.value, range.value, range.place.line
+            );
+            reader.problem(&address.place, what);
+        }
+    }
+}
+
+fn check_gateway(reader: &mut Reader<'_>, draft: &Draft, mode: Option<Mode>) -> Gateway {
+    let homes = if mode == Some(Mode::Bridged) { &draft.segment } else { &draft.ranges };
+    let mut gateway = Gateway {
+        mac: draft.gateway_mac.as_ref().map_or(derive::GATEWAY_MAC, |mac| mac.value),
+        ipv4: None,
+        ipv6: None,
+    };
+    for at in &draft.gateway {
+        let address = at.value.to_canonical();
+        let taken = if address.is_ipv4() { gateway.ipv4.is_some() } else { gateway.ipv6.is_some() };
+        let home = homes.iter().find(|home| home.value.contains(&address));
+        let usable = home.is_some_and(|home| address != home.value.network() && address != last_unusable(home.value));
+        if taken {
+            reader.problem(&at.place, "is the second gateway of its family: there is one of each at most");
+        } else if !usable {
+            let of = if mode == Some(Mode::Bridged) { "the segment" } else { "this node's ranges" };
+            reader.problem(&at.place, format!("{address} is not a usable address of {of}"));
+        }
+        match address {
+            IpAddr::V4(address) => gateway.ipv4 = Some(address),
+            IpAddr::V6(address) => gateway.ipv6 = Some(address),
+        }
+    }
+    // The first address of a prefix is what every pod expects, and what the lease store never gives away.
+    let first = |v4: bool| {
+        let home = homes.iter().find(|home| home.value.addr().is_ipv4() == v4)?;
+        weft_ipam::Range::whole(home.value).ok().map(|range| range.gateway())
+    };
+    if let (None, Some(IpAddr::V4(address))) = (gateway.ipv4, first(true)) {
+        gateway.ipv4 = Some(address);
+    }
+    if let (None, Some(IpAddr::V6(address))) = (gateway.ipv6, first(false)) {
+        gateway.ipv6 = Some(address);
+    }
+    gateway
+}
+
+/// IPv4's broadcast address; IPv6 has none, so its network address stands in.
+fn last_unusable(home: IpNet) -> IpAddr {
+    if home.addr().is_ipv4() { home.broadcast() } else { home.network() }
+}
+
+fn check_macs(reader: &mut Reader<'_>, draft: &Draft) {
+    let peers = draft.peers.iter().filter_map(|peer| peer.vtep_mac.as_ref());
+    let all: Vec<&At<Mac>> = [&draft.gateway_mac, &draft.vtep_mac].into_iter().flatten().chain(peers).collect();
+    for at in &all {
+        if !at.value.is_unicast() {
+            reader.problem(&at.place, format!("{} is not a unicast address: make the first digit pair even", at.value));
+        }
+    }
+    let gateway = draft.gateway_mac.as_ref().map_or(derive::GATEWAY_MAC, |mac| mac.value);
+    for at in all.iter().filter(|at| at.value == gateway && !at.place.key.ends_with("gateway_mac")) {
+        reader.problem(&at.place, format!("{gateway} is the gateway's MAC, which never leaves a node: choose another"));
+    }
+}
+
+/// The pods' MTU and the underlay's.
+fn check_mtu(
+    reader: &mut Reader<'_>,
+    draft: &Draft,
+    underlay: IpAddr,
+    host: &Host,
+    warnings: &mut Vec<Problem>,
+) -> Option<(u32, u32)> {
+    let overhead = Underlay::overhead(underlay);
+    let all = draft.ranges.iter().chain(&draft.segment);
+    let least = if all.clone().any(|range| range.value.addr().is_ipv6()) { MIN_MTU_V6 } else { MIN_MTU_V4 };
+    let device = check_device(reader, draft, underlay, host, warnings)?;
+    let Some(mtu) = &draft.mtu else {
+        let Some(device) = device else {
+            reader.problem(&root("mtu"), "is missing, and the underlay's device is not known: write the pods' MTU");
+            return None;
+        };
+        let mtu = device.mtu.saturating_sub(overhead).min(MAX_MTU);
+        if mtu < least {
+            let what = format!(
+                "{} has an MTU of {}, which leaves {mtu} for pods after {overhead} bytes of encapsulation; \
+                 they need {least}: raise the device's MTU",
+                device.name, device.mtu
+            );
+            reader.problem(&root("mtu"), what);
+        }
+        return Some((mtu, device.mtu));
+    };
+    if !(least..=MAX_MTU).contains(&mtu.value) {
+        reader.problem(&mtu.place, format!("{} is not from {least} to {MAX_MTU}", mtu.value));
+    }
+    let needed = mtu.value + overhead;
+    if let Some(device) = device.filter(|device| device.mtu < needed) {
+        let what = format!(
+            "{} needs an underlay MTU of {needed}, but {} has {}: lower it to {} or remove the key",
+            mtu.value,
+            device.name,
+            device.mtu,
+            device.mtu.saturating_sub(overhead)
+        );
+        reader.problem(&mtu.place, what);
+    }
+    Some((mtu.value, device.map_or(needed, |device| device.mtu)))
+}
+
+/// The underlay's device, if this machine has it: a configuration may be checked elsewhere. `None` after a problem.
+fn check_device<'h>(
+    reader: &mut Reader<'_>,
+    draft: &Draft,
+    underlay: IpAddr,
+    host: &'h Host,
+    warnings: &mut Vec<Problem>,
+) -> Option<Option<&'h Interface>> {
+    let draft = draft.underlay.as_ref()?;
+    let address = draft.address.as_ref()?;
+    let holder = host.holder_of(underlay);
+    if holder.is_none() {
+        let what = format!("{underlay} is not an address of this machine: weftd cannot start here without it");
+        warnings.push(Problem { place: address.place.clone(), what });
+    }
+    let Some(named) = &draft.device else { return Some(holder) };
+    match (host.named(&named.value), holder) {
+        (Some(device), Some(holder)) if device.index != holder.index => {
+            let what = format!("{underlay} is an address of {}, not of {}", holder.name, device.name);
+            reader.problem(&named.place, what);
+            None
+        }
+        (None, _) => {
+            let what = format!("{:?} is not a device of this machine", named.value);
+            warnings.push(Problem { place: named.place.clone(), what });
+            Some(holder)
+        }
+        (device, _) => Some(device),
+    }
+}
+
+/// Why an address is nobody's that others could reach.
+fn special(address: IpAddr) -> Option<&'static str> {
+    let kinds = |loopback, unspecified, multicast, link_local, reserved| {
+        let kinds = [
+            (loopback, "loopback"),
+            (unspecified, "unspecified"),
+            (multicast, "multicast"),
+            (link_local, "link-local"),
+            (reserved, "reserved"),
+        ];
+        kinds.into_iter().find(|(holds, _)| *holds).map(|(_, kind)| kind)
+    };
+    match address.to_canonical() {
+        IpAddr::V4(a) => {
+            let first = a.octets()[0];
+            kinds(first == 127, first == 0, a.is_multicast(), a.is_link_local(), first >= 240)
+        }
+        IpAddr::V6(a) => {
+            let link_local = a.is_unicast_link_local();
+            kinds(a.is_loopback(), a.is_unspecified(), a.is_multicast(), link_local, false)
+        }
+    }
+}
+
+fn needed<'a, T>(reader: &mut Reader<'_>, value: Option<&'a At<T>>, place: &Place, advice: &str) -> Option<&'a At<T>> {
+    // A value of the wrong kind has its problem already.
+    if value.is_none() && !reader.problems.iter().any(|problem| problem.place.key == place.key) {
+        reader.problem(place, format!("is missing: {advice}"));
+    }
+    value
+}
+
+fn root(key: &str) -> Place {
+    Place { line: 1, key: key.to_owned() }
+}
+
+fn values<T: Clone>(list: &[At<T>]) -> Vec<T> {
+    list.iter().map(|at| at.value.clone()).collect()
+}

@@ -1,0 +1,364 @@
+//! The configuration file: one TOML document, checked as a whole.
+//!
+//! [`Config::read`] answers with a configuration that is valid by construction or with *everything* that is wrong,
+//! each with line and key. It reads nothing but its arguments: what the machine looks like comes in as [`Host`].
+//!
+//! ```toml
+//! node = "n1"
+//! mode = "routed"                                   # or "bridged"
+//! ranges = ["10.244.1.0/24", "fd00:10:244:1::/64"]  # what this node gives to pods
+//!
+//! [underlay]
+//! address = "10.200.0.1"
+//!
+//! [[peers]]
+//! name = "n2"
+//! underlay = "10.200.0.2"
+//! ranges = ["10.244.2.0/24", "fd00:10:244:2::/64"]
+//! ```
+//!
+//! Optional: `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
+//! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
+//! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
+//! `underlay.device`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[log]`.
+
+mod check;
+pub mod reader;
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use weft_encap::mac::Mac;
+use weft_encap::vxlan::Vni;
+use weft_router::RouterConfig;
+use weft_router::tables::{Gateway, Mode};
+
+use super::host::Host;
+use reader::{At, Problem, Reader, Section, TEXT};
+
+/// The UDP port of VXLAN as Linux and Flannel use it.
+const DEFAULT_PORT: u16 = 8472;
+/// Where leases are kept unless configured.
+const DEFAULT_STATE_DIR: &str = "/var/lib/weft";
+
+/// A valid configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// This node's name.
+    pub node: String,
+    /// How pods of different nodes see each other.
+    pub mode: Mode,
+    /// VXLAN network identifier.
+    pub vni: Vni,
+    /// MTU of pods in bytes.
+    pub mtu: u32,
+    /// Where the API listens.
+    pub socket: PathBuf,
+    /// Where leases and tombstones are kept.
+    pub state_dir: PathBuf,
+    /// What this node gives to pods.
+    pub ranges: Vec<IpNet>,
+    /// Bridged mode: what is on-link for pods. Empty in routed mode.
+    pub segment: Vec<IpNet>,
+    /// The router as pods see it.
+    pub gateway: Gateway,
+    /// Inner MAC of this node.
+    pub vtep_mac: Mac,
+    /// The network between nodes.
+    pub underlay: Underlay,
+    /// The other nodes.
+    pub peers: Vec<Peer>,
+    /// Sizes and limits of the data plane.
+    pub limits: Limits,
+    /// What is logged.
+    pub log: Log,
+}
+
+/// The network between nodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Underlay {
+    /// This node's address in it.
+    pub address: IpAddr,
+    /// UDP port of the tunnel.
+    pub port: u16,
+    /// The device, if it was named.
+    pub device: Option<String>,
+    /// MTU of the device in bytes; if there is no such device yet, what the pods' MTU needs.
+    pub mtu: u32,
+}
+
+/// Another node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// Its name.
+    pub name: String,
+    /// Its underlay address.
+    pub underlay: IpAddr,
+    /// What it gives to its pods.
+    pub ranges: Vec<IpNet>,
+    /// Its inner MAC.
+    pub vtep_mac: Mac,
+}
+
+/// Sizes and limits of the data plane; see [`RouterConfig`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Learned MACs at most.
+    pub fdb_limit: usize,
+    /// Seconds for which a learned MAC is kept.
+    pub fdb_age: u64,
+    /// Flows in the cache.
+    pub flows: usize,
+    /// Broadcast and multicast copies per second and port.
+    pub flood_rate: u32,
+    /// ICMP errors per second and port.
+    pub icmp_rate: u32,
+}
+
+/// What is logged, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Log {
+    /// From this level on.
+    pub level: tracing::Level,
+    /// As JSON lines.
+    pub json: bool,
+}
+
+/// A configuration and what is odd about it.
+#[derive(Debug)]
+pub struct Checked {
+    /// The configuration.
+    pub config: Config,
+    /// What is no error but should be known.
+    pub warnings: Vec<Problem>,
+}
+
+/// Everything that is wrong with a configuration, by line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Invalid(pub Vec<Problem>);
+
+impl fmt::Display for Invalid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines: Vec<String> = self.0.iter().map(Problem::to_string).collect();
+        f.write_str(&lines.join("\n"))
+    }
+}
+
+impl std::error::Error for Invalid {}
+
+impl Config {
+    /// Reads and checks `text` against the machine that it is for.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it.
+    pub fn read(text: &str, host: &Host) -> Result<Checked, Invalid> {
+        let (mut reader, root) = Reader::new(text);
+        let draft = Draft::read(&mut reader, root);
+        let (config, warnings) = check::check(draft, &mut reader, host);
+        match config {
+            Some(config) if reader.problems.is_empty() => Ok(Checked { config, warnings }),
+            _ => {
+                reader.problems.sort();
+                Err(Invalid(reader.problems))
+            }
+        }
+    }
+
+    /// The names of what differs between the two and cannot change while weftd runs.
+    pub fn fixed_differences(&self, new: &Config) -> Vec<&'static str> {
+        let fixed = [
+            ("node", self.node != new.node),
+            ("mode", self.mode != new.mode),
+            ("vni", self.vni != new.vni),
+            ("socket", self.socket != new.socket),
+            ("state_dir", self.state_dir != new.state_dir),
+            ("segment", self.segment != new.segment),
+            ("gateway", (self.gateway.ipv4, self.gateway.ipv6) != (new.gateway.ipv4, new.gateway.ipv6)),
+            ("gateway_mac", self.gateway.mac != new.gateway.mac),
+            ("vtep_mac", self.vtep_mac != new.vtep_mac),
+            ("underlay.address", self.underlay.address != new.underlay.address),
+            ("underlay.port", self.underlay.port != new.underlay.port),
+            ("underlay.device", self.underlay.device != new.underlay.device),
+            ("limits", self.limits != new.limits),
+            ("log.format", self.log.json != new.log.json),
+        ];
+        fixed.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect()
+    }
+
+    /// The gateway of the family of `address`.
+    pub fn gateway_for(&self, address: IpAddr) -> Option<IpAddr> {
+        match address {
+            IpAddr::V4(_) => self.gateway.ipv4.map(IpAddr::V4),
+            IpAddr::V6(_) => self.gateway.ipv6.map(IpAddr::V6),
+        }
+    }
+}
+
+impl Underlay {
+    /// What VXLAN adds to a packet over this underlay: inner Ethernet, VXLAN, UDP and outer IP header.
+    pub fn overhead(address: IpAddr) -> u32 {
+        14 + 8 + 8 + if address.is_ipv4() { 20 } else { 40 }
+    }
+}
+
+impl From<Limits> for RouterConfig {
+    fn from(limits: Limits) -> RouterConfig {
+        RouterConfig {
+            fdb_limit: limits.fdb_limit,
+            fdb_age: Duration::from_secs(limits.fdb_age),
+            flows: limits.flows,
+            flood_rate: limits.flood_rate,
+            icmp_rate: limits.icmp_rate,
+            ..RouterConfig::default()
+        }
+    }
+}
+
+const PREFIX: &str = "a prefix such as 10.244.1.0/24 or fd00:10:244:1::/64";
+const ADDRESS: &str = "an IPv4 or IPv6 address";
+const MAC: &str = "a MAC address such as 0a:00:00:12:34:56";
+
+/// What stands in the file: each value well-formed, nothing compared with anything yet.
+struct Draft {
+    node: Option<At<String>>,
+    mode: Option<At<String>>,
+    vni: Option<At<u32>>,
+    mtu: Option<At<u32>>,
+    socket: Option<At<PathBuf>>,
+    state_dir: Option<At<PathBuf>>,
+    ranges: Vec<At<IpNet>>,
+    segment: Vec<At<IpNet>>,
+    gateway: Vec<At<IpAddr>>,
+    gateway_mac: Option<At<Mac>>,
+    vtep_mac: Option<At<Mac>>,
+    underlay: Option<DraftUnderlay>,
+    peers: Vec<DraftPeer>,
+    limits: Limits,
+    log: Log,
+}
+
+struct DraftUnderlay {
+    section: reader::Place,
+    address: Option<At<IpAddr>>,
+    port: Option<At<u16>>,
+    device: Option<At<String>>,
+}
+
+struct DraftPeer {
+    section: reader::Place,
+    name: Option<At<String>>,
+    underlay: Option<At<IpAddr>>,
+    ranges: Vec<At<IpNet>>,
+    vtep_mac: Option<At<Mac>>,
+}
+
+impl Draft {
+    fn read<'t>(reader: &mut Reader<'t>, mut root: Section<'t>) -> Draft {
+        let draft = Draft {
+            node: reader.parsed(&mut root, "node", TEXT),
+            mode: reader.parsed(&mut root, "mode", TEXT),
+            vni: reader.number(&mut root, "vni", 0..=Vni::MAX.get()),
+            mtu: reader.number(&mut root, "mtu", 0..=u32::from(u16::MAX)),
+            socket: reader.parsed(&mut root, "socket", "a path"),
+            state_dir: reader.parsed(&mut root, "state_dir", "a path"),
+            ranges: reader.list(&mut root, "ranges", PREFIX),
+            segment: reader.list(&mut root, "segment", PREFIX),
+            gateway: reader.list(&mut root, "gateway", ADDRESS),
+            gateway_mac: reader.parsed(&mut root, "gateway_mac", MAC),
+            vtep_mac: reader.parsed(&mut root, "vtep_mac", MAC),
+            underlay: DraftUnderlay::read(reader, &mut root),
+            peers: DraftPeer::read_all(reader, &mut root),
+            limits: Limits::read(reader, &mut root),
+            log: Log::read(reader, &mut root),
+        };
+        reader.finish(root);
+        draft
+    }
+}
+
+impl DraftUnderlay {
+    fn read<'t>(reader: &mut Reader<'t>, root: &mut Section<'t>) -> Option<DraftUnderlay> {
+        let mut section = reader.table(root, "underlay")?;
+        let draft = DraftUnderlay {
+            section: section.missing("address"),
+            address: reader.parsed(&mut section, "address", ADDRESS),
+            port: reader.number(&mut section, "port", 1..=u16::MAX),
+            device: reader.parsed(&mut section, "device", TEXT),
+        };
+        reader.finish(section);
+        Some(draft)
+    }
+}
+
+impl DraftPeer {
+    fn read_all<'t>(reader: &mut Reader<'t>, root: &mut Section<'t>) -> Vec<DraftPeer> {
+        let sections = reader.tables(root, "peers");
+        let read = |mut section: Section<'t>| {
+            let draft = DraftPeer {
+                section: section.place.clone(),
+                name: reader.parsed(&mut section, "name", TEXT),
+                underlay: reader.parsed(&mut section, "underlay", ADDRESS),
+                ranges: reader.list(&mut section, "ranges", PREFIX),
+                vtep_mac: reader.parsed(&mut section, "vtep_mac", MAC),
+            };
+            reader.finish(section);
+            draft
+        };
+        sections.into_iter().map(read).collect()
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        let defaults = RouterConfig::default();
+        Limits {
+            fdb_limit: defaults.fdb_limit,
+            fdb_age: defaults.fdb_age.as_secs(),
+            flows: defaults.flows,
+            flood_rate: defaults.flood_rate,
+            icmp_rate: defaults.icmp_rate,
+        }
+    }
+}
+
+impl Limits {
+    fn read<'t>(reader: &mut Reader<'t>, root: &mut Section<'t>) -> Limits {
+        let mut limits = Limits::default();
+        let Some(mut section) = reader.table(root, "limits") else { return limits };
+        let number = |found: Option<At<u32>>, default: u32| found.map_or(default, |found| found.value);
+        let size = |found: Option<At<u32>>, default: usize| found.map_or(default, |found| found.value as usize);
+        limits.fdb_limit = size(reader.number(&mut section, "fdb_limit", 16..=1 << 20), limits.fdb_limit);
+        limits.fdb_age =
+            reader.number(&mut section, "fdb_age", 1..=86_400).map_or(limits.fdb_age, |found: At<u64>| found.value);
+        limits.flows = size(reader.number(&mut section, "flows", 64..=1 << 24), limits.flows);
+        limits.flood_rate = number(reader.number(&mut section, "flood_rate", 0..=u32::MAX), limits.flood_rate);
+        limits.icmp_rate = number(reader.number(&mut section, "icmp_rate", 0..=u32::MAX), limits.icmp_rate);
+        reader.finish(section);
+        limits
+    }
+}
+
+impl Log {
+    fn read<'t>(reader: &mut Reader<'t>, root: &mut Section<'t>) -> Log {
+        let mut log = Log { level: tracing::Level::INFO, json: false };
+        let Some(mut section) = reader.table(root, "log") else { return log };
+        if let Some(level) = reader.parsed(&mut section, "level", "one of error, warn, info, debug, trace") {
+            log.level = level.value;
+        }
+        if let Some(format) = reader.parsed::<String>(&mut section, "format", TEXT) {
+            match format.value.as_str() {
+                "text" => log.json = false,
+                "json" => log.json = true,
+                other => reader.problem(&format.place, format!("{other:?} is neither \"text\" nor \"json\"")),
+            }
+        }
+        reader.finish(section);
+        log
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,238 @@
+use super::*;
+use crate::control::host::Interface;
+
+const GOOD: &str = r#"node = "n1"
+mode = "routed"
+ranges = ["10.244.1.0/24", "fd00:10:244:1::/64"]
+
+[underlay]
+address = "10.200.0.1"
+
+[[peers]]
+name = "n2"
+underlay = "10.200.0.2"
+ranges = ["10.244.2.0/24", "fd00:10:244:2::/64"]
+
+[[peers]]
+name = "n3"
+underlay = "10.200.0.3"
+ranges = ["10.244.3.0/24", "fd00:10:244:3::/64"]
+vtep_mac = "02:00:00:00:00:03"
+"#;
+
+fn host() -> Host {
+    let device = |index, name: &str, mtu, address: &str| Interface {
+        index,
+        name: name.to_owned(),
+        mtu,
+        up: true,
+        addresses: vec![address.parse().unwrap()],
+    };
+    Host { interfaces: vec![device(1, "lo", 65536, "127.0.0.1"), device(2, "uplink", 1500, "10.200.0.1")] }
+}
+
+fn problems(text: &str) -> Vec<String> {
+    match Config::read(text, &host()) {
+        Ok(_) => Vec::new(),
+        Err(invalid) => invalid.0.iter().map(Problem::to_string).collect(),
+    }
+}
+
+/// `GOOD` with one text in place of another.
+fn with(old: &str, new: &str) -> String {
+    assert!(GOOD.contains(old), "{old}");
+    GOOD.replacen(old, new, 1)
+}
+
+#[test]
+fn a_small_file_gets_sensible_defaults() {
+    let Checked { config, warnings } = Config::read(GOOD, &host()).unwrap();
+    assert_eq!(warnings, []);
+    assert_eq!((config.mtu, config.underlay.mtu, config.underlay.port), (1450, 1500, 8472));
+    assert_eq!(config.vni.get(), 1);
+    assert_eq!(config.socket.to_str(), Some("/run/weft/weftd.sock"));
+    assert_eq!(config.state_dir.to_str(), Some("/var/lib/weft"));
+    assert_eq!(config.gateway.ipv4.unwrap().to_string(), "10.244.1.1");
+    assert_eq!(config.gateway.ipv6.unwrap().to_string(), "fd00:10:244:1::1");
+    assert_eq!(config.gateway.mac, crate::control::derive::GATEWAY_MAC);
+    assert_eq!(config.peers[1].vtep_mac.to_string(), "02:00:00:00:00:03");
+    assert_eq!(config.limits, Limits::default());
+}
+
+#[test]
+fn two_nodes_derive_the_same_vtep_mac_for_one_of_them() {
+    let n1 = Config::read(GOOD, &host()).unwrap().config;
+    let text = with("node = \"n1\"", "node = \"n2\"\nmtu = 1450")
+        .replacen("address = \"10.200.0.1\"", "address = \"10.200.0.2\"", 1)
+        .replacen("name = \"n2\"", "name = \"n1\"", 1)
+        .replacen("underlay = \"10.200.0.2\"", "underlay = \"10.200.0.1\"", 1);
+    let n2 = Config::read(&text, &Host::default()).unwrap().config;
+    assert_eq!(n2.node, "n2");
+    assert_eq!(n1.peers[0].vtep_mac, n2.vtep_mac);
+    assert_eq!(n2.peers[0].vtep_mac, n1.vtep_mac);
+}
+
+#[test]
+fn a_bridged_file_takes_its_gateway_from_the_segment() {
+    let text = with("mode = \"routed\"", "mode = \"bridged\"\nsegment = [\"10.244.0.0/16\", \"fd00:10:244::/48\"]");
+    let config = Config::read(&text, &host()).unwrap().config;
+    assert_eq!(config.gateway.ipv4.unwrap().to_string(), "10.244.0.1");
+    assert_eq!(config.gateway.ipv6.unwrap().to_string(), "fd00:10:244::1");
+}
+
+#[test]
+fn everything_wrong_is_said_at_once_with_line_and_key() {
+    let text = r#"node = ""
+mode = "switched"
+mtu = "big"
+vin = 3
+ranges = ["10.244.1.7/24", "127.0.0.0/24", 5,
+  "fe80::/64"]
+gateway_mac = "01:00:00:00:00:01"
+
+[underlay]
+adress = "10.200.0.1"
+port = 0
+
+[[peers]]
+name = "n2"
+underlay = "224.0.0.1"
+ranges = ["10.244.2.0/33"]
+
+[limits]
+flows = 1
+
+[log]
+level = "loud"
+format = "xml"
+"#;
+    assert_eq!(problems(text).join("\n") + "\n", include_str!("golden/invalid.txt"));
+}
+
+#[test]
+fn a_syntax_error_has_its_line() {
+    let all = problems("node = \"n1\"\nmode = \n");
+    assert!(all.iter().any(|problem| problem.starts_with("line 2: ")), "{all:?}");
+}
+
+#[test]
+fn each_single_fault_is_named_with_its_line_and_key() {
+    let bridged = "mode = \"bridged\"\nsegment = [\"10.244.0.0/16\", \"fd00:10:244::/48\"]";
+    let cases = [
+        (with("node = \"n1\"\n", ""), "line 1: node: is missing: write a name for this node"),
+        (with("\"n2\"", "\"n1\""), "line 9: peers[1].name: n1 is this node's name; peers are the other nodes"),
+        (with("\"n3\"", "\"n2\""), "line 14: peers[2].name: n2 stands in line 9 already: each node has its own"),
+        (
+            with("10.200.0.3", "10.200.0.2"),
+            "line 15: peers[2].underlay: 10.200.0.2 stands in line 10 already: each node has its own",
+        ),
+        (
+            with("10.200.0.3", "10.200.0.1"),
+            "line 15: peers[2].underlay: 10.200.0.1 is this node's address; peers are the other nodes",
+        ),
+        (
+            with("10.200.0.3", "fd00::3"),
+            "line 15: peers[2].underlay: fd00::3 is not of the family of underlay.address 10.200.0.1",
+        ),
+        (
+            with("10.244.3.0/24", "10.244.1.128/25"),
+            "line 16: peers[2].ranges: 10.244.1.128/25 of peer n3 overlaps 10.244.1.0/24 of this node (line 3): \
+             give each its own",
+        ),
+        (
+            with("10.244.3.0/24", "10.200.0.0/24"),
+            "line 6: underlay.address: 10.200.0.1 lies in 10.200.0.0/24 (line 16), which is for pods: \
+             the underlay needs addresses of its own",
+        ),
+        (
+            with("[underlay]", "mtu = 1451\n[underlay]"),
+            "line 5: mtu: 1451 needs an underlay MTU of 1501, but uplink has 1500: lower it to 1450 or remove the key",
+        ),
+        (with("[underlay]", "mtu = 1279\n[underlay]"), "line 5: mtu: 1279 is not from 1280 to 32700"),
+        (
+            with("[underlay]", "segment = [\"10.244.0.0/16\"]\n[underlay]"),
+            "line 5: segment: only bridged mode has a segment: remove it, or set mode = \"bridged\"",
+        ),
+        (
+            with("[underlay]", "gateway = [\"10.244.2.1\"]\n[underlay]"),
+            "line 5: gateway: 10.244.2.1 is not a usable address of this node's ranges",
+        ),
+        (
+            with("[underlay]", "gateway = [\"10.244.1.255\"]\n[underlay]"),
+            "line 5: gateway: 10.244.1.255 is not a usable address of this node's ranges",
+        ),
+        (
+            with("mode = \"routed\"", "mode = \"bridged\""),
+            "line 1: segment: is missing: bridged mode needs the on-link prefixes of all nodes together",
+        ),
+        (
+            with("mode = \"routed\"", bridged).replace("10.244.3.0/24", "10.245.3.0/24"),
+            "line 17: peers[2].ranges: 10.245.3.0/24 is not inside the segment: add it there, or change the range",
+        ),
+        (
+            with("02:00:00:00:00:03", "02:77:65:66:74:01"),
+            "line 17: peers[2].vtep_mac: 02:77:65:66:74:01 is the gateway's MAC, which never leaves a node: \
+             choose another",
+        ),
+        (
+            with("address = \"10.200.0.1\"", "address = \"10.200.0.1\"\ndevice = \"lo\""),
+            "line 7: underlay.device: 10.200.0.1 is an address of uplink, not of lo",
+        ),
+        (
+            with("[underlay]", "socket = \"weftd.sock\"\n[underlay]"),
+            "line 5: socket: \"weftd.sock\" is not absolute: begin the path with '/'",
+        ),
+    ];
+    for (text, expected) in cases {
+        let all = problems(&text);
+        assert!(all.iter().any(|problem| problem == expected), "expected {expected}\nin {all:#?}");
+        if !expected.contains("is missing: bridged") {
+            assert_eq!(all.len(), 1, "{all:#?}");
+        }
+    }
+}
+
+#[test]
+fn an_address_of_another_machine_is_a_warning_and_needs_an_mtu() {
+    let elsewhere = Host::default();
+    let invalid = Config::read(GOOD, &elsewhere).unwrap_err();
+    assert_eq!(
+        invalid.to_string(),
+        "line 1: mtu: is missing, and the underlay's device is not known: write the pods' MTU"
+    );
+    let checked = Config::read(&with("[underlay]", "mtu = 1450\n[underlay]"), &elsewhere).unwrap();
+    assert_eq!(checked.config.underlay.mtu, 1500);
+    assert_eq!(checked.warnings.len(), 1);
+    assert!(checked.warnings[0].to_string().starts_with("line 7: underlay.address: 10.200.0.1 is not an address of"));
+}
+
+#[test]
+fn an_ipv6_underlay_costs_twenty_bytes_more() {
+    let mut host = host();
+    host.interfaces[1].addresses = vec!["fd01::1".parse().unwrap()];
+    let text = GOOD.replace("10.200.0.", "fd01::");
+    assert_eq!(Config::read(&text, &host).unwrap().config.mtu, 1430);
+}
+
+#[test]
+fn what_cannot_change_while_running_is_named() {
+    let old = Config::read(GOOD, &host()).unwrap().config;
+    let free = with("\"n3\"", "\"n4\"").replace("[underlay]", "mtu = 1400\n[log]\nlevel = \"debug\"\n[underlay]");
+    let free = Config::read(&free, &host()).unwrap().config;
+    assert_eq!(old.fixed_differences(&free), Vec::<&str>::new());
+    let text = with("node = \"n1\"", "node = \"n9\"\nvni = 2\nsocket = \"/s\"\nstate_dir = \"/d\"")
+        .replace("address = \"10.200.0.1\"", "address = \"10.200.0.1\"\nport = 4789");
+    let fixed = Config::read(&text, &host()).unwrap().config;
+    assert_eq!(old.fixed_differences(&fixed), ["node", "vni", "socket", "state_dir", "vtep_mac", "underlay.port"]);
+}
+
+#[test]
+fn no_input_panics() {
+    for end in 0..GOOD.len() {
+        let _ = Config::read(&GOOD[..end], &host());
+    }
+    let endless = "[".repeat(100_000);
+    for text in ["", "\0", "=", "[[peers]]", "peers = 1", "underlay = []", "ranges = [[]]", endless.as_str()] {
+        assert!(Config::read(text, &host()).is_err());
+    }
+}

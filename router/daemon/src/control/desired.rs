@@ -1,0 +1,138 @@
+//! What should be: the configuration and the pods that are attached, with the numbers they go by.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use weft_router::PortId;
+use weft_router::tables::{NodeId, Pod};
+
+use super::config::{Config, Peer};
+
+/// The underlay's port; pods come after it.
+pub const UNDERLAY: PortId = PortId(0);
+
+/// Everything that the data plane's tables are made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DesiredState {
+    /// The configuration in force.
+    pub config: Arc<Config>,
+    /// Numbers of the configuration's peers.
+    pub nodes: NodeNumbers,
+    /// Who is behind each pod port.
+    pub pods: BTreeMap<PortId, Pod>,
+}
+
+impl DesiredState {
+    /// A node without pods.
+    pub fn new(config: Arc<Config>) -> DesiredState {
+        let mut nodes = NodeNumbers::default();
+        nodes.follow(&config.peers);
+        DesiredState { config, nodes, pods: BTreeMap::new() }
+    }
+
+    /// The same pods under another configuration.
+    pub fn reconfigured(&self, config: Arc<Config>) -> DesiredState {
+        let mut nodes = self.nodes.clone();
+        nodes.follow(&config.peers);
+        DesiredState { config, nodes, pods: self.pods.clone() }
+    }
+
+    /// The lowest port number that no pod has; `None` when all are in use.
+    pub fn free_port(&self, reserved: impl Fn(PortId) -> bool) -> Option<PortId> {
+        (UNDERLAY.0 + 1..=MAX_PORT).map(PortId).find(|port| !self.pods.contains_key(port) && !reserved(*port))
+    }
+}
+
+/// Ports are indexes of arrays in the data plane: this bounds them.
+const MAX_PORT: u16 = 4095;
+
+/// Numbers of peers. A peer keeps its number over reloads, also when it left and came back, so that its counters stay
+/// with it; the number of the one that left first is given away when no fresh one is left.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NodeNumbers {
+    current: BTreeMap<String, NodeId>,
+    left: VecDeque<(String, NodeId)>,
+    next: u16,
+}
+
+impl NodeNumbers {
+    /// The number of a peer of the configuration.
+    pub fn of(&self, name: &str) -> Option<NodeId> {
+        self.current.get(name).copied()
+    }
+
+    /// The peer with this number.
+    pub fn name(&self, id: NodeId) -> Option<&str> {
+        self.current.iter().find(|(_, other)| **other == id).map(|(name, _)| name.as_str())
+    }
+
+    fn follow(&mut self, peers: &[Peer]) {
+        let names: std::collections::BTreeSet<&str> = peers.iter().map(|peer| peer.name.as_str()).collect();
+        let gone: Vec<String> = self.current.keys().filter(|name| !names.contains(name.as_str())).cloned().collect();
+        for name in gone {
+            if let Some(id) = self.current.remove(&name) {
+                self.left.push_back((name, id));
+            }
+        }
+        let mut back: BTreeMap<String, NodeId> = BTreeMap::new();
+        self.left.retain(|(name, id)| {
+            let returns = names.contains(name.as_str());
+            if returns {
+                back.insert(name.clone(), *id);
+            }
+            !returns
+        });
+        self.current.extend(back);
+        for name in names {
+            if !self.current.contains_key(name) {
+                let Some(id) = self.fresh() else { continue };
+                self.current.insert(name.to_owned(), id);
+            }
+        }
+    }
+
+    fn fresh(&mut self) -> Option<NodeId> {
+        if self.next < u16::MAX {
+            self.next += 1;
+            return Some(NodeId(self.next - 1));
+        }
+        self.left.pop_front().map(|(_, id)| id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peers(names: &[&str]) -> Vec<Peer> {
+        let peer = |name: &&str| Peer {
+            name: (*name).to_owned(),
+            underlay: "192.0.2.1".parse().unwrap(),
+            ranges: Vec::new(),
+            vtep_mac: weft_encap::mac::Mac::ZERO,
+        };
+        names.iter().map(peer).collect()
+    }
+
+    #[test]
+    fn a_peer_keeps_its_number_over_reloads_and_absence() {
+        let mut numbers = NodeNumbers::default();
+        numbers.follow(&peers(&["b", "c"]));
+        assert_eq!((numbers.of("b"), numbers.of("c")), (Some(NodeId(0)), Some(NodeId(1))));
+        numbers.follow(&peers(&["a", "c"]));
+        assert_eq!((numbers.of("a"), numbers.of("b"), numbers.of("c")), (Some(NodeId(2)), None, Some(NodeId(1))));
+        numbers.follow(&peers(&["b", "c"]));
+        assert_eq!((numbers.of("b"), numbers.of("c")), (Some(NodeId(0)), Some(NodeId(1))));
+        assert_eq!(numbers.name(NodeId(1)), Some("c"));
+    }
+
+    #[test]
+    fn numbers_are_reused_only_when_no_fresh_one_is_left() {
+        let mut numbers = NodeNumbers { next: u16::MAX - 1, ..NodeNumbers::default() };
+        numbers.follow(&peers(&["a"]));
+        assert_eq!(numbers.of("a"), Some(NodeId(u16::MAX - 1)));
+        numbers.follow(&peers(&["b"]));
+        assert_eq!(numbers.of("b"), Some(NodeId(u16::MAX - 1)));
+        assert_eq!(numbers.of("a"), None);
+    }
+}

@@ -1,0 +1,15 @@
+//! From what the operator wrote to what the data plane does.
+//!
+//! ```text
+//! file → config (checked as a whole) → desired (config + live attachments) → compile → Tables
+//! ```
+//!
+//! Each arrow is a pure function; what changes with time (attachments, node numbers, the epoch) lives in
+//! [`desired::DesiredState`], which is compared with what is and compiled whole each time. There is no memory of
+//! events: any order of the same changes leads to the same tables.
+
+pub mod compile;
+pub mod config;
+pub mod derive;
+pub mod desired;
+pub mod host;

@@ -1,0 +1,293 @@
+//! Route netlink, synchronous: one request, its answers, done.
+//!
+//! A socket belongs to the namespace of the thread that opens it, for good. So [`Netlink::open`] is called on the thread that
+//! is in the right one, and there is no runtime in between that could move the work elsewhere.
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use ipnet::IpNet;
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use weft_encap::mac::Mac;
+
+use crate::control::host::{Host, Interface};
+
+/// A netlink message of one dump is at most this long; the kernel sizes its own by what the reader offers, up to 32 KiB.
+const BUFFER: usize = 32 * 1024;
+
+/// A netlink socket of the thread's network namespace.
+pub struct Netlink {
+    socket: Socket,
+    sequence: u32,
+}
+
+/// An interface as the kernel shows it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Link {
+    /// Its number.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Its MAC, if it has one of six octets.
+    pub mac: Option<Mac>,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// Whether it was set up.
+    pub up: bool,
+    /// Whether it has carrier.
+    pub carrier: bool,
+}
+
+/// What to change of an interface; `None` and `false` leave it as it is.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LinkChange<'a> {
+    /// A new name.
+    pub name: Option<&'a str>,
+    /// A new MAC.
+    pub mac: Option<Mac>,
+    /// A new MTU in bytes.
+    pub mtu: Option<u32>,
+    /// Frames that its transmit queue holds.
+    pub queue: Option<u32>,
+    /// Segments that a superframe may stand for.
+    pub gso_max_segments: Option<u32>,
+    /// The namespace to move it to.
+    pub namespace: Option<BorrowedFd<'a>>,
+    /// Set it up.
+    pub up: bool,
+}
+
+impl Netlink {
+    /// A socket of the namespace that the calling thread is in.
+    pub fn open() -> io::Result<Netlink> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        Ok(Netlink { socket, sequence: 0 })
+    }
+
+    /// The interface with this name; `None` if there is none.
+    pub fn link(&mut self, name: &str) -> io::Result<Option<Link>> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        match self.ask(RouteNetlinkMessage::GetLink(message), NLM_F_ACK) {
+            Ok(answers) => Ok(answers.into_iter().find_map(link_of)),
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All interfaces.
+    pub fn links(&mut self) -> io::Result<Vec<Link>> {
+        let answers = self.ask(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)?;
+        Ok(answers.into_iter().filter_map(link_of).collect())
+    }
+
+    /// Changes an interface.
+    pub fn change_link(&mut self, index: u32, change: LinkChange<'_>) -> io::Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        if change.up {
+            message.header.flags = LinkFlags::Up;
+            message.header.change_mask = LinkFlags::Up;
+        }
+        let attributes = [
+            change.namespace.map(|namespace| LinkAttribute::NetNsFd(namespace.as_raw_fd())),
+            change.name.map(|name| LinkAttribute::IfName(name.to_owned())),
+            change.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())),
+            change.mtu.map(LinkAttribute::Mtu),
+            change.queue.map(LinkAttribute::TxQueueLen),
+            change.gso_max_segments.map(LinkAttribute::GsoMaxSegs),
+        ];
+        message.attributes.extend(attributes.into_iter().flatten());
+        self.ask(RouteNetlinkMessage::SetLink(message), NLM_F_ACK).map(drop)
+    }
+
+    /// Gives an interface an address, without duplicate address detection: leases are unique, and a pod cannot wait.
+    pub fn add_address(&mut self, index: u32, address: IpNet) -> io::Result<()> {
+        let mut message = AddressMessage::default();
+        message.header.family = family(address.addr());
+        message.header.prefix_len = address.prefix_len();
+        message.header.index = index;
+        message.attributes.push(AddressAttribute::Local(address.addr()));
+        message.attributes.push(AddressAttribute::Address(address.addr()));
+        match address {
+            IpNet::V4(v4) => message.attributes.push(AddressAttribute::Broadcast(v4.broadcast())),
+            IpNet::V6(_) => message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad)),
+        }
+        self.ask(RouteNetlinkMessage::NewAddress(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL).map(drop)
+    }
+
+    /// All addresses with the number of their interface.
+    pub fn addresses(&mut self) -> io::Result<Vec<(u32, IpNet)>> {
+        let answers = self.ask(RouteNetlinkMessage::GetAddress(AddressMessage::default()), NLM_F_DUMP)?;
+        Ok(answers.into_iter().filter_map(address_of).collect())
+    }
+
+    /// Makes a default route. `on_link`: the gateway is reached directly although no address of ours is in its prefix.
+    pub fn add_default_route(&mut self, index: u32, gateway: IpAddr, on_link: bool) -> io::Result<()> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(gateway);
+        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        message.header.protocol = RouteProtocol::Static;
+        message.header.scope = RouteScope::Universe;
+        message.header.kind = RouteType::Unicast;
+        if on_link {
+            message.header.flags = RouteFlags::Onlink;
+        }
+        let via = match gateway {
+            IpAddr::V4(address) => RouteAddress::Inet(address),
+            IpAddr::V6(address) => RouteAddress::Inet6(address),
+        };
+        message.attributes.push(RouteAttribute::Gateway(via));
+        message.attributes.push(RouteAttribute::Oif(index));
+        self.ask(RouteNetlinkMessage::NewRoute(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL).map(drop)
+    }
+
+    /// The gateways of all default routes of the main table, with the number of their interface.
+    pub fn default_routes(&mut self) -> io::Result<Vec<(u32, IpAddr)>> {
+        let mut all = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut message = RouteMessage::default();
+            message.header.address_family = family;
+            let answers = self.ask(RouteNetlinkMessage::GetRoute(message), NLM_F_DUMP)?;
+            all.extend(answers.into_iter().filter_map(default_route_of));
+        }
+        Ok(all)
+    }
+
+    /// The interfaces and addresses of this namespace.
+    pub fn host(&mut self) -> io::Result<Host> {
+        let addresses = self.addresses()?;
+        let interface = |link: Link| Interface {
+            index: link.index,
+            name: link.name,
+            mtu: link.mtu,
+            up: link.up && link.carrier,
+            addresses: addresses.iter().filter(|(at, _)| *at == link.index).map(|(_, net)| net.addr()).collect(),
+        };
+        Ok(Host { interfaces: self.links()?.into_iter().map(interface).collect() })
+    }
+
+    /// Sends one request and collects what comes back until the kernel says that it is all.
+    fn ask(&mut self, request: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut message = NetlinkMessage::from(request);
+        message.header.flags = NLM_F_REQUEST | flags;
+        message.header.sequence_number = self.sequence;
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        self.socket.send(&bytes, 0)?;
+        let mut answers = Vec::new();
+        loop {
+            let mut buffer = Vec::with_capacity(BUFFER);
+            self.socket.recv(&mut buffer, 0)?;
+            let mut rest = buffer.as_slice();
+            while !rest.is_empty() {
+                let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
+                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+                // Messages are padded to four bytes, except that the last one of a datagram need not be.
+                let length = (answer.header.length as usize).next_multiple_of(4).clamp(16, rest.len().max(16));
+                rest = rest.get(length..).unwrap_or_default();
+                if answer.header.sequence_number != self.sequence {
+                    continue;
+                }
+                match answer.payload {
+                    NetlinkPayload::InnerMessage(inner) => answers.push(inner),
+                    NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
+                    NetlinkPayload::Error(_) => return Ok(answers),
+                    NetlinkPayload::Done(_) => return Ok(answers),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
+
+fn link_of(answer: RouteNetlinkMessage) -> Option<Link> {
+    let RouteNetlinkMessage::NewLink(message) = answer else { return None };
+    let mut link = Link {
+        index: message.header.index,
+        up: message.header.flags.contains(LinkFlags::Up),
+        carrier: message.header.flags.contains(LinkFlags::LowerUp),
+        ..Link::default()
+    };
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name = name,
+            LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+            LinkAttribute::Address(octets) => link.mac = <[u8; 6]>::try_from(octets).ok().map(Mac),
+            _ => {}
+        }
+    }
+    Some(link)
+}
+
+fn address_of(answer: RouteNetlinkMessage) -> Option<(u32, IpNet)> {
+    let RouteNetlinkMessage::NewAddress(message) = answer else { return None };
+    let mut found = None;
+    for attribute in message.attributes {
+        match attribute {
+            // On a point-to-point link `Address` is the other end.
+            AddressAttribute::Local(address) => found = Some(address),
+            AddressAttribute::Address(address) => found = found.or(Some(address)),
+            _ => {}
+        }
+    }
+    Some((message.header.index, IpNet::new(found?, message.header.prefix_len).ok()?))
+}
+
+fn default_route_of(answer: RouteNetlinkMessage) -> Option<(u32, IpAddr)> {
+    let RouteNetlinkMessage::NewRoute(message) = answer else { return None };
+    if message.header.destination_prefix_length != 0 || message.header.table != RouteHeader::RT_TABLE_MAIN {
+        return None;
+    }
+    let (mut gateway, mut index) = (None, None);
+    for attribute in message.attributes {
+        match attribute {
+            RouteAttribute::Gateway(RouteAddress::Inet(address)) => gateway = Some(IpAddr::V4(address)),
+            RouteAttribute::Gateway(RouteAddress::Inet6(address)) => gateway = Some(IpAddr::V6(address)),
+            RouteAttribute::Oif(oif) => index = Some(oif),
+            _ => {}
+        }
+    }
+    Some((index?, gateway?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_loopback_interface_is_found_by_name_and_in_the_list() {
+        let mut netlink = Netlink::open().unwrap();
+        let lo = netlink.link("lo").unwrap().unwrap();
+        assert_eq!((lo.index, lo.mac), (1, Some(Mac::ZERO)));
+        assert!(netlink.links().unwrap().contains(&lo));
+        assert_eq!(netlink.link("weft-none").unwrap(), None);
+        let host = netlink.host().unwrap();
+        assert_eq!(host.holder_of("127.0.0.1".parse().unwrap()).unwrap().name, "lo");
+    }
+
+    #[test]
+    fn a_refusal_is_the_kernels_error() {
+        let mut netlink = Netlink::open().unwrap();
+        let error = netlink.change_link(u32::MAX >> 1, LinkChange::default()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::NODEV.raw_os_error()));
+    }
+}

@@ -1,0 +1,250 @@
+//! The node as it is: data plane, leases and attachments, kept in step.
+//!
+//! One mutex holds what requests change; it is held for memory work and for a lease's write to disk, never for work on
+//! devices or inside namespaces. The data plane is told by [`Node::put_in_force`] only, which compiles the whole state anew.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use anyhow::Context;
+use weft_api::{AttachmentKey, Counters, Failure, code};
+use weft_ipam::Store;
+use weft_router::port::udp::Underlay;
+use weft_router::stats::PortStats;
+use weft_router::{Device, PortId, Router};
+
+use crate::attach::pod::Interface;
+use crate::attach::turn::Turns;
+use crate::control::compile::compile;
+use crate::control::config::Config;
+use crate::control::desired::{DesiredState, UNDERLAY};
+use crate::control::host::Host;
+use crate::log::LogLevel;
+use crate::netlink::Netlink;
+
+/// Sockets that send to other nodes, each from a source port of its own, so that flows spread over paths and queues.
+const TRANSMIT_SOCKETS: usize = 16;
+/// Folder of the lease store below the state folder.
+const LEASES: &str = "leases";
+/// A configuration of the largest cluster has some megabytes; what is larger is no configuration.
+const MAX_CONFIG: u64 = 64 << 20;
+
+/// The running node.
+pub struct Node {
+    /// Where the configuration is read from, again on reload.
+    pub config_path: PathBuf,
+    /// When weftd started.
+    pub started: Instant,
+    /// The data plane.
+    pub router: Router,
+    /// One request at a time for each attachment.
+    pub turns: Turns,
+    log_level: LogLevel,
+    state: Mutex<State>,
+}
+
+/// What requests change.
+pub struct State {
+    /// What the tables in force were made of.
+    pub desired: DesiredState,
+    /// The leases.
+    pub store: Store,
+    /// Attachments that have a port.
+    pub attachments: BTreeMap<AttachmentKey, Attachment>,
+    /// Sums of ports that are gone.
+    pub retired: Counters,
+    /// Ports whose removal from the worker is under way: their numbers are not free yet.
+    leaving: Vec<PortId>,
+    epoch: u64,
+}
+
+/// An attachment that has a port.
+#[derive(Debug, Clone)]
+pub struct Attachment {
+    /// Its port.
+    pub port: PortId,
+    /// Its interface in the pod.
+    pub interface: Interface,
+}
+
+/// Reads the configuration and checks it against this machine. The warnings are logged.
+pub fn read_config(path: &std::path::Path) -> anyhow::Result<Config> {
+    let host =
+        Netlink::open().and_then(|mut netlink| netlink.host()).context("cannot list this machine's interfaces")?;
+    read_config_for(path, &host)
+}
+
+fn read_config_for(path: &std::path::Path, host: &Host) -> anyhow::Result<Config> {
+    use std::io::Read;
+    let mut text = String::new();
+    let file = std::fs::File::open(path)
+        .with_context(|| format!("cannot open the configuration {}: name it with --config", path.display()))?;
+    file.take(MAX_CONFIG)
+        .read_to_string(&mut text)
+        .with_context(|| format!("cannot read the configuration {}", path.display()))?;
+    let checked = Config::read(&text, host).with_context(|| format!("{} is not valid", path.display()))?;
+    for warning in &checked.warnings {
+        tracing::warn!("{}: {warning}", path.display());
+    }
+    Ok(checked.config)
+}
+
+impl Node {
+    /// Opens the lease store, starts the data plane and gives it the underlay.
+    ///
+    /// # Errors
+    /// What could not be had, and what to do.
+    pub fn start(config: Config, config_path: PathBuf, log_level: LogLevel) -> anyhow::Result<Node> {
+        let folder = config.state_dir.join(LEASES);
+        let store = Store::open(&folder).with_context(|| format!("cannot open the leases in {}", folder.display()))?;
+        if let Some(recovery) = store.recovery() {
+            tracing::warn!("{recovery}; it was cut off");
+        }
+        let local = SocketAddr::new(config.underlay.address, config.underlay.port);
+        let underlay = Underlay::open(local, TRANSMIT_SOCKETS).with_context(|| {
+            format!(
+                "cannot open the underlay at {local}: the address must be this machine's (underlay.address), and no \
+                 VXLAN device or other program may use the port (ss -ulnp; underlay.port)"
+            )
+        })?;
+        let desired = DesiredState::new(Arc::new(config));
+        let epoch = 1;
+        let router = Router::start(desired.config.limits.into(), compile(&desired, epoch))
+            .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
+        router.add_port(UNDERLAY, Device::Underlay(underlay)).context("the data plane cannot use the underlay")?;
+        let state = State {
+            desired,
+            store,
+            attachments: BTreeMap::new(),
+            retired: Counters::default(),
+            leaving: Vec::new(),
+            epoch,
+        };
+        let turns = Turns::default();
+        Ok(Node { config_path, started: Instant::now(), router, turns, log_level, state: Mutex::new(state) })
+    }
+
+    /// What requests change. Never hold it while working on devices or inside namespaces.
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        // A request that panicked leaves consistent state behind: it is changed in single steps.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters an attachment and puts it in force; `None` if no port number is free.
+    pub fn attach(&self, key: &AttachmentKey, interface: Interface) -> Option<PortId> {
+        let mut state = self.state();
+        let port = state.desired.free_port(|port| state.leaving.contains(&port))?;
+        let mut desired = state.desired.clone();
+        desired.pods.insert(port, Attachment::pod(&interface));
+        state.attachments.insert(key.clone(), Attachment { port, interface });
+        self.put_in_force(&mut state, desired);
+        Some(port)
+    }
+
+    /// Takes an attachment's port and its place in the tables away; whether it had one. The lease stays.
+    pub fn detach(&self, key: &AttachmentKey) -> bool {
+        let port = {
+            let mut state = self.state();
+            let Some(attachment) = state.attachments.remove(key) else { return false };
+            let mut desired = state.desired.clone();
+            desired.pods.remove(&attachment.port);
+            state.leaving.push(attachment.port);
+            self.put_in_force(&mut state, desired);
+            attachment.port
+        };
+        // Closing a device takes the kernel a while: not with the state held.
+        let last = self.router.remove_port(port);
+        let mut state = self.state();
+        state.leaving.retain(|leaving| *leaving != port);
+        match last {
+            Ok(Some(stats)) => add(&mut state.retired, &counters(&stats)),
+            Ok(None) => {}
+            Err(error) => tracing::error!(%port, %error, "cannot remove a port"),
+        }
+        true
+    }
+
+    /// The device of `port` is gone: its namespace was deleted. The lease stays until DEL or GC.
+    pub fn port_gone(&self, port: PortId) {
+        // The number may have been given to another attachment since.
+        let dead = self.router.snapshot(false).is_ok_and(|now| now.ports.iter().any(|p| p.id == port && !p.up));
+        if !dead {
+            return;
+        }
+        if port == UNDERLAY {
+            tracing::error!("the underlay's socket is broken: other nodes cannot be reached; restart weftd");
+            return;
+        }
+        let key = {
+            let state = self.state();
+            let found = state.attachments.iter().find(|(_, attachment)| attachment.port == port);
+            found.map(|(key, _)| key.clone())
+        };
+        if let Some(key) = key {
+            self.detach(&key);
+            tracing::info!(container = key.container, ifname = key.ifname, "the pod's network namespace is gone");
+        }
+    }
+
+    /// Reads the configuration again. If it is wrong the old one stays.
+    ///
+    /// # Errors
+    /// What is wrong, with lines and keys; or what cannot change while weftd runs.
+    pub fn reload(&self) -> Result<(), Failure> {
+        let refuse = |msg: String, details: &str| {
+            tracing::error!("{msg}; the old configuration stays in force");
+            Err(Failure { code: code::CONFIG, msg, details: details.into() })
+        };
+        let config = match read_config(&self.config_path) {
+            Ok(config) => config,
+            Err(error) => return refuse(format!("{error:#}"), "the old configuration stays in force"),
+        };
+        let mut state = self.state();
+        let fixed = state.desired.config.fixed_differences(&config);
+        if !fixed.is_empty() {
+            let msg = format!("cannot change while weftd runs: {}", fixed.join(", "));
+            return refuse(msg, "restart weftd, or set it back; the old configuration stays in force");
+        }
+        self.log_level.set(config.log.level);
+        let desired = state.desired.reconfigured(Arc::new(config));
+        self.put_in_force(&mut state, desired);
+        tracing::info!(peers = state.desired.config.peers.len(), epoch = state.epoch, "configuration in force");
+        Ok(())
+    }
+
+    fn put_in_force(&self, state: &mut State, desired: DesiredState) {
+        if state.desired == desired {
+            return;
+        }
+        state.epoch += 1;
+        self.router.set_tables(compile(&desired, state.epoch));
+        state.desired = desired;
+    }
+}
+
+/// A port's counters as the API has them.
+pub fn counters(stats: &PortStats) -> Counters {
+    Counters {
+        received: stats.received,
+        received_bytes: stats.received_bytes,
+        created: stats.created(),
+        sent: stats.sent,
+        sent_bytes: stats.sent_bytes,
+        dropped: stats.dropped_total(),
+        merged: stats.merged,
+    }
+}
+
+/// Adds `more` to `sum`.
+pub fn add(sum: &mut Counters, more: &Counters) {
+    sum.received += more.received;
+    sum.received_bytes += more.received_bytes;
+    sum.created += more.created;
+    sum.sent += more.sent;
+    sum.sent_bytes += more.sent_bytes;
+    sum.dropped += more.dropped;
+    sum.merged += more.merged;
+}
