@@ -1,5 +1,7 @@
 //! The command line as a user or a script meets it: exit codes, what goes to stdout and what to stderr.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests are tests")]
+
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;

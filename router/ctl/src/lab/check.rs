@@ -109,7 +109,7 @@ impl Matrix {
             return Ok(());
         }
         let total: usize = cluster.pods().map(|pod| others(cluster, pod).count()).sum();
-        let mut text = format!("{} of {total} pairs of pods do not reach each other:\n", missing.len());
+        let mut text = format!("{} of {total} pings between pods are not answered:\n", missing.len());
         text.push_str(&name_pairs(&missing));
         text.push_str(&observations(lab, cluster, &missing));
         bail!("{}", text.trim_end());
@@ -227,7 +227,7 @@ mod tests {
     fn a_silent_pair_is_named_with_the_reason() {
         let silent: IpAddr = "fd00:10:244:2::2".parse().unwrap();
         let error = matrix(Some(silent)).require_all("x", &cluster()).unwrap_err().to_string();
-        assert!(error.starts_with("1 of 4 pairs"), "{error}");
+        assert!(error.starts_with("1 of 4 pings"), "{error}");
         assert!(
             error.contains("n1-p1 → n2-p1 (fd00:10:244:2::2): 10.244.1.1 says: the host is unreachable"),
             "{error}"

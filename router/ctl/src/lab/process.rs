@@ -182,13 +182,14 @@ mod tests {
 
     #[test]
     fn a_recorded_process_is_ended_and_reaped() {
-        let child = Command::new("sleep").arg("60").spawn().unwrap();
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let process = Process::identify(child.id(), "sleep").unwrap();
         assert!(process.is_alive());
         end_recorded(std::slice::from_ref(&process)).unwrap();
         assert!(!process.is_alive());
         assert!(Process::identify(child.id(), "sleep").is_err());
         end_recorded(&[process]).unwrap();
+        child.wait().expect_err("it was reaped already");
     }
 
     #[test]
@@ -200,6 +201,7 @@ mod tests {
         let process = Process::identify(child.id(), "sh").unwrap();
         end_recorded(std::slice::from_ref(&process)).unwrap();
         assert!(!process.is_alive());
+        let _ = child.wait();
     }
 
     #[test]

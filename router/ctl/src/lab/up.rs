@@ -126,7 +126,9 @@ fn attach(plan: &Plan, programs: &Programs, node: u8) -> Result<Vec<Pod>> {
             name: &plan::pod_name(node, pod),
             netns: &plan.pod_netns(node, pod),
         };
-        cni::add(&request).map_err(|error| anyhow!("{error:#}{}", daemon::log_tail(&files.log)))
+        let outcome = cni::add(&request);
+        interrupt::check()?;
+        outcome.map_err(|error| anyhow!("{error:#}{}", daemon::log_tail(&files.log)))
     };
     plan.pod_numbers().map(attach).collect()
 }
