@@ -143,7 +143,8 @@ fn check_ranges(reader: &mut Reader<'_>, draft: &Draft, mode: Option<Mode>) {
     let all: Vec<(&At<IpNet>, String)> = own.chain(theirs).collect();
     for (range, _) in &all {
         check_range(reader, range);
-        if mode == Some(Mode::Bridged) && !draft.segment.iter().any(|segment| segment.value.contains(&range.value)) {
+        let bridged = mode == Some(Mode::Bridged) && !draft.segment.is_empty();
+        if bridged && !draft.segment.iter().any(|segment| segment.value.contains(&range.value)) {
             let what = format!("{} is not inside the segment: add it there, or change the range", range.value);
             reader.problem(&range.place, what);
         }

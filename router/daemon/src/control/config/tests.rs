@@ -186,9 +186,9 @@ fn each_single_fault_is_named_with_its_line_and_key() {
     for (text, expected) in cases {
         let all = problems(&text);
         assert!(all.iter().any(|problem| problem == expected), "expected {expected}\nin {all:#?}");
-        if !expected.contains("is missing: bridged") {
-            assert_eq!(all.len(), 1, "{all:#?}");
-        }
+        // One fault may be seen from several places, but never under another name.
+        let all_alike = all.iter().all(|problem| problem.contains("lies in"));
+        assert!(all.len() == 1 || all_alike, "{all:#?}");
     }
 }
 

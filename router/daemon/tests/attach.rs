@@ -1,0 +1,396 @@
+//! The real `weftd` in a namespace of its own, attaching pods by the API, as the CNI plugin does. Needs root.
+
+use std::fs::{self, File};
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use weft_api::{
+    Attach, Attached, AttachmentKey, Check, Client, ClientError, Collected, Empty, Gc, LeaseInfo, NodeInfo, PortInfo,
+    Request, Status, code,
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Namespaces, a daemon and its files; all of them go when this does, whatever happened.
+struct Lab {
+    name: String,
+    folder: tempfile::TempDir,
+    namespaces: Vec<String>,
+    daemon: Option<Child>,
+}
+
+impl Lab {
+    fn new(name: &str) -> Lab {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "this test makes network namespaces: run it as root, e.g. sudo -E cargo test -p weft-daemon"
+        );
+        let name = format!("weft-t{}-{name}", std::process::id());
+        Lab { name, folder: tempfile::tempdir().unwrap(), namespaces: Vec::new(), daemon: None }
+    }
+
+    /// A node namespace with an underlay device, and a daemon in it.
+    fn with_daemon(name: &str, config: &str) -> Lab {
+        let mut lab = Lab::new(name);
+        let node = lab.namespace("n");
+        run(&["ip", "-n", &node, "link", "set", "lo", "up"]);
+        // Nothing answers on the other end: what counts here is an address and an MTU.
+        run(&["ip", "-n", &node, "link", "add", "uplink", "type", "veth", "peer", "name", "uplink-end"]);
+        run(&["ip", "-n", &node, "addr", "add", "10.200.0.1/24", "dev", "uplink"]);
+        run(&["ip", "-n", &node, "link", "set", "uplink", "up"]);
+        run(&["ip", "-n", &node, "link", "set", "uplink-end", "up"]);
+        lab.configure(config);
+        lab.start();
+        lab
+    }
+
+    fn namespace(&mut self, name: &str) -> String {
+        let name = format!("{}-{name}", self.name);
+        run(&["ip", "netns", "add", &name]);
+        self.namespaces.push(name.clone());
+        name
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn configure(&self, more: &str) {
+        let text = format!(
+            "node = \"n1\"\nsocket = {:?}\nstate_dir = {:?}\n{more}\n[underlay]\naddress = \"10.200.0.1\"\n",
+            self.path("run/weftd.sock"),
+            self.path("state")
+        );
+        fs::write(self.path("weftd.toml"), text).unwrap();
+    }
+
+    fn start(&mut self) {
+        let log = File::create(self.path("log")).unwrap();
+        let daemon = Command::new("ip")
+            .args(["netns", "exec", &self.namespaces[0], env!("CARGO_BIN_EXE_weftd"), "--config"])
+            .arg(self.path("weftd.toml"))
+            .stdin(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.daemon = Some(daemon);
+        let ready = until(|| Client::connect(&self.path("run/weftd.sock"), PATIENCE).is_ok());
+        assert!(ready, "weftd did not start:\n{}", self.log());
+    }
+
+    fn signal(&mut self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(self.daemon.as_ref().unwrap());
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    fn stop(&mut self) -> Option<i32> {
+        self.signal(rustix::process::Signal::TERM);
+        self.daemon.take().unwrap().wait().unwrap().code()
+    }
+
+    fn client(&self) -> Client {
+        Client::connect(&self.path("run/weftd.sock"), PATIENCE).unwrap()
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    fn add(&self, namespace: &str, request: Attach) -> Result<Attached, ClientError> {
+        self.client().call_with_fd(&Request::Add(request), open(namespace).as_fd())
+    }
+
+    fn call<T: serde::de::DeserializeOwned>(&self, request: Request) -> T {
+        self.client().call(&request).unwrap_or_else(|error| panic!("{request:?}: {error}\n{}", self.log()))
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+        for namespace in &self.namespaces {
+            let _ = Command::new("ip").args(["netns", "del", namespace]).stderr(Stdio::null()).status();
+        }
+        if std::thread::panicking() {
+            eprintln!("log of weftd:\n{}", self.log());
+        }
+    }
+}
+
+fn open(namespace: &str) -> File {
+    File::open(Path::new("/run/netns").join(namespace)).unwrap()
+}
+
+fn output(command: &[&str]) -> (bool, String) {
+    let output = Command::new(command[0]).args(&command[1..]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.success(), text)
+}
+
+fn run(command: &[&str]) -> String {
+    let (success, text) = output(command);
+    assert!(success, "{command:?}: {text}");
+    text
+}
+
+fn until(mut holds: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + PATIENCE;
+    while Instant::now() < end {
+        if holds() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    false
+}
+
+fn key(container: &str) -> AttachmentKey {
+    AttachmentKey { network: "pods".into(), container: container.into(), ifname: "eth0".into() }
+}
+
+fn attach(container: &str) -> Attach {
+    Attach {
+        key: key(container),
+        netns: "/run/netns/test".into(),
+        requested: Vec::new(),
+        ranges: Vec::new(),
+        mac: None,
+        mtu: None,
+        labels: std::collections::BTreeMap::new(),
+    }
+}
+
+fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> u32 {
+    match result {
+        Err(ClientError::Refused(failure)) => failure.code,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+const ROUTED: &str = "mode = \"routed\"\nranges = [\"10.244.1.0/24\", \"fd00:10:244:1::/64\"]";
+
+/// The devices in the daemon's namespace that weftd makes for a moment.
+fn left_over_devices(lab: &Lab) -> bool {
+    run(&["ip", "-n", &lab.namespaces[0], "-o", "link"]).lines().any(|line| line.contains(": weft"))
+}
+
+#[test]
+fn a_pod_gets_its_interface_and_reaches_gateway_and_neighbour() {
+    let mut lab = Lab::with_daemon("ping", ROUTED);
+    let (a, b) = (lab.namespace("a"), lab.namespace("b"));
+    let first = lab.add(&a, attach("a")).unwrap();
+    assert_eq!((first.ifname.as_str(), first.mtu), ("eth0", 1450));
+    let addresses: Vec<&str> = first.addresses.iter().map(|address| address.address.as_str()).collect();
+    assert_eq!(addresses, ["10.244.1.2/24", "fd00:10:244:1::2/64"]);
+    let link = run(&["ip", "-n", &a, "-d", "link", "show", "eth0"]);
+    for expected in [first.mac.as_str(), "mtu 1450", "qlen 1000", "gso_max_segs 44", "LOWER_UP"] {
+        assert!(link.contains(expected), "{expected} in {link}");
+    }
+    let routes = run(&["ip", "-n", &a, "route"]) + &run(&["ip", "-n", &a, "-6", "route"]);
+    assert!(routes.contains("default via 10.244.1.1 dev eth0"), "{routes}");
+    assert!(routes.contains("default via fd00:10:244:1::1 dev eth0"), "{routes}");
+    assert!(!left_over_devices(&lab));
+
+    lab.add(&b, attach("b")).unwrap();
+    for target in ["10.244.1.1", "10.244.1.3", "fd00:10:244:1::1", "fd00:10:244:1::3"] {
+        run(&["ip", "netns", "exec", &a, "ping", "-c", "2", "-W", "5", target]);
+    }
+    let status: Status = lab.call(Request::Status);
+    assert_eq!((status.pods, status.mtu, status.underlay_mtu), (2, 1450, 1500));
+    let ports: Vec<PortInfo> = lab.call(Request::Ports);
+    assert_eq!(ports.iter().map(|port| port.role.as_str()).collect::<Vec<_>>(), ["underlay", "pod", "pod"]);
+    assert!(ports[1].counters.received > 0);
+    let leases: Vec<LeaseInfo> = lab.call(Request::Leases);
+    assert!(leases.len() == 4 && leases.iter().all(|lease| lease.attached));
+    let descriptor = open(&a);
+    let check = Request::Check(Check { key: key("a"), expected: Some(first) });
+    lab.client().call_with_fd::<Empty>(&check, descriptor.as_fd()).unwrap();
+    run(&["ip", "-n", &a, "addr", "del", "10.244.1.2/24", "dev", "eth0"]);
+    let found = lab.client().call_with_fd::<Empty>(&check, descriptor.as_fd());
+    assert!(
+        matches!(&found, Err(ClientError::Refused(failure))
+        if failure.code == code::CHECK && failure.msg.contains("no address 10.244.1.2/24")),
+        "{found:?}"
+    );
+    assert_eq!(lab.stop(), Some(0));
+    assert!(!lab.path("run/weftd.sock").exists());
+}
+
+#[test]
+fn del_is_repeatable_and_leaves_nothing() {
+    let mut lab = Lab::with_daemon("del", ROUTED);
+    let pod = lab.namespace("a");
+    lab.add(&pod, attach("a")).unwrap();
+    assert_eq!(refusal(lab.add(&pod, attach("a"))), code::EXISTS);
+    for _ in 0..2 {
+        let _: Empty = lab.call(Request::Del(key("a")));
+        assert!(until(|| !output(&["ip", "-n", &pod, "link", "show", "eth0"]).0));
+        assert_eq!(lab.call::<Vec<LeaseInfo>>(Request::Leases), []);
+        assert_eq!(lab.call::<Vec<PortInfo>>(Request::Ports).len(), 1);
+    }
+    lab.add(&pod, attach("a")).unwrap();
+    lab.add(&pod, Attach { key: AttachmentKey { ifname: "net1".into(), ..key("a") }, ..attach("a") }).unwrap();
+    let gc = Gc { network: "pods".into(), valid: vec![("a".into(), "net1".into())] };
+    assert_eq!(lab.call::<Collected>(Request::Gc(gc)).freed, [key("a")]);
+    assert_eq!(lab.call::<Vec<PortInfo>>(Request::Ports).len(), 2);
+}
+
+#[test]
+fn a_failed_add_leaves_no_lease_device_or_port() {
+    let mut lab = Lab::with_daemon("undo", ROUTED);
+    let pod = lab.namespace("a");
+    // The name is taken in the pod: the ADD fails at its last step but one.
+    run(&["ip", "-n", &pod, "link", "add", "eth0", "type", "bridge"]);
+    assert_eq!(refusal(lab.add(&pod, attach("a"))), code::EXISTS);
+    let own = Path::new("/proc/self/ns/net");
+    let own = lab.client().call_with_fd::<Attached>(&Request::Add(attach("b")), File::open(own).unwrap().as_fd());
+    // The test itself runs in the namespace of process 1, or in one that is neither; both must be refused or undone.
+    if fs::read_link("/proc/self/ns/net").unwrap() == fs::read_link("/proc/1/ns/net").unwrap() {
+        assert_eq!(refusal(own), code::NETNS);
+    } else {
+        let _: Empty = lab.call(Request::Del(key("b")));
+    }
+    let cases: [(Attach, u32); 6] = [
+        (Attach { requested: vec!["10.244.1.1".parse().unwrap()], ..attach("c") }, code::ADDRESS),
+        (Attach { requested: vec!["10.9.9.9".parse().unwrap()], ..attach("c") }, code::ADDRESS),
+        (Attach { mtu: Some(1451), ..attach("c") }, code::CONFIG),
+        (Attach { mac: Some("01:00:00:00:00:00".into()), ..attach("c") }, code::CONFIG),
+        (Attach { mac: Some("02:77:65:66:74:01".into()), ..attach("c") }, code::ADDRESS),
+        (Attach { key: AttachmentKey { ifname: "../x".into(), ..key("c") }, ..attach("c") }, code::ENVIRONMENT),
+    ];
+    for (request, expected) in cases {
+        assert_eq!(refusal(lab.add(&pod, request)), expected);
+    }
+    let file =
+        lab.client().call_with_fd::<Attached>(&Request::Add(attach("c")), File::open("/dev/null").unwrap().as_fd());
+    assert_eq!(refusal(file), code::NETNS);
+    assert_eq!(refusal(lab.client().call::<Attached>(&Request::Add(attach("c")))), code::NETNS);
+    assert_eq!(lab.call::<Vec<LeaseInfo>>(Request::Leases), []);
+    assert_eq!(lab.call::<Vec<PortInfo>>(Request::Ports).len(), 1);
+    assert!(!left_over_devices(&lab));
+    assert_eq!(run(&["ip", "-n", &pod, "-o", "link"]).lines().filter(|line| line.contains("weft")).count(), 0);
+
+    let request = Attach {
+        requested: vec!["10.244.1.77".parse().unwrap()],
+        mac: Some("0a:00:00:00:00:77".into()),
+        mtu: Some(1400),
+        key: AttachmentKey { ifname: "net1".into(), ..key("c") },
+        ..attach("c")
+    };
+    let made = lab.add(&pod, request).unwrap();
+    assert_eq!((made.mac.as_str(), made.mtu), ("0a:00:00:00:00:77", 1400));
+    assert_eq!(made.addresses[0].address, "10.244.1.77/24");
+}
+
+#[test]
+fn a_deleted_namespace_is_noticed_and_its_lease_waits() {
+    let mut lab = Lab::with_daemon("gone", ROUTED);
+    let pod = lab.namespace("a");
+    lab.add(&pod, attach("a")).unwrap();
+    run(&["ip", "netns", "del", &pod]);
+    assert!(until(|| lab.call::<Status>(Request::Status).pods == 0), "{}", lab.log());
+    assert_eq!(lab.call::<Vec<PortInfo>>(Request::Ports).len(), 1);
+    let leases: Vec<LeaseInfo> = lab.call(Request::Leases);
+    assert!(leases.len() == 2 && leases.iter().all(|lease| !lease.attached));
+    let _: Empty = lab.call(Request::Del(key("a")));
+    assert_eq!(lab.call::<Vec<LeaseInfo>>(Request::Leases), []);
+}
+
+#[test]
+fn leases_survive_a_crash_and_tombstones_are_honoured_at_the_next_start() {
+    let mut lab = Lab::with_daemon("crash", ROUTED);
+    let (a, b) = (lab.namespace("a"), lab.namespace("b"));
+    lab.add(&a, attach("a")).unwrap();
+    lab.add(&b, attach("b")).unwrap();
+    lab.signal(rustix::process::Signal::KILL);
+    lab.daemon.take().unwrap().wait().unwrap();
+    let tombstones = lab.path("state/tombstones");
+    fs::create_dir_all(&tombstones).unwrap();
+    fs::write(tombstones.join("1.json"), serde_json::to_vec(&key("b")).unwrap()).unwrap();
+    // The socket's file is still there: it is stale, and replaced.
+    lab.daemon = None;
+    lab.start();
+    let leases: Vec<LeaseInfo> = lab.call(Request::Leases);
+    assert!(leases.len() == 2 && leases.iter().all(|lease| lease.key == key("a") && !lease.attached), "{leases:?}");
+    assert_eq!(fs::read_dir(&tombstones).unwrap().count(), 0);
+    let status: Status = lab.call(Request::Status);
+    assert!(status.problems.iter().any(|problem| problem.contains("a/eth0")), "{:?}", status.problems);
+    let again = lab.add(&b, attach("b")).unwrap();
+    assert_ne!(again.addresses[0].address, "10.244.1.2/24", "that one is a's");
+}
+
+#[test]
+fn reload_changes_peers_and_refuses_what_cannot_change_or_is_wrong() {
+    let lab = Lab::with_daemon("reload", ROUTED);
+    let peer = "[[peers]]\nname = \"n2\"\nunderlay = \"10.200.0.2\"\nranges = [\"10.244.2.0/24\"]";
+    lab.configure(&format!("{ROUTED}\n{peer}"));
+    let _: Empty = lab.call(Request::Reload);
+    let nodes: Vec<NodeInfo> = lab.call(Request::Nodes);
+    assert_eq!(nodes.iter().map(|node| node.name.as_str()).collect::<Vec<_>>(), ["n1", "n2"]);
+    let epoch = lab.call::<Status>(Request::Status).epoch;
+
+    lab.configure(&format!("{ROUTED}\nvni = 7\n"));
+    let refused = lab.client().call::<Empty>(&Request::Reload).unwrap_err().to_string();
+    assert!(refused.contains("cannot change while weftd runs: vni"), "{refused}");
+    lab.configure(&format!("{ROUTED}\nbogus = 7\n"));
+    let refused = lab.client().call::<Empty>(&Request::Reload).unwrap_err().to_string();
+    assert!(refused.contains("line 6: bogus: unknown key"), "{refused}");
+    assert_eq!(lab.call::<Vec<NodeInfo>>(Request::Nodes).len(), 2);
+    assert_eq!(lab.call::<Status>(Request::Status).epoch, epoch);
+}
+
+#[test]
+fn concurrent_adds_get_distinct_addresses_and_other_clients_are_served() {
+    let mut lab = Lab::with_daemon("many", ROUTED);
+    let names: Vec<String> = (0..8).map(|number| format!("p{number}")).collect();
+    let namespaces: Vec<String> = names.iter().map(|name| lab.namespace(name)).collect();
+    // Idle and half-said clients, more than there are slots.
+    let idle: Vec<std::os::unix::net::UnixStream> = (0..200)
+        .map(|_| {
+            use std::io::Write;
+            let mut stream = std::os::unix::net::UnixStream::connect(lab.path("run/weftd.sock")).unwrap();
+            stream.write_all(b"{\"version\":1,").unwrap();
+            stream
+        })
+        .collect();
+    let lab = &lab;
+    let mut addresses: Vec<IpAddr> = std::thread::scope(|scope| {
+        let adds: Vec<_> = names
+            .iter()
+            .zip(&namespaces)
+            .map(|(name, namespace)| scope.spawn(move || lab.add(namespace, attach(name)).unwrap()))
+            .collect();
+        let made = adds.into_iter().map(|add| add.join().unwrap());
+        made.map(|made| made.addresses[0].address.split('/').next().unwrap().parse().unwrap()).collect()
+    });
+    addresses.sort();
+    addresses.dedup();
+    assert_eq!(addresses.len(), names.len());
+    drop(idle);
+}
+
+#[test]
+fn check_and_usage_have_their_exit_codes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("weftd.toml");
+    let weftd = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_weftd")).args(arguments).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let config = path.to_str().unwrap();
+    fs::write(&path, format!("node = \"n1\"\nmtu = 1450\n{ROUTED}\n[underlay]\naddress = \"10.200.0.1\"\n")).unwrap();
+    assert_eq!(weftd(&["--config", config, "--check"]).0, Some(0));
+    fs::write(&path, "node = \"n1\"\nmode = \"x\"").unwrap();
+    let (code, text) = weftd(&["--config", config, "--check"]);
+    assert_eq!(code, Some(2));
+    assert!(text.contains("line 2: mode: \"x\" is neither"), "{text}");
+    assert_eq!(weftd(&["--config", "/nowhere"]).0, Some(2));
+    assert_eq!(weftd(&["--bogus"]).0, Some(2));
+    assert_eq!(weftd(&["--version"]).0, Some(0));
+}
