@@ -1,0 +1,177 @@
+//! A node without devices: the forwarder, its tables, and memory for frames.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+use weft_encap::mac::Mac;
+use weft_encap::offload::Offload;
+use weft_encap::vxlan::VxlanHeader;
+use weft_encap::zerocopy::IntoBytes;
+use weft_router::forward::Forwarder;
+use weft_router::frame::{Frame, Outer};
+use weft_router::pool::Pool;
+use weft_router::port::{BATCH, Outbox, PortId};
+use weft_router::tables::{Gateway, Node, NodeId, Pod, Tables, Via};
+use weft_router::{Instant, RouterConfig};
+
+use crate::cpu_time::cpu_time;
+use crate::frames::Ends;
+
+/// Pods of the node; ports 1 and up.
+pub const PODS: u16 = 100;
+/// Other nodes of the cluster.
+pub const NODES: u16 = 500;
+
+const UNDERLAY: PortId = PortId(0);
+const GATEWAY: Mac = Mac([0x02, 0, 0, 0, 0, 1]);
+const VTEP: Mac = Mac([0x02, 0, 0, 0, 1, 0]);
+
+/// The node. See the module's essay.
+pub struct Bed {
+    forwarder: Forwarder,
+    tables: Tables,
+    pool: Pool,
+    out: Outbox,
+    now: Instant,
+}
+
+/// A frame to be made again and again.
+pub struct Template {
+    /// Its bytes, tunnel header included.
+    pub bytes: Vec<u8>,
+    /// What is still to be done to it.
+    pub offload: Offload,
+    /// Who sent it, if another node did.
+    pub outer: Option<Outer>,
+    /// By which port it comes in.
+    pub ingress: PortId,
+}
+
+impl Default for Bed {
+    fn default() -> Bed {
+        Bed::new()
+    }
+}
+
+impl Bed {
+    /// A node in routed mode.
+    pub fn new() -> Bed {
+        Bed::with_config(&RouterConfig::default())
+    }
+
+    /// The same with a flow cache that is small beside 65,536 flows in turn: each is a first packet.
+    pub fn forgetful() -> Bed {
+        Bed::with_config(&RouterConfig { flows: 1024, ..RouterConfig::default() })
+    }
+
+    fn with_config(config: &RouterConfig) -> Bed {
+        let mut tables = Tables::empty(Gateway { mac: GATEWAY, ipv4: Some(Ipv4Addr::new(10, 1, 0, 1)), ipv6: None });
+        tables.epoch = 1;
+        tables.vtep_mac = VTEP;
+        tables.add_underlay(UNDERLAY);
+        for number in 1..=PODS {
+            let pod = Pod { mac: pod_mac(number), ipv4: vec![pod_address(number)], ipv6: Vec::new(), mtu: 1450 };
+            tables.add_pod(PortId(number), pod);
+        }
+        tables.add_route("10.1.0.0/24".parse().expect("a prefix"), Via::Local);
+        for number in 0..NODES {
+            let range = format!("{}/24", node_range(number)).parse().expect("a prefix");
+            let node = Node { underlay: node_underlay(number), vtep_mac: VTEP, ranges: vec![range] };
+            tables.add_node(NodeId(number), node);
+        }
+        let pool = Pool::new(1024, 128).expect("there is memory for buffers");
+        let forwarder = Forwarder::new(config);
+        Bed { forwarder, tables, pool, out: Outbox::new(), now: Instant(1 << 40) }
+    }
+
+    /// From one pod to another of this node, by MAC.
+    pub fn neighbours() -> Ends {
+        Ends { src_mac: pod_mac(1), dst_mac: pod_mac(2), src: pod_address(1), dst: pod_address(2) }
+    }
+
+    /// From a pod to one of another node, by the gateway.
+    pub fn outwards() -> Ends {
+        let [a, b, c, _] = node_range(NODES / 2).octets();
+        Ends { src_mac: pod_mac(1), dst_mac: GATEWAY, src: pod_address(1), dst: Ipv4Addr::new(a, b, c, 2) }
+    }
+
+    /// The other way round, as it comes out of the tunnel.
+    pub fn inwards() -> Ends {
+        let out = Bed::outwards();
+        Ends { src_mac: VTEP, dst_mac: VTEP, src: out.dst, dst: out.src }
+    }
+
+    /// A frame that pod 1 sends.
+    pub fn from_pod(bytes: Vec<u8>, offload: Offload) -> Template {
+        Template { bytes, offload, outer: None, ingress: PortId(1) }
+    }
+
+    /// A frame that the node behind [`Bed::inwards`] sends through the tunnel.
+    pub fn from_node(&self, bytes: &[u8], offload: Offload) -> Template {
+        let bytes = [VxlanHeader::new(self.tables.vni).as_bytes(), bytes].concat();
+        let outer = Outer { peer: node_underlay(NODES / 2), entropy: 0, tos: 0 };
+        Template { bytes, offload, outer: Some(outer), ingress: UNDERLAY }
+    }
+
+    /// CPU time of taking `count` frames from where a port would have put them to where a port would take them, and
+    /// freeing them. `template` says which frame is next.
+    ///
+    /// # Panics
+    /// If a frame is dropped: then something else was measured than meant. With `drops`, if one is not.
+    pub fn time<'t>(&mut self, count: u64, drops: bool, mut template: impl FnMut(u64) -> &'t Template) -> Duration {
+        let mut spent = Duration::ZERO;
+        let mut done = 0;
+        while done < count {
+            let size = (count - done).min(BATCH as u64);
+            let batch: Vec<Frame> = (done..done + size).map(|number| self.frame(template(number))).collect();
+            let start = cpu_time();
+            let left = self.round(batch);
+            spent += cpu_time() - start;
+            assert_eq!(left, if drops { 0 } else { size }, "frames that left, of {size}");
+            done += size;
+        }
+        spent
+    }
+
+    /// Forwards a vector; returns how many frames left.
+    fn round(&mut self, batch: Vec<Frame>) -> u64 {
+        for frame in batch {
+            self.forwarder.stats().received(&frame);
+            self.forwarder.forward(frame, &self.tables, self.now, &self.pool, &mut self.out);
+        }
+        let mut left = 0;
+        while let Some(port) = self.out.touched() {
+            while let Some(frame) = self.out.queue(port).pop_front() {
+                self.forwarder.stats().sent(frame, port, 1);
+                left += 1;
+            }
+        }
+        left
+    }
+
+    fn frame(&self, template: &Template) -> Frame {
+        let mut frame = Frame::from_bytes(&template.bytes, template.ingress, &self.pool).expect("a buffer is free");
+        frame.offload = template.offload;
+        frame.outer = template.outer;
+        frame
+    }
+}
+
+fn pod_mac(number: u16) -> Mac {
+    let [high, low] = number.to_be_bytes();
+    Mac([0x02, 0, 0, 1, high, low])
+}
+
+fn pod_address(number: u16) -> Ipv4Addr {
+    Ipv4Addr::new(10, 1, 0, number as u8 + 1)
+}
+
+fn node_range(number: u16) -> Ipv4Addr {
+    let [high, low] = number.to_be_bytes();
+    Ipv4Addr::new(10, 2 + high, low, 0)
+}
+
+fn node_underlay(number: u16) -> IpAddr {
+    let [high, low] = number.to_be_bytes();
+    Ipv4Addr::new(192, 168, high, low).into()
+}
