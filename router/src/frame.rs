@@ -43,11 +43,11 @@ impl Body {
         Body::strided(buffer, start, len, len, 1, len)
     }
 
-    /// `count` pieces of `piece` bytes at a distance of `stride`; the last has `last` bytes. All must lie in the buffer.
+    /// `count` pieces of `piece` bytes at a distance of `stride`; the last has `last` bytes, and no more than the others.
+    /// All must lie in the buffer.
     pub fn strided(buffer: Super, start: usize, stride: usize, piece: usize, count: usize, last: usize) -> Body {
-        assert!(
-            count >= 1 && start + (count - 1) * stride + last.max(if count > 1 { piece } else { 0 }) <= buffer.len()
-        );
+        assert!(count >= 1 && last <= piece && (count == 1 || piece <= stride));
+        assert!(start + (count - 1) * stride + last <= buffer.len());
         Body {
             buffer,
             start: start as u32,

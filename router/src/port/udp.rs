@@ -249,6 +249,18 @@ mod tests {
     }
 
     #[test]
+    fn a_train_whose_last_frame_is_short_may_fill_the_buffer() {
+        let mut nodes = nodes();
+        // 44 full segments and one of a byte: with a last one of full length they would not fit a super buffer.
+        let (packet, payload) = sample::tcp4(44 * 1_425 + 1, 1_425);
+        nodes.push(&packet, 0);
+        nodes.transmit();
+        let frames = nodes.receive(45);
+        assert_eq!(frames.len(), 1);
+        assert_eq!(frames[0].to_vec()[TUNNEL_HEADER + 54..], payload);
+    }
+
+    #[test]
     fn frames_of_all_sizes_arrive_summed_and_in_order_per_flow() {
         let mut nodes = nodes();
         let lengths: Vec<usize> = (0..200).map(|index| [100, 100, 1400, 3, 0, 1400, 1400, 99][index % 8]).collect();
