@@ -51,8 +51,8 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
     let _turn = node.turns.take(&request.key);
     tombstone::honour(node, &request.key);
     let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
-    let (interface, config) = attempt.lease(request, mac, &namespace)?;
-    let tap = make_device(&namespace, &interface)?;
+    let mut interface = attempt.lease(request, mac, &namespace)?;
+    let tap = make_device(&namespace, &mut interface)?;
     attempt.open_port(&interface, tap)?;
     attempt.finish();
     tracing::info!(
@@ -60,7 +60,7 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
         mac = %interface.mac, addresses = ?interface.addresses.iter().map(|(net, _)| net).collect::<Vec<_>>(),
         "attached"
     );
-    Ok(attached(&interface, &config))
+    Ok(attached(&interface))
 }
 
 /// CNI DEL. What is not there is as good as freed.
@@ -166,12 +166,7 @@ struct Attempt<'a> {
 
 impl Attempt<'_> {
     /// Leases the addresses, durably.
-    fn lease(
-        &mut self,
-        request: &Attach,
-        mac: Option<Mac>,
-        namespace: &Namespace,
-    ) -> Result<(Interface, std::sync::Arc<Config>), Failure> {
+    fn lease(&mut self, request: &Attach, mac: Option<Mac>, namespace: &Namespace) -> Result<Interface, Failure> {
         let mut state = self.node.state();
         let config = state.desired.config.clone();
         let mtu = choose_mtu(&config, request.mtu)?;
@@ -189,7 +184,7 @@ impl Attempt<'_> {
             state.store.lease(&owner(self.key), &sets, &request.requested, facts).map_err(|error| refusal(&error))?;
         self.leased = true;
         let addresses = record.leases.iter().map(|lease| (lease.cidr(), lease.gateway)).collect();
-        Ok((Interface { name: self.key.ifname.clone(), mac, mtu, addresses }, config))
+        Ok(Interface { name: self.key.ifname.clone(), mac, mtu, addresses, routes: Vec::new() })
     }
 
     /// Says in the tables who is behind the port, then gives it to the worker. In this order an event about the port always
@@ -226,7 +221,7 @@ impl Drop for Attempt<'_> {
 
 /// Makes the TAP here and moves it into the pod. A descriptor opened there would keep the namespace alive.
 /// Dropping the TAP is the undo, wherever the device is.
-fn make_device(namespace: &Namespace, interface: &Interface) -> Result<Tap, Failure> {
+fn make_device(namespace: &Namespace, interface: &mut Interface) -> Result<Tap, Failure> {
     let kernel = |what: &str, error: io::Error| {
         let no_descriptor = matches!(Errno::from_io_error(&error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM));
         Failure {
@@ -248,9 +243,12 @@ fn make_device(namespace: &Namespace, interface: &Interface) -> Result<Tap, Fail
         netlink.change_link(link.index, LinkChange { namespace: Some(namespace.as_fd()), ..LinkChange::default() })
     })();
     moved.map_err(|error| kernel("move the TAP device into the pod's network namespace", error))?;
-    let set_up = namespace.enter(|| Ok(pod::set_up(&name, interface)));
+    let set_up = namespace.enter(|| Ok(pod::set_up(&name, &*interface)));
     match set_up.map_err(|error| kernel("enter the pod's network namespace", error))? {
-        Ok(()) => Ok(tap),
+        Ok(routes) => {
+            interface.routes = routes;
+            Ok(tap)
+        }
         Err(SetUpError::Exists) => Err(Failure {
             code: code::EXISTS,
             msg: format!("the pod has an interface {} already", interface.name),
@@ -359,20 +357,19 @@ fn refusal(error: &LeaseError) -> Failure {
     Failure { code, msg: error.to_string(), details: String::new() }
 }
 
-fn attached(interface: &Interface, config: &Config) -> Attached {
+fn attached(interface: &Interface) -> Attached {
     let address =
         |(net, gateway): &(ipnet::IpNet, IpAddr)| AttachedAddress { address: net.to_string(), gateway: *gateway };
-    let route = |(gateway, _): (IpAddr, bool)| AttachedRoute {
+    let route = |gateway: &IpAddr| AttachedRoute {
         destination: if gateway.is_ipv4() { "0.0.0.0/0".into() } else { "::/0".into() },
-        gateway,
+        gateway: *gateway,
     };
-    debug_assert!(interface.mtu <= config.mtu, "the MTU was checked");
     Attached {
         ifname: interface.name.clone(),
         mac: interface.mac.to_string(),
         mtu: interface.mtu,
         addresses: interface.addresses.iter().map(address).collect(),
-        routes: interface.default_routes().into_iter().map(route).collect(),
+        routes: interface.routes.iter().map(route).collect(),
     }
 }
 

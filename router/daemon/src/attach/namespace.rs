@@ -8,7 +8,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
 
-use rustix::fs::{fstat, fstatfs, readlinkat_raw};
+use rustix::fs::{fstat, fstatfs};
+use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use weft_api::{Failure, code};
 
@@ -28,13 +29,9 @@ impl Namespace {
     pub fn check(fd: Option<OwnedFd>, path: &str) -> Result<Namespace, Failure> {
         let refuse = |what: String| failure(path, what);
         let fd = fd.ok_or_else(|| refuse("no descriptor came with the request".into()))?;
-        let kernel = |error: rustix::io::Errno| refuse(format!("it cannot be looked at: {error}"));
+        let kernel = |error: Errno| refuse(format!("it cannot be looked at: {error}"));
         if u64::try_from(fstatfs(&fd).map_err(kernel)?.f_type).ok() != Some(NSFS_MAGIC) {
             return Err(refuse("it is not a namespace".into()));
-        }
-        // The kernel names a namespace's file by its kind: `net:[4026531840]`.
-        if !kind(&fd).map_err(kernel)?.starts_with(b"net:[") {
-            return Err(refuse("it is a namespace, but not a network namespace".into()));
         }
         let identity = identity(&fd).map_err(kernel)?;
         for (whose, own) in [("weftd's own", "/proc/thread-self/ns/net"), ("that of process 1", "/proc/1/ns/net")] {
@@ -44,7 +41,15 @@ impl Namespace {
                 return Err(refuse(format!("it is {whose}; a pod needs one of its own")));
             }
         }
-        Ok(Namespace { fd, identity })
+        let namespace = Namespace { fd, identity };
+        // Only entering tells the kinds of namespaces apart without an ioctl; the thread that does it is thrown away.
+        match namespace.enter(|| Ok(())) {
+            Ok(()) => Ok(namespace),
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::INVAL) => {
+                Err(refuse("it is a namespace, but not a network namespace".into()))
+            }
+            Err(error) => Err(refuse(format!("it cannot be entered: {error}"))),
+        }
     }
 
     /// What tells it from others as long as it lives.
@@ -83,14 +88,6 @@ fn failure(path: &str, what: String) -> Failure {
 fn identity(fd: &OwnedFd) -> rustix::io::Result<String> {
     let stat = fstat(fd)?;
     Ok(format!("{}:{}", stat.st_dev, stat.st_ino))
-}
-
-fn kind(fd: &OwnedFd) -> rustix::io::Result<Vec<u8>> {
-    use std::os::fd::AsRawFd;
-    let path = format!("/proc/thread-self/fd/{}", fd.as_raw_fd());
-    let mut buffer = [0_u8; 64];
-    let target: &[u8] = readlinkat_raw(rustix::fs::CWD, path, &mut buffer[..]).map(|count| &buffer[..count])?;
-    Ok(target.to_vec())
 }
 
 #[cfg(test)]

@@ -30,6 +30,8 @@ pub struct Interface {
     pub mtu: u32,
     /// Its addresses, each with its on-link prefix and gateway.
     pub addresses: Vec<(IpNet, IpAddr)>,
+    /// The default routes through it, by gateway; made by [`set_up`].
+    pub routes: Vec<IpAddr>,
 }
 
 /// Why the interface could not be made.
@@ -42,8 +44,9 @@ pub enum SetUpError {
 }
 
 impl Interface {
-    /// The default routes: the gateway of the first address of each family, and whether it is outside that address's prefix.
-    pub fn default_routes(&self) -> Vec<(IpAddr, bool)> {
+    /// The default routes that it can have: the gateway of the first address of each family, and whether it is outside
+    /// that address's prefix.
+    fn possible_routes(&self) -> Vec<(IpAddr, bool)> {
         let first = |v4: bool| {
             let (net, gateway) = self.addresses.iter().find(|(net, _)| net.addr().is_ipv4() == v4)?;
             Some((*gateway, !net.contains(gateway)))
@@ -61,8 +64,9 @@ fn gso_max_segments(mtu: u32) -> u32 {
     (UNDERLAY_DATAGRAM / (mtu + SEGMENT_OVERHEAD)).clamp(1, 64)
 }
 
-/// Turns the device `temporary`, which has just been moved here, into `interface`.
-pub fn set_up(temporary: &str, interface: &Interface) -> Result<(), SetUpError> {
+/// Turns the device `temporary`, which has just been moved here, into `interface`. Returns the gateways of the default routes
+/// that it made: where another interface of the pod has a default route of a family already, that one stays.
+pub fn set_up(temporary: &str, interface: &Interface) -> Result<Vec<IpAddr>, SetUpError> {
     let step = |what: &str| {
         let what = what.to_owned();
         move |error| SetUpError::Step(what, error)
@@ -91,11 +95,17 @@ pub fn set_up(temporary: &str, interface: &Interface) -> Result<(), SetUpError> 
         netlink.add_address(index, *address).map_err(step(&format!("add the address {address}")))?;
     }
     netlink.change_link(index, up).map_err(step("set the interface up"))?;
-    for (gateway, on_link) in interface.default_routes() {
+    let there = netlink.default_routes().map_err(step("list the routes"))?;
+    let mut made = Vec::new();
+    for (gateway, on_link) in interface.possible_routes() {
+        if there.iter().any(|(_, other)| other.is_ipv4() == gateway.is_ipv4()) {
+            continue;
+        }
         let what = format!("add the default route by {gateway}");
         netlink.add_default_route(index, gateway, on_link).map_err(step(&what))?;
+        made.push(gateway);
     }
-    Ok(())
+    Ok(made)
 }
 
 /// No router advertisement shall change what was set; the link-local address is made of the MAC, as the router
@@ -159,10 +169,8 @@ impl Observed {
         for (address, _) in wanted.addresses.iter().filter(|(address, _)| !self.addresses.contains(address)) {
             all.push(format!("{} has no address {address}", wanted.name));
         }
-        for (gateway, _) in wanted.default_routes() {
-            if !self.default_routes.contains(&gateway) {
-                all.push(format!("there is no default route by {gateway} through {}", wanted.name));
-            }
+        for gateway in wanted.routes.iter().filter(|gateway| !self.default_routes.contains(gateway)) {
+            all.push(format!("there is no default route by {gateway} through {}", wanted.name));
         }
         all
     }
@@ -183,6 +191,7 @@ mod tests {
                 address("fd00::2/64", "fd00::1"),
                 address("10.9.0.2/24", "10.9.0.1"),
             ],
+            routes: vec!["10.244.1.1".parse().unwrap(), "fd00::1".parse().unwrap()],
         }
     }
 
@@ -194,11 +203,11 @@ mod tests {
 
     #[test]
     fn each_family_has_one_default_route() {
-        let routes: Vec<String> = wanted().default_routes().iter().map(|(via, on)| format!("{via} {on}")).collect();
+        let routes: Vec<String> = wanted().possible_routes().iter().map(|(via, on)| format!("{via} {on}")).collect();
         assert_eq!(routes, ["10.244.1.1 false", "fd00::1 false"]);
         let mut outside = wanted();
         outside.addresses[0].1 = "10.244.9.1".parse().unwrap();
-        assert!(outside.default_routes()[0].1);
+        assert!(outside.possible_routes()[0].1);
     }
 
     #[test]
@@ -221,7 +230,7 @@ mod tests {
         );
         let link = Link { mac: Some(wanted.mac), mtu: 1450, up: true, ..observed.link.unwrap() };
         let all = wanted.addresses.iter().map(|(net, _)| *net).collect();
-        let routes = wanted.default_routes().iter().map(|(via, _)| *via).collect();
+        let routes = wanted.routes.clone();
         let observed = Observed { link: Some(link), addresses: all, default_routes: routes };
         assert_eq!(observed.differences(&wanted), Vec::<String>::new());
     }
