@@ -58,7 +58,7 @@ impl Forwarder {
         let outcome = self.decide(&packet, tables, now).and_then(|(path, commit)| {
             mtu = path.rewrite.mtu;
             nat::rewrite(&mut frame, &packet, &path)?; // refuses (TTL, MTU) before it changes a byte
-            self.commit(commit, &frame, now); // flow, learned MAC, budget
+            self.commit(commit, packet.sender, &frame, now); // flow, learned MAC, budget
             Ok(path)
         });
         let round = Round { tables, now, pool };
@@ -115,7 +115,12 @@ impl Forwarder {
     }
 
     /// Remembers what a decision rested on and what it opened.
-    fn commit(&mut self, commit: Commit, frame: &Frame, now: Instant) {
+    fn commit(&mut self, commit: Commit, sender: Sender, frame: &Frame, now: Instant) {
+        if let Sender::Node(id) = sender {
+            let node = self.stats.node(id);
+            node.received += 1;
+            node.last_seen = Some(now);
+        }
         if let Some((mac, node)) = commit.learn {
             self.fdb.learn(mac, node, now);
         }
