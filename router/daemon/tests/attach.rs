@@ -1,5 +1,7 @@
 //! The real `weftd` in a namespace of its own, attaching pods by the API, as the CNI plugin does. Needs root.
 
+#![allow(clippy::unwrap_used, reason = "a test that fails shall say where")]
+
 use std::fs::{self, File};
 use std::net::IpAddr;
 use std::os::fd::AsFd;
@@ -8,8 +10,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use weft_api::{
-    Attach, Attached, AttachmentKey, Check, Client, ClientError, Collected, Empty, Gc, LeaseInfo, NodeInfo, PortInfo,
-    Request, Status, code,
+    Attach, Attached, AttachmentKey, Check, Client, ClientError, Collected, Empty, FlowInfo, Gc, LeaseInfo, NodeInfo,
+    PortInfo, Request, Status, code,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -19,6 +21,7 @@ struct Lab {
     name: String,
     folder: tempfile::TempDir,
     namespaces: Vec<String>,
+    underlay: &'static str,
     daemon: Option<Child>,
 }
 
@@ -29,7 +32,7 @@ impl Lab {
             "this test makes network namespaces: run it as root, e.g. sudo -E cargo test -p weft-daemon"
         );
         let name = format!("weft-t{}-{name}", std::process::id());
-        Lab { name, folder: tempfile::tempdir().unwrap(), namespaces: Vec::new(), daemon: None }
+        Lab { name, folder: tempfile::tempdir().unwrap(), namespaces: Vec::new(), underlay: "10.200.0.1", daemon: None }
     }
 
     /// A node namespace with an underlay device, and a daemon in it.
@@ -47,6 +50,25 @@ impl Lab {
         lab
     }
 
+    /// Two nodes with a wire between them.
+    fn pair(name: &str, configs: [&str; 2]) -> [Lab; 2] {
+        let mut labs = [Lab::new(&format!("{name}1")), Lab::new(&format!("{name}2"))];
+        let nodes: Vec<String> = labs.iter_mut().map(|lab| lab.namespace("n")).collect();
+        let link = ["ip", "link", "add", "uplink", "netns", &nodes[0]];
+        run(&[&link[..], &["type", "veth", "peer", "name", "uplink", "netns", &nodes[1]]].concat());
+        for (lab, (config, address)) in labs.iter_mut().zip(configs.into_iter().zip(["10.200.0.1", "10.200.0.2"])) {
+            let node = lab.namespaces[0].clone();
+            lab.underlay = address;
+            run(&["ip", "-n", &node, "addr", "add", &format!("{address}/24"), "dev", "uplink"]);
+            run(&["ip", "-n", &node, "link", "set", "uplink", "up"]);
+            lab.configure(config);
+        }
+        for lab in &mut labs {
+            lab.start();
+        }
+        labs
+    }
+
     fn namespace(&mut self, name: &str) -> String {
         let name = format!("{}-{name}", self.name);
         run(&["ip", "netns", "add", &name]);
@@ -60,9 +82,10 @@ impl Lab {
 
     fn configure(&self, more: &str) {
         let text = format!(
-            "node = \"n1\"\nsocket = {:?}\nstate_dir = {:?}\n{more}\n[underlay]\naddress = \"10.200.0.1\"\n",
+            "node = \"n1\"\nsocket = {:?}\nstate_dir = {:?}\n{more}\n[underlay]\naddress = \"{}\"\n",
             self.path("run/weftd.sock"),
-            self.path("state")
+            self.path("state"),
+            self.underlay
         );
         fs::write(self.path("weftd.toml"), text).unwrap();
     }
@@ -220,6 +243,42 @@ fn a_pod_gets_its_interface_and_reaches_gateway_and_neighbour() {
     );
     assert_eq!(lab.stop(), Some(0));
     assert!(!lab.path("run/weftd.sock").exists());
+}
+
+/// Pods of two nodes: pings in both families, and a transfer that is larger than any frame.
+fn reaches_across(name: &str, mode: &str) {
+    let config = |own: u8, other: u8| {
+        format!(
+            "{mode}\nranges = [\"10.244.{own}.0/24\", \"fd00:10:244:{own}::/64\"]\n[[peers]]\nname = \"m{other}\"\n\
+             underlay = \"10.200.0.{other}\"\nranges = [\"10.244.{other}.0/24\", \"fd00:10:244:{other}::/64\"]"
+        )
+    };
+    let [mut one, mut two] = Lab::pair(name, [&config(1, 2), &config(2, 1)]);
+    let (a, b) = (one.namespace("a"), two.namespace("b"));
+    one.add(&a, attach("a")).unwrap();
+    let other = two.add(&b, attach("b")).unwrap();
+    for address in &other.addresses {
+        let target = address.address.split('/').next().unwrap();
+        run(&["ip", "netns", "exec", &a, "ping", "-c", "3", "-W", "5", target]);
+        run(&["ip", "netns", "exec", &a, "ping", "-c", "2", "-W", "5", "-s", "20000", target]);
+    }
+    let nodes: Vec<NodeInfo> = one.call(Request::Nodes);
+    assert!(nodes[1].sent > 0 && nodes[1].received > 0 && nodes[1].last_seen.is_some(), "{nodes:?}");
+    assert!(!one.call::<Vec<FlowInfo>>(Request::Flows).is_empty());
+    let status: Status = one.call(Request::Status);
+    assert_eq!(status.problems, Vec::<String>::new());
+    let mut client = one.client();
+    client.call::<Empty>(&Request::Ready).unwrap();
+}
+
+#[test]
+fn pods_of_two_nodes_reach_each_other_in_routed_mode() {
+    reaches_across("routed", "mode = \"routed\"");
+}
+
+#[test]
+fn pods_of_two_nodes_reach_each_other_in_bridged_mode() {
+    reaches_across("bridged", "mode = \"bridged\"\nsegment = [\"10.244.0.0/16\", \"fd00:10:244::/48\"]");
 }
 
 #[test]
