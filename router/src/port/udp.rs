@@ -4,10 +4,10 @@
 //! its own, so that flows spread over the paths and queues of the network between nodes. [`UdpPort`] is
 //! the underlay as a port of the worker. Frames carry [`crate::frame::Outer`], and their bytes begin at the tunnel header.
 //!
-//! * In ([`receive`]): one call takes one datagram or a train of up to 128 that the kernel merged (`UDP_GRO`). Trains are
+//! * In: one call takes one datagram or a train of up to 128 that the kernel merged (`UDP_GRO`). Trains are
 //!   parted into runs that TCP's and UDP's own rules allow to be merged, each of which becomes one superframe without
 //!   its payload being copied.
-//! * Out ([`transmit`]): superframes are cut here, headers from one template and payload in place, and handed to the kernel as one
+//! * Out: superframes are cut here, headers from one template and payload in place, and handed to the kernel as one
 //!   message with `UDP_SEGMENT`; so are consecutive small frames of the same length.
 //!
 //! The outer UDP checksum is the kernel's business and always on: packets without one are never merged by a receiver.
@@ -345,6 +345,46 @@ mod tests {
         let counted = nodes.stats.of(PortId(9));
         assert_eq!((counted.sent, counted.dropped[DropReason::UnderlayUnreachable as usize]), (2, 3));
         assert_eq!(nodes.receive(2).len(), 2);
+    }
+
+    #[test]
+    fn a_socket_for_which_the_kernel_does_not_segment_sends_one_by_one_and_remembers() {
+        let mut nodes = nodes();
+        // The kernel refuses to segment for a socket without checksums, with EINVAL.
+        nodes.sender.sender.without_checksums();
+        let (packet, payload) = sample::tcp4(30_000, 1398);
+        for _ in 0..2 {
+            nodes.push(&packet, 1);
+            nodes.push(&sample::udp4(100, 0).0, 1);
+            nodes.transmit();
+        }
+        assert_eq!(nodes.stats.of(PortId(9)).sent, 2 * 23);
+        assert!(!nodes.sender.capabilities().udp);
+        let frames = nodes.receive(2 * 23);
+        let arrived = frames.iter().flat_map(|frame| sample::verified_payload(&frame.to_vec()[TUNNEL_HEADER..]));
+        let small = sample::payload(100);
+        assert_eq!(arrived.collect::<Vec<u8>>(), [&payload[..], &small, &payload, &small].concat());
+    }
+
+    #[test]
+    fn what_the_kernel_dropped_for_want_of_room_is_shown_apart() {
+        let mut nodes = nodes();
+        let (packet, _) = sample::tcp4(60_000, 1398);
+        for _ in 0..2_000 {
+            nodes.push(&packet, 0);
+            nodes.transmit();
+        }
+        let mut batch = Batch::new();
+        while nodes.receiver.receive(&nodes.pool, &mut batch, &mut nodes.stats).unwrap() == Received::More {
+            batch.clear();
+        }
+        batch.clear();
+        let received = nodes.stats.of(RECEIVER).received;
+        assert!(received < 2_000 * 43, "everything fitted, so nothing was tested");
+        nodes.push(&sample::udp4(10, 0).0, 0);
+        nodes.transmit();
+        nodes.receive(received + 1);
+        assert!(nodes.stats.of(RECEIVER).overruns > 0);
     }
 
     /// What a kernel's VXLAN device behind a veth sends.

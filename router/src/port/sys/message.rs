@@ -1,7 +1,7 @@
 //! Datagrams with control messages: many sent per call, one received per call.
 //!
 //! `UDP_SEGMENT` lets one message stand for many datagrams of one size, `UDP_GRO` tells that a received one does:
-//! <https://elixir.bootlin.com/linux/v6.18/source/include/uapi/linux/udp.h#L30>. No crate sends these control messages
+//! <https://elixir.bootlin.com/linux/v6.18/source/include/uapi/linux/udp.h#L35>. No crate sends these control messages
 //! without allocating, so the calls are made here.
 
 use std::ffi::c_int;
@@ -232,6 +232,12 @@ fn read_control(mut control: &[u8], datagram: &mut Datagram) {
 pub fn set_receive_options(socket: impl AsFd) -> io::Result<()> {
     set_flag(&socket, libc::SOL_UDP, UDP_GRO)?;
     set_flag(&socket, libc::SOL_SOCKET, libc::SO_RXQ_OVFL)
+}
+
+/// Makes a socket one for which the kernel refuses to segment.
+#[cfg(test)]
+pub(crate) fn disable_checksums(socket: impl AsFd) -> io::Result<()> {
+    set_flag(socket, libc::SOL_SOCKET, libc::SO_NO_CHECK)
 }
 
 fn set_flag(socket: impl AsFd, level: c_int, name: c_int) -> io::Result<()> {

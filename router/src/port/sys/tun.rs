@@ -1,7 +1,7 @@
 //! `/dev/net/tun`: making a TAP, and the requests that no crate offers.
 //!
 //! The numbers are Linux's (include/uapi/linux/if_tun.h); headers of older systems lack some of them, so they are written
-//! out here: <https://elixir.bootlin.com/linux/v6.18/source/include/uapi/linux/if_tun.h#L34>.
+//! out here: <https://elixir.bootlin.com/linux/v6.18/source/include/uapi/linux/if_tun.h#L32>.
 
 use std::ffi::{c_int, c_short, c_uint};
 use std::io;
@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use rustix::ioctl::{Getter, IntegerSetter, Opcode, Setter, ioctl, opcode};
 
-/// Checksums may be partial: <https://elixir.bootlin.com/linux/v6.18/source/include/uapi/linux/if_tun.h#L84>.
+/// Checksums may be partial: <https://elixir.bootlin.com/linux/v6.18/source/include/uapi/linux/if_tun.h#L88>.
 pub const CSUM: u32 = 0x01;
 /// TCP over IPv4 superframes.
 pub const TSO4: u32 = 0x02;

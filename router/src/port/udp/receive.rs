@@ -64,7 +64,7 @@ impl Receiver {
         batch: &mut Batch,
         stats: &mut Stats,
     ) -> io::Result<Received> {
-        let mut bytes = 0;
+        let (mut bytes, mut errors) = (0, 0);
         // Datagrams that end here count against the batch as well, so that they cannot keep us here.
         for _ in 0..BATCH {
             if self.train.is_none() {
@@ -72,8 +72,9 @@ impl Receiver {
                     Ok(len) => bytes += len,
                     Err(Errno::INTR) => {}
                     Err(error) if is_broken(error) => return Err(error.into()),
-                    // An ICMP error that a datagram of ours caused is reported once, here, and tells nothing about the socket.
-                    Err(error) if error != Errno::AGAIN => {}
+                    // An error of the network's is reported once and tells nothing about the socket; one that stays must not
+                    // keep us awake.
+                    Err(error) if error != Errno::AGAIN && errors == 0 => errors += 1,
                     Err(_) => return Ok(Received::Drained),
                 }
             }

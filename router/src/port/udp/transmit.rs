@@ -84,6 +84,11 @@ impl Sender {
         self.peer_port
     }
 
+    #[cfg(test)]
+    pub(super) fn without_checksums(&self) {
+        self.sockets.iter().for_each(|socket| message::disable_checksums(&socket.fd).unwrap());
+    }
+
     /// Whether all sockets have the kernel cut messages.
     pub(super) fn segments(&self) -> bool {
         self.sockets.iter().all(|socket| socket.segments)
