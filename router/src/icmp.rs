@@ -5,7 +5,7 @@
 //! it came, and a superframe as its first segment would look on the wire, checksums filled in, so that
 //! the sender's kernel finds the connection. How many errors a port causes is limited by the caller.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use weft_encap::checksum::{self, Sum};
 use weft_encap::eth::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthHeader};
@@ -38,8 +38,8 @@ pub fn is_due(reason: DropReason, packet: &Packet) -> bool {
         reason,
         DropReason::TtlExceeded | DropReason::MtuExceeded | DropReason::NoRoute | DropReason::UnknownNeighbour
     );
-    let single =
-        packet.dst.is_unicast() && !ip.src.is_unspecified() && !ip.src.is_multicast() && !ip.dst.is_multicast();
+    let to_many = ip.dst.is_multicast() || ip.dst == IpAddr::V4(Ipv4Addr::BROADCAST);
+    let single = packet.dst.is_unicast() && !ip.src.is_unspecified() && !ip.src.is_multicast() && !to_many;
     about && single && !ip.is_icmp_error() && ip.fragment != Some(Fragment::Later)
 }
 
