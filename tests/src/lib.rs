@@ -1,1 +1,25 @@
-//! Under construction.
+//! What the tests stand on.
+//!
+//! Without root: [`memory`] is the data-plane core without devices, [`hostile`] makes frames for it, [`frames`] builds
+//! them by other hands than the router's. With root: [`lab`] is a cluster that `weft lab up` has built, [`cluster`] one of weftd and of
+//! kernel VXLAN nodes built by hand, [`daemon`] asks a weftd, [`wire`] sends and sees raw frames, [`plugin`]
+//! is a container runtime. [`fuzz_entries`] is shared by the fuzz targets and the replay of their corpora.
+//!
+//! Tests with real daemons take a [`machine::turn`] first: they are serialised over the whole machine, whatever
+//! `--test-threads` says.
+
+pub mod cluster;
+pub mod command;
+pub mod daemon;
+pub mod frames;
+pub mod fuzz_entries;
+pub mod hostile;
+pub mod lab;
+pub mod machine;
+pub mod memory;
+pub mod netns;
+pub mod plugin;
+pub mod random;
+mod sys;
+pub mod traffic;
+pub mod wire;

@@ -1,0 +1,189 @@
+//! A cluster built by hand: namespaces on one underlay, some with a weftd, some with whatever the test puts there.
+//!
+//! It is what `weft lab` does not do: nodes that are not ours, configurations of one's own, a daemon that is killed and
+//! started again.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+use weft_api::{Empty, Request};
+
+use crate::command::{Background, eventually};
+use crate::daemon::Daemon;
+use crate::machine::{binary, unique};
+use crate::netns::OwnNetns;
+use crate::plugin::Runtime;
+
+/// The network between nodes, and a folder for files.
+pub struct Cluster {
+    /// What the names of its namespaces begin with.
+    pub name: String,
+    /// Its folder; it goes when this goes.
+    pub folder: tempfile::TempDir,
+    underlay: OwnNetns,
+}
+
+/// A node with a weftd.
+pub struct WeftNode {
+    /// Its namespace.
+    pub netns: OwnNetns,
+    /// Its number; its underlay address ends in it, and its ranges have it in them.
+    pub number: u8,
+    /// What its plugin is called with.
+    pub runtime: Runtime,
+    config: PathBuf,
+    log: PathBuf,
+    process: Background,
+}
+
+impl Cluster {
+    /// An underlay without nodes.
+    #[track_caller]
+    pub fn new(suffix: &str) -> Cluster {
+        let name = unique(suffix);
+        let underlay = OwnNetns::new(&format!("{name}-underlay"));
+        underlay.ip("link add br0 type bridge");
+        underlay.ip("link set br0 up");
+        Cluster { name, folder: tempfile::tempdir().expect("there is a folder for temporary files"), underlay }
+    }
+
+    /// The underlay's own namespace.
+    pub fn underlay(&self) -> &OwnNetns {
+        &self.underlay
+    }
+
+    /// A namespace at the underlay with the address 10.200.0.`number` on its interface `uplink`.
+    #[track_caller]
+    pub fn machine(&self, number: u8) -> OwnNetns {
+        let netns = OwnNetns::new(&format!("{}-n{number}", self.name));
+        let underlay = &self.underlay.0;
+        netns.ip(&format!("link add uplink type veth peer name n{number} netns {underlay}"));
+        self.underlay.ip(&format!("link set n{number} master br0 up"));
+        netns.ip(&format!("address add 10.200.0.{number}/24 dev uplink"));
+        netns.ip("link set uplink up");
+        netns
+    }
+
+    /// A namespace for a pod.
+    #[track_caller]
+    pub fn sandbox(&self, name: &str) -> OwnNetns {
+        OwnNetns::new(&format!("{}-{name}", self.name))
+    }
+
+    /// A node with a weftd. `more` is appended to its configuration: peers, limits.
+    #[track_caller]
+    pub fn weft_node(&self, number: u8, mode: &str, more: &str) -> WeftNode {
+        let netns = self.machine(number);
+        let file = |end: &str| self.folder.path().join(format!("n{number}.{end}"));
+        let (config, log, socket, state) = (file("toml"), file("log"), file("sock"), file("state"));
+        std::fs::write(&config, self.config(number, mode, more)).expect("the folder is writable");
+        let process = start(&netns, &config, &log);
+        let node = WeftNode { netns, number, runtime: Runtime::new(&socket, &state), config, log, process };
+        node.await_ready();
+        node
+    }
+
+    /// The configuration of a node.
+    pub fn config(&self, number: u8, mode: &str, more: &str) -> String {
+        let folder = self.folder.path().display();
+        let segment = if mode == "bridged" {
+            "segment = [\"10.244.0.0/16\", \"fd00:10:244::/48\"]\ngateway = [\"10.244.0.1\", \"fd00:10:244::1\"]\n"
+        } else {
+            ""
+        };
+        format!(
+            "node = \"n{number}\"\nmode = \"{mode}\"\nvni = 1\nmtu = 1450\n\
+             socket = \"{folder}/n{number}.sock\"\nstate_dir = \"{folder}/n{number}.state\"\n\
+             ranges = [\"10.244.{number}.0/24\", \"fd00:10:244:{number}::/64\"]\n{segment}\
+             \n[underlay]\naddress = \"10.200.0.{number}\"\nport = 8472\ndevice = \"uplink\"\n\n{more}"
+        )
+    }
+}
+
+/// A `[[peers]]` section.
+pub fn peer(number: u8, vtep_mac: Option<&str>) -> String {
+    let mac = vtep_mac.map_or(String::new(), |mac| format!("vtep_mac = \"{mac}\"\n"));
+    format!(
+        "[[peers]]\nname = \"n{number}\"\nunderlay = \"10.200.0.{number}\"\n\
+         ranges = [\"10.244.{number}.0/24\", \"fd00:10:244:{number}::/64\"]\n{mac}\n"
+    )
+}
+
+fn start(netns: &OwnNetns, config: &PathBuf, log: &PathBuf) -> Background {
+    // `exec` all the way, so that the process id is weftd's.
+    let script = format!(
+        "exec ip netns exec {} {} --config {} >>{} 2>&1",
+        netns.0,
+        binary("weftd").display(),
+        config.display(),
+        log.display()
+    );
+    let mut command = Command::new("sh");
+    command.args(["-c", &script]);
+    Background::start(command)
+}
+
+impl WeftNode {
+    /// Its daemon.
+    pub fn daemon(&self) -> Daemon {
+        Daemon { socket: self.runtime.socket.clone(), pid: self.process.pid() }
+    }
+
+    /// Its underlay address.
+    pub fn underlay(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 200, 0, self.number)
+    }
+
+    /// Attaches a pod: its addresses and its MAC.
+    #[track_caller]
+    pub fn attach(&self, container: &str, netns: &OwnNetns) -> Value {
+        let result = self.runtime.call("ADD", container, Some(&netns.path()), &Value::Null);
+        assert!(result.success, "{}\n{}", result.json, self.log());
+        result.json
+    }
+
+    /// Writes another configuration and has it read. The error is the daemon's.
+    pub fn reload(&self, config: &str) -> Result<Empty, weft_api::ClientError> {
+        std::fs::write(&self.config, config).expect("the folder is writable");
+        self.daemon().try_ask(&Request::Reload)
+    }
+
+    /// Ends the daemon with `kill -9`.
+    pub fn kill(&mut self) {
+        self.daemon().signal(rustix::process::Signal::KILL);
+        eventually("a killed weftd is gone", Duration::from_secs(5), || self.process.has_ended());
+    }
+
+    /// Asks the daemon to stop, and waits for it.
+    #[track_caller]
+    pub fn stop(&mut self) {
+        self.daemon().signal(rustix::process::Signal::TERM);
+        eventually("weftd stops when it is asked to", Duration::from_secs(5), || self.process.has_ended());
+    }
+
+    /// Starts the daemon again.
+    #[track_caller]
+    pub fn start_again(&mut self) {
+        self.process = start(&self.netns, &self.config, &self.log);
+        self.await_ready();
+    }
+
+    /// What the daemon has logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    #[track_caller]
+    fn await_ready(&self) {
+        let ready = || self.daemon().try_ask::<Empty>(&Request::Ready).is_ok();
+        let patience = Duration::from_secs(10);
+        let started = std::time::Instant::now();
+        while !ready() {
+            assert!(started.elapsed() < patience, "weftd of n{} is not ready:\n{}", self.number, self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}

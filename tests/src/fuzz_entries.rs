@@ -1,0 +1,203 @@
+//! One function for each way in: any bytes go in, and it panics if a promise is broken.
+//!
+//! The fuzz targets in `tests/fuzz` are one call to one of these each; the test `corpora` replays what they found and what they were
+//! started from. [`ALL`] names them, so that a target without a corpus, or a corpus without a target, is noticed.
+
+use weft_encap::exercise;
+use weft_encap::offload::Offload;
+use weft_router::PortId;
+use weft_router::frame::Outer;
+use weft_router::tables::Mode;
+
+use crate::memory::{Input, Memory, PODS, node_underlay, tables};
+
+/// An entry: it takes anything.
+pub type Entry = fn(&[u8]);
+
+/// All entries of this crate by the name of their target. `cni` and `config` are programs of their own.
+pub const ALL: [(&str, Entry); 6] = [
+    ("forward", forward),
+    ("underlay", underlay),
+    ("virtio", virtio),
+    ("neighbour", neighbour),
+    ("api", api),
+    ("journal", journal),
+];
+
+/// Frames through the whole forwarder, twice: with its cache and with one that never hits. Each frame is a byte that says where it comes
+/// from (bit 0..2 port; bit 3 bridged, of the first one), a virtio header, two bytes of length and that many bytes.
+pub fn forward(bytes: &[u8]) {
+    let mode = if bytes.first().is_some_and(|first| first & 8 != 0) { Mode::Bridged } else { Mode::Routed };
+    let (mut cached, mut slow) = (Memory::new(tables(mode)), Memory::new(tables(mode)));
+    let mut rest = bytes;
+    for _ in 0..32 {
+        let Some((input, tail)) = frame(rest) else { return };
+        rest = tail;
+        slow.tables.epoch += 1;
+        let (fast, sure) = (cached.feed(&input), slow.feed(&input));
+        assert_eq!(fast, sure, "{input:?}");
+    }
+}
+
+fn frame(bytes: &[u8]) -> Option<(Input, &[u8])> {
+    let ([from], rest) = bytes.split_first_chunk()?;
+    let (header, rest) = rest.split_first_chunk::<{ weft_encap::virtio::LEN }>()?;
+    let (len, rest) = rest.split_first_chunk::<2>()?;
+    let (frame, rest) = rest.split_at(usize::from(u16::from_be_bytes(*len)).min(rest.len()).min(4096));
+    let port = u16::from(from & 7) % (PODS + 2);
+    let outer = (port == 0).then(|| Outer { peer: node_underlay(u16::from(from >> 4 & 3)), entropy: 0, tos: 0 });
+    // What the TAP port refuses never becomes a frame.
+    let offload = weft_encap::virtio::parse(header, frame.len()).unwrap_or_default();
+    let offload = if outer.is_some() { Offload::default() } else { offload };
+    Some((Input { port: PortId(port), bytes: frame.to_vec(), offload, outer, head: usize::MAX }, rest))
+}
+
+/// What the underlay hands over: tunnel headers, trains of datagrams to be merged, partial checksums to be recognised.
+pub fn underlay(bytes: &[u8]) {
+    exercise::vxlan(bytes);
+    exercise::coalescing(bytes);
+    exercise::partial_checksum(bytes);
+    for mode in [Mode::Routed, Mode::Bridged] {
+        let mut memory = Memory::new(tables(mode));
+        let outer = Some(Outer { peer: node_underlay(0), entropy: 0, tos: 0 });
+        let input = Input { outer, ..Input::pod(0, bytes.get(..bytes.len().min(4096)).unwrap_or_default().to_vec()) };
+        memory.feed(&input);
+    }
+}
+
+/// What a pod's virtio header says, and cutting superframes.
+pub fn virtio(bytes: &[u8]) {
+    exercise::virtio(bytes);
+    exercise::segmentation(bytes);
+    exercise::checksums(bytes);
+}
+
+/// Headers, extension headers, ARP, neighbour discovery, ICMP.
+pub fn neighbour(bytes: &[u8]) {
+    exercise::headers(bytes);
+    exercise::extension_headers(bytes);
+    exercise::neighbor(bytes);
+}
+
+/// What a client of the daemon's socket sends, through a real socket: whatever it is, it is a request or an error, and what can be read can
+/// be written and read again.
+pub fn api(bytes: &[u8]) {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::time::{Duration, Instant};
+    let Ok((mut client, server)) = UnixStream::pair() else { return };
+    let bytes = &bytes[..bytes.len().min(64 << 10)];
+    client.set_nonblocking(true).expect("a socket can be made so");
+    let sent = client.write(bytes).unwrap_or(0);
+    drop(client);
+    let mut connection = weft_api::Connection::new(server, weft_api::MAX_REQUEST);
+    let mut taken = 0;
+    while let Ok(Some(line)) = connection.receive(Instant::now() + Duration::from_secs(5)) {
+        taken += line.bytes.len();
+        assert!(taken <= sent, "more came out than went in");
+        if let Ok(incoming) = line.request() {
+            let again = serde_json::to_vec(&weft_api::Envelope { version: weft_api::VERSION, request: incoming.request });
+            let again = again.expect("a request can be written");
+            serde_json::from_slice::<weft_api::Envelope>(&again).expect("what was written can be read");
+        }
+    }
+}
+
+/// A lease journal as it may lie on a disk: it is read or refused. What was read survives being written and read again.
+pub fn journal(bytes: &[u8]) {
+    let Ok(store) = weft_ipam::Store::with_disk(Box::new(disk::InMemory::new(bytes))) else { return };
+    let before: Vec<weft_ipam::Record> = store.iter().cloned().collect();
+    let mut addresses = std::collections::BTreeSet::new();
+    for record in &before {
+        for lease in &record.leases {
+            assert!(addresses.insert((record.facts.pool.clone(), lease.address)), "{} is leased twice", lease.address);
+        }
+    }
+    let disk = disk::InMemory::new(bytes);
+    let content = disk.content();
+    let mut store = weft_ipam::Store::with_disk(Box::new(disk)).expect("it could be opened before");
+    store.compact().expect("memory does not fail");
+    drop(store);
+    let compacted = content.lock().expect("nobody panicked").clone().expect("there is a journal");
+    let store = weft_ipam::Store::with_disk(Box::new(disk::InMemory::new(&compacted))).expect("what was compacted can be read");
+    assert_eq!(store.iter().cloned().collect::<Vec<_>>(), before);
+}
+
+mod disk {
+    //! A disk that is memory.
+
+    use std::io;
+    use std::sync::{Arc, Mutex};
+
+    use weft_ipam::{Disk, Which};
+
+    type Content = Arc<Mutex<Option<Vec<u8>>>>;
+
+    pub struct InMemory {
+        journal: Content,
+        next: Option<Vec<u8>>,
+    }
+
+    impl InMemory {
+        pub fn new(bytes: &[u8]) -> InMemory {
+            InMemory { journal: Arc::new(Mutex::new(Some(bytes.to_vec()))), next: None }
+        }
+
+        pub fn content(&self) -> Content {
+            Arc::clone(&self.journal)
+        }
+    }
+
+    fn missing() -> io::Error {
+        io::ErrorKind::NotFound.into()
+    }
+
+    impl Disk for InMemory {
+        fn load(&mut self) -> io::Result<Option<Vec<u8>>> {
+            Ok(self.journal.lock().expect("nobody panicked").clone())
+        }
+
+        fn create_next(&mut self) -> io::Result<()> {
+            self.next = Some(Vec::new());
+            Ok(())
+        }
+
+        fn write(&mut self, file: Which, offset: u64, bytes: &[u8]) -> io::Result<()> {
+            let mut journal = self.journal.lock().expect("nobody panicked");
+            let file = match file {
+                Which::Journal => journal.as_mut(),
+                Which::Next => self.next.as_mut(),
+            };
+            let (file, offset) = (file.ok_or_else(missing)?, offset as usize);
+            if file.len() < offset + bytes.len() {
+                file.resize(offset + bytes.len(), 0);
+            }
+            file[offset..offset + bytes.len()].copy_from_slice(bytes);
+            Ok(())
+        }
+
+        fn sync(&mut self, _: Which) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn truncate(&mut self, length: u64) -> io::Result<()> {
+            let mut journal = self.journal.lock().expect("nobody panicked");
+            journal.as_mut().ok_or_else(missing)?.truncate(length as usize);
+            Ok(())
+        }
+
+        fn rename(&mut self) -> io::Result<()> {
+            *self.journal.lock().expect("nobody panicked") = Some(self.next.take().ok_or_else(missing)?);
+            Ok(())
+        }
+
+        fn sync_folder(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn remove_next(&mut self) -> io::Result<()> {
+            self.next = None;
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Network namespaces: making them, running programs and code inside, removing them whatever happens.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::command::{Said, run};
+
+/// A namespace by name; it may belong to somebody else, e.g. to a lab.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Netns(pub String);
+
+impl Netns {
+    /// Its file.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from("/run/netns").join(&self.0)
+    }
+
+    /// Whether it is there.
+    pub fn exists(&self) -> bool {
+        self.path().exists()
+    }
+
+    /// A program to be run inside.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.0, program]);
+        command
+    }
+
+    /// Runs a command line inside; words are separated by white space.
+    #[track_caller]
+    pub fn exec(&self, line: &str) -> Said {
+        let mut words = line.split_whitespace();
+        let mut command = self.command(words.next().expect("a program"));
+        command.args(words);
+        run(command)
+    }
+
+    /// Runs `ip` on it; fails if that fails.
+    #[track_caller]
+    pub fn ip(&self, line: &str) -> String {
+        let mut command = Command::new("ip");
+        command.args(["-n", &self.0]).args(line.split_whitespace());
+        run(command).must()
+    }
+
+    /// Runs code inside, on a thread of its own: sockets that it makes belong to the namespace, wherever they are used.
+    pub fn inside<T: Send>(&self, code: impl FnOnce() -> T + Send) -> T {
+        let file = File::open(self.path()).unwrap_or_else(|error| panic!("cannot open namespace {}: {error}", self.0));
+        thread::scope(|scope| {
+            let inside = scope.spawn(move || {
+                move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).expect("root may enter a namespace");
+                code()
+            });
+            inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Device and inode: which namespace it is, whatever its name.
+    pub fn identity(&self) -> Option<(u64, u64)> {
+        let stat = rustix::fs::stat(self.path()).ok()?;
+        Some((stat.st_dev, stat.st_ino))
+    }
+}
+
+/// A namespace of this test; it goes when this goes.
+#[derive(Debug)]
+pub struct OwnNetns(Netns);
+
+impl OwnNetns {
+    /// Makes one, its loopback up. The name gets the prefix `weft-` and must be unique.
+    #[track_caller]
+    pub fn new(name: &str) -> OwnNetns {
+        let netns = Netns(format!("weft-{name}"));
+        let mut command = Command::new("ip");
+        command.args(["netns", "add", &netns.0]);
+        run(command).must();
+        let own = OwnNetns(netns);
+        own.ip("link set lo up");
+        own
+    }
+}
+
+impl std::ops::Deref for OwnNetns {
+    type Target = Netns;
+
+    fn deref(&self) -> &Netns {
+        &self.0
+    }
+}
+
+impl Drop for OwnNetns {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0.0]).output();
+    }
+}

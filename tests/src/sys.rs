@@ -1,0 +1,29 @@
+//! The one place with unsafe code: raw Ethernet sockets, for which `rustix` has no address type.
+//!
+//! See packet(7).
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// A raw socket on the interface of this index, in the namespace of the calling thread: it receives every frame that comes in or goes out
+/// there, and sends what it is given as it is.
+pub fn packet_socket(index: u32) -> io::Result<OwnedFd> {
+    let protocol = (libc::ETH_P_ALL as u16).to_be();
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: socket(2) takes three integers and touches no memory of ours.
+    let fd = unsafe { libc::socket(libc::AF_PACKET, kind, i32::from(protocol)) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made, is valid, and nobody else owns it.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: `sockaddr_ll` is plain data, for which all zeros is a valid value.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = protocol;
+    address.sll_ifindex = index as i32;
+    let len = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+    // SAFETY: the pointer and the length describe `address`, which lives beyond the call; bind(2) only reads it.
+    let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) };
+    if bound < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
+}

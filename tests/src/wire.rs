@@ -1,0 +1,75 @@
+//! Raw frames on an interface: what no well-behaved stack would send, and what is really on the wire.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{SendFlags, sockopt};
+
+use crate::netns::Netns;
+use crate::sys;
+
+/// Room for the frames of a busy second, in bytes.
+const BUFFER: usize = 32 << 20;
+
+/// An interface, open for raw frames.
+pub struct Wire {
+    socket: OwnedFd,
+}
+
+impl Wire {
+    /// Opens an interface of a namespace.
+    #[track_caller]
+    pub fn open(netns: &Netns, ifname: &str) -> Wire {
+        let json = netns.ip(&format!("-j link show dev {ifname}"));
+        let links: serde_json::Value = serde_json::from_str(&json).expect("iproute2 writes JSON");
+        let index = links[0]["ifindex"].as_u64().expect("an interface has an index") as u32;
+        let socket = netns.inside(|| sys::packet_socket(index)).expect("root may open a packet socket");
+        let _ = sockopt::set_socket_recv_buffer_size_force(&socket, BUFFER);
+        Wire { socket }
+    }
+
+    /// Sends a frame; `false` if the interface would not take it (it is shorter than an Ethernet header, or longer than the MTU allows).
+    pub fn send(&self, frame: &[u8]) -> bool {
+        loop {
+            match rustix::net::send(&self.socket, frame, SendFlags::empty()) {
+                Ok(_) => return true,
+                Err(Errno::AGAIN | Errno::NOBUFS) => std::thread::sleep(Duration::from_micros(200)),
+                Err(Errno::INTR) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// The next frame that passes, in or out; `None` after `patience`.
+    pub fn next(&self, patience: Duration) -> Option<Vec<u8>> {
+        let mut buffer = vec![0; 70_000];
+        let deadline = Instant::now() + patience;
+        loop {
+            match rustix::net::recv(&self.socket, &mut buffer[..], rustix::net::RecvFlags::empty()) {
+                Ok((_, len)) => {
+                    buffer.truncate(len);
+                    return Some(buffer);
+                }
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(error) => panic!("cannot receive: {error}"),
+            }
+            let left = deadline.checked_duration_since(Instant::now())?;
+            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let _ = poll(&mut [PollFd::new(&self.socket.as_fd(), PollFlags::IN)], Some(&left));
+        }
+    }
+
+    /// All frames that pass within a time.
+    pub fn collect(&self, time: Duration) -> Vec<Vec<u8>> {
+        let deadline = Instant::now() + time;
+        std::iter::from_fn(|| self.next(deadline.saturating_duration_since(Instant::now()))).collect()
+    }
+
+    /// The first frame that passes and is like this.
+    pub fn find(&self, patience: Duration, mut is_it: impl FnMut(&[u8]) -> bool) -> Option<Vec<u8>> {
+        let deadline = Instant::now() + patience;
+        std::iter::from_fn(|| self.next(deadline.saturating_duration_since(Instant::now()))).find(|frame| is_it(frame))
+    }
+}
