@@ -14,6 +14,7 @@ mod node;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
@@ -21,8 +22,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use weft_router::Event;
 
-use control::config::{Invalid, Log};
+use control::config::Log;
 use node::Node;
+
+/// How often releases are tried again that the disk did not take.
+const HOUSEKEEPING: Duration = Duration::from_secs(30);
 
 const FAILED: u8 = 1;
 const MISCONFIGURED: u8 = 2;
@@ -73,7 +77,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
-            ExitCode::from(if error.is::<Invalid>() { MISCONFIGURED } else { FAILED })
+            ExitCode::from(FAILED)
         }
     }
 }
@@ -88,7 +92,7 @@ fn run(node: Node) -> anyhow::Result<()> {
         .context("cannot start the control plane: not enough memory or descriptors")?;
     let node = Arc::new(node);
     let stopped = runtime.block_on(serve(&node));
-    // Requests under way have until their deadline; a client that waits for nothing is cut off.
+    // Requests under way have until their deadline; silent clients are cut off.
     runtime.shutdown_timeout(api::GRACE);
     stopped
 }
@@ -103,6 +107,7 @@ async fn serve(node: &Arc<Node>) -> anyhow::Result<()> {
     attach::tombstone::honour_all(node);
     let mut data_plane = watch_data_plane(node)?;
     let server = api::Server::new(Arc::clone(node));
+    let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
     tracing::info!(socket = %path.display(), pid = std::process::id(), "ready");
     loop {
         tokio::select! {
@@ -111,6 +116,10 @@ async fn serve(node: &Arc<Node>) -> anyhow::Result<()> {
             _ = hangup.recv() => {
                 let node = Arc::clone(node);
                 tokio::task::spawn_blocking(move || drop(node.reload()));
+            }
+            _ = housekeeping.tick() => {
+                let node = Arc::clone(node);
+                tokio::task::spawn_blocking(move || node.write_pending_releases());
             }
             _ = data_plane.recv() => anyhow::bail!("the data plane has stopped: see the log above, then restart weftd"),
             stream = socket.accept() => server.serve(stream).await,

@@ -215,6 +215,16 @@ impl Node {
         Ok(())
     }
 
+    /// Tries again to write releases that the disk did not take.
+    pub fn write_pending_releases(&self) {
+        let mut state = self.state();
+        if state.store.pending() > 0
+            && let Err(error) = state.store.flush()
+        {
+            tracing::warn!(pending = state.store.pending(), "released leases stay taken: {error}");
+        }
+    }
+
     fn put_in_force(&self, state: &mut State, desired: DesiredState) {
         if state.desired == desired {
             return;

@@ -241,7 +241,10 @@ fn a_pod_gets_its_interface_and_reaches_gateway_and_neighbour() {
         if failure.code == code::CHECK && failure.msg.contains("no address 10.244.1.2/24")),
         "{found:?}"
     );
+    let _silent = lab.client();
+    let start = Instant::now();
     assert_eq!(lab.stop(), Some(0));
+    assert!(start.elapsed() < Duration::from_secs(3), "a silent client holds nobody up: {:?}", start.elapsed());
     assert!(!lab.path("run/weftd.sock").exists());
 }
 

@@ -35,6 +35,12 @@ pub struct Server {
     slots: Arc<Slots>,
 }
 
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.slots.close();
+    }
+}
+
 impl Server {
     /// Serves them with `node`.
     pub fn new(node: Arc<Node>) -> Server {
@@ -93,8 +99,7 @@ fn check_peer(stream: &UnixStream) -> Result<(), Failure> {
 
 /// One client's requests, one after the other.
 fn converse(node: &Node, mut connection: Connection, slot: &Slot) {
-    loop {
-        slot.idle();
+    while slot.idle() {
         let line = match connection.receive(Instant::now() + DEADLINE) {
             Ok(Some(line)) => line,
             Ok(None) | Err(LineError::TimedOut { .. } | LineError::Io(_) | LineError::Cut) => return,

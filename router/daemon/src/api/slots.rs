@@ -19,6 +19,7 @@ pub struct Slots {
 struct Inner {
     clock: u64,
     taken: BTreeMap<u64, Client>,
+    closed: bool,
 }
 
 #[derive(Debug)]
@@ -59,20 +60,30 @@ impl Slots {
         Some(Slot { slots: Arc::clone(self), number })
     }
 
+    /// Ends the connections of all idle clients, and lets those that are being served end after their answer.
+    pub fn close(&self) {
+        let mut inner = self.lock();
+        inner.closed = true;
+        for client in inner.taken.values().filter(|client| client.idle.is_some()) {
+            let _ = client.stream.shutdown(Shutdown::Both);
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Slot {
-    /// Its client has been answered, or has not asked yet.
-    pub fn idle(&self) {
+    /// Its client has been answered, or has not asked yet. `false`: it shall not ask any more.
+    pub fn idle(&self) -> bool {
         let mut inner = self.slots.lock();
         inner.clock += 1;
         let now = inner.clock;
         if let Some(client) = inner.taken.get_mut(&self.number) {
             client.idle = Some(now);
         }
+        !inner.closed
     }
 
     /// Its client has asked something. `false`: it was displaced, and cannot be answered.
@@ -102,7 +113,7 @@ mod tests {
         let (third, _third_peer) = UnixStream::pair().unwrap();
         let first_slot = slots.take(&first).unwrap();
         let second_slot = slots.take(&second).unwrap();
-        first_slot.idle();
+        assert!(first_slot.idle());
         assert!(second_slot.working());
         let third_slot = slots.take(&third).unwrap();
         assert!(!first_slot.working(), "it was displaced");
@@ -111,5 +122,19 @@ mod tests {
         assert!(slots.take(&first).is_none(), "all are being served");
         drop(second_slot);
         assert!(slots.take(&first).is_some());
+    }
+
+    #[test]
+    fn closing_ends_silent_clients_at_once_and_others_after_their_answer() {
+        let slots = Arc::new(Slots::new(2));
+        let (silent, mut silent_peer) = UnixStream::pair().unwrap();
+        let (served, mut served_peer) = UnixStream::pair().unwrap();
+        let (_silent_slot, served_slot) = (slots.take(&silent).unwrap(), slots.take(&served).unwrap());
+        assert!(served_slot.working());
+        slots.close();
+        assert_eq!(silent_peer.read(&mut [0]).unwrap(), 0);
+        served_peer.set_nonblocking(true).unwrap();
+        assert!(served_peer.read(&mut [0]).is_err(), "its answer is still to come");
+        assert!(!served_slot.idle());
     }
 }
