@@ -402,6 +402,26 @@ fn reload_changes_peers_and_refuses_what_cannot_change_or_is_wrong() {
 }
 
 #[test]
+fn a_hangup_reloads_and_a_second_daemon_is_refused() {
+    let mut lab = Lab::with_daemon("second", ROUTED);
+    let peer = "[[peers]]\nname = \"n2\"\nunderlay = \"10.200.0.2\"\nranges = [\"10.244.2.0/24\"]";
+    lab.configure(&format!("{ROUTED}\n{peer}"));
+    lab.signal(rustix::process::Signal::HUP);
+    assert!(until(|| lab.call::<Vec<NodeInfo>>(Request::Nodes).len() == 2), "{}", lab.log());
+
+    let second = Command::new("ip")
+        .args(["netns", "exec", &lab.namespaces[0], env!("CARGO_BIN_EXE_weftd"), "--config"])
+        .arg(lab.path("weftd.toml"))
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert_eq!(second.status.code(), Some(1), "{text}");
+    assert!(text.contains("only one daemon may write to it"), "{text}");
+    let status: Status = lab.call(Request::Status);
+    assert_eq!(status.peers, 1, "the first one goes on");
+}
+
+#[test]
 fn concurrent_adds_get_distinct_addresses_and_other_clients_are_served() {
     let mut lab = Lab::with_daemon("many", ROUTED);
     let names: Vec<String> = (0..8).map(|number| format!("p{number}")).collect();
