@@ -127,8 +127,10 @@ fn status(status: &Status, style: Style) -> String {
         text.push_str(&format!("{name:<9}{}\n", plain(&value)));
     }
     for range in &status.leases {
-        let line = format!("{:<9}{} of {} in {}", "leases", range.leased, range.size, plain(&range.range));
         let full = range.leased >= range.size;
+        // A number that nobody will ever count to says nothing.
+        let of = if range.size > u64::from(u32::MAX) { String::new() } else { format!(" of {}", range.size) };
+        let line = format!("{:<9}{}{of} in {}", "leases", range.leased, plain(&range.range));
         text.push_str(&if full { style.bad(&format!("{line}: full")) } else { line });
         text.push('\n');
     }
@@ -238,21 +240,13 @@ fn leases(list: Vec<LeaseInfo>, style: Style) -> String {
     table.render(style, "no leases")
 }
 
-fn drops(list: Vec<DropInfo>, style: Style) -> String {
-    drop_table(list.into_iter().map(|info| (None, info)), style)
-}
-
-/// The drop counters of one daemon, or of several with their nodes' names, losses first.
-pub fn drop_table(list: impl Iterator<Item = (Option<String>, DropInfo)>, style: Style) -> String {
-    let mut list: Vec<_> = list.filter(|(_, info)| info.count > 0).collect();
-    list.sort_by(|(a_node, a), (b_node, b)| {
-        (b.is_loss, b.count).cmp(&(a.is_loss, a.count)).then_with(|| (a_node, a.port).cmp(&(b_node, b.port)))
-    });
+fn drops(mut list: Vec<DropInfo>, style: Style) -> String {
+    list.retain(|info| info.count > 0);
+    list.sort_by(|a, b| (b.is_loss, b.count).cmp(&(a.is_loss, a.count)).then_with(|| a.port.cmp(&b.port)));
     let mut table = Table::new(&["reason", ">count", "", "entered by", "meaning"]);
-    for (node, info) in list {
-        let port = format!("port {} {}", info.port, info.name);
-        let entered = node.map(|node| format!("{node} {port}")).unwrap_or(port);
-        let kind = if info.is_loss { "loss" } else { "fine" };
+    for info in list {
+        let kind = if info.is_loss { "LOST" } else { "fine" };
+        let entered = format!("port {} {}", info.port, info.name);
         let cells = vec![info.reason, info.count.to_string(), kind.to_owned(), entered, info.meaning];
         table.push(cells, info.is_loss);
     }

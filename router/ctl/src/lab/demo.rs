@@ -6,6 +6,7 @@
 //! pair that does not answer, a byte that changed, a frame unaccounted for, a thing left behind. A low rate is
 //! shown, and is no failure: it depends on the machine.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -263,19 +264,54 @@ fn transfer_line(checked: &Checked, style: Style) -> String {
 /// Shows the drops of all nodes, and checks that every frame is accounted for.
 fn accounts(cluster: &Cluster, style: Style) -> Result<Vec<String>> {
     let faults = settle(cluster)?;
-    let mut drops = Vec::new();
+    let mut ends = Dropped::default();
     let (mut entered, mut lost) = (0, 0);
     for node in &cluster.nodes {
-        let list: Vec<DropInfo> = show::ask(&node.socket, &Request::Drops)?;
-        lost += list.iter().filter(|info| info.is_loss).map(|info| info.count).sum::<u64>();
-        drops.extend(list.into_iter().map(|info| (Some(node.name.clone()), info)));
+        let drops: Vec<DropInfo> = show::ask(&node.socket, &Request::Drops)?;
+        lost += drops.iter().filter(|info| info.is_loss).map(|info| info.count).sum::<u64>();
+        ends.add(&node.name, drops);
         let ports: Vec<PortInfo> = show::ask(&node.socket, &Request::Ports)?;
         entered += ports.iter().map(|port| port.counters.received + port.counters.created).sum::<u64>();
     }
-    output::print(&show::drop_table(drops.into_iter(), style))?;
+    output::print(&ends.table(style))?;
     let verdict = if faults.is_empty() { style.good("all accounted for") } else { style.bad("NOT all accounted for") };
     output::print(&format!("{entered} frames came in or were made, {lost} were lost, {verdict}\n"))?;
     Ok(faults)
+}
+
+/// The drops of all ports of all nodes, by reason.
+#[derive(Default)]
+struct Dropped {
+    reasons: BTreeMap<String, Reason>,
+}
+
+struct Reason {
+    is_loss: bool,
+    meaning: String,
+    nodes: BTreeMap<String, u64>,
+}
+
+impl Dropped {
+    fn add(&mut self, node: &str, drops: Vec<DropInfo>) {
+        for info in drops.into_iter().filter(|info| info.count > 0) {
+            let new = || Reason { is_loss: info.is_loss, meaning: info.meaning, nodes: BTreeMap::new() };
+            let reason = self.reasons.entry(info.reason).or_insert_with(new);
+            *reason.nodes.entry(node.to_owned()).or_default() += info.count;
+        }
+    }
+
+    fn table(&self, style: Style) -> String {
+        let mut table = Table::new(&["reason", ">frames", "", "on", "meaning"]);
+        let losses = self.reasons.iter().filter(|(_, reason)| reason.is_loss);
+        for (name, reason) in losses.chain(self.reasons.iter().filter(|(_, reason)| !reason.is_loss)) {
+            let count: u64 = reason.nodes.values().sum();
+            let nodes: Vec<&str> = reason.nodes.keys().map(String::as_str).collect();
+            let kind = if reason.is_loss { "LOST" } else { "fine" };
+            let cells = [name.clone(), count.to_string(), kind.to_owned(), nodes.join(" "), reason.meaning.clone()];
+            table.push(cells.into(), reason.is_loss);
+        }
+        table.render(style, "none")
+    }
 }
 
 /// Waits until nothing is on its way any more; what then is unaccounted for is a fault.
@@ -351,6 +387,24 @@ mod tests {
         let line = |a, b| transfer_line(&Checked { sent: tally(a), received: tally(b) }, Style::PLAIN);
         assert!(line("aa", "aa").ends_with("the same\n"));
         assert!(line("aa", "ab").ends_with("DIFFERENT\n"));
+    }
+
+    #[test]
+    fn drops_are_summed_by_reason_with_losses_first_and_marked() {
+        let drop = |reason: &str, is_loss, count| DropInfo {
+            port: 1,
+            name: String::new(),
+            reason: reason.to_owned(),
+            meaning: "m".to_owned(),
+            is_loss,
+            count,
+        };
+        let mut dropped = Dropped::default();
+        dropped.add("n1", vec![drop("Answered", false, 4), drop("Answered", false, 3), drop("NoRoute", true, 0)]);
+        dropped.add("n2", vec![drop("Answered", false, 1), drop("TooShort", true, 2)]);
+        let text = dropped.table(Style::PLAIN);
+        let lines: Vec<&str> = text.lines().skip(1).collect();
+        assert_eq!(lines, ["TooShort       2  LOST  n2     m", "Answered       8  fine  n1 n2  m"]);
     }
 
     #[test]
