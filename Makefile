@@ -40,8 +40,8 @@ bench: ## Criterion benches of the data plane's core; CPU time, see benches/READ
 	@cargo bench --locked -p weft-benches
 
 fuzz: ## Every fuzz target for FUZZ_SECONDS (60) each
-	@.ci/setup build
-	@.ci/fuzz $(FUZZ_SECONDS)
+	@.ci/setup build fuzz
+	@CARGO_TARGET_DIR="$(CARGO_TARGET_DIR)/fuzz" tests/fuzz/run.sh $(FUZZ_SECONDS)
 
 build: ## weftd, weft and the static weft-cni, optimised
 	@.ci/setup build
