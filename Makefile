@@ -47,7 +47,9 @@ build: ## weftd, weft and the static weft-cni, optimised
 	@.ci/setup build
 	@.ci/build
 
-install: build ## Put Weft on this node, for systemd and a container runtime (root)
+# Under sudo there may be no cargo: then what was built before is installed.
+install: ## Put Weft on this node, for systemd and a container runtime (root)
+	@if command -v cargo >/dev/null; then .ci/setup build && .ci/build; fi
 	@deploy/install "$(WEFT_BIN_DIR)"
 
 uninstall: ## Take it away again, and leave the node as it was (root)
