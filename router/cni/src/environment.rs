@@ -100,7 +100,7 @@ pub fn mac(text: &str) -> Option<String> {
     Some(octets.iter().map(|octet| format!("{octet:02x}")).collect::<Vec<_>>().join(":"))
 }
 
-fn parse_arguments(text: &str) -> Result<Arguments, Failure> {
+pub fn parse_arguments(text: &str) -> Result<Arguments, Failure> {
     let refuse = |why: String| invalid("CNI_ARGS", &why);
     let mut arguments = Arguments::default();
     let mut ignore_unknown = false;

@@ -1,0 +1,50 @@
+//! What an idle node costs.
+
+use std::time::Duration;
+
+use weft_tests::cluster::Cluster;
+use weft_tests::lab::Lab;
+use weft_tests::machine::{binary, turn};
+
+#[test]
+fn an_idle_daemon_with_ten_pods_uses_under_one_percent_of_a_cpu_and_64_mib() {
+    let _turn = turn();
+    let lab = Lab::up("idle", 1, 10, "routed", &[]);
+    let daemon = lab.daemon(1);
+    // What pods say when they come up is over.
+    std::thread::sleep(Duration::from_secs(3));
+    let before = daemon.cpu_time();
+    std::thread::sleep(Duration::from_secs(10));
+    let used = daemon.cpu_time() - before;
+    assert!(used <= Duration::from_millis(100), "{used:?} of CPU time in ten idle seconds");
+    assert!(daemon.resident_kib() < 64 << 10, "{} KiB", daemon.resident_kib());
+}
+
+#[test]
+fn the_plugin_is_one_static_binary_under_2_mib() {
+    let path = binary("weft-cni");
+    let size = std::fs::metadata(&path).unwrap().len();
+    let bytes = std::fs::read(&path).unwrap();
+    // PT_INTERP names the dynamic loader: a static program has none.
+    let is_static = !bytes.windows(8).any(|window| window == b"ld-linux");
+    assert!(is_static, "{} is not static; `make test` builds it so", path.display());
+    assert!(size < 2 << 20, "{size} bytes");
+}
+
+#[test]
+fn descriptors_and_leases_are_back_to_the_start_after_pods_came_and_went() {
+    let _turn = turn();
+    let cluster = Cluster::new("fds");
+    let node = cluster.weft_node(1, "routed", "");
+    let pod = cluster.sandbox("pod");
+    let round = || {
+        node.attach("pod", &pod);
+        node.runtime.del("pod", &pod);
+    };
+    round();
+    let before = node.daemon().descriptors();
+    (0..20).for_each(|_| round());
+    weft_tests::command::eventually("descriptors are back", Duration::from_secs(3), || node.daemon().descriptors() <= before);
+    assert_eq!(node.daemon().leases().len(), 0);
+    assert_eq!(node.daemon().ports().iter().filter(|port| port.role == "pod").count(), 0);
+}

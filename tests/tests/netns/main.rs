@@ -1,0 +1,14 @@
+//! Real daemons, a real kernel: everything that needs root.
+//!
+//! The tests take turns, over the whole machine, whatever `--test-threads` says (see [`weft_tests::machine::turn`]).
+
+mod answers;
+mod bridged;
+mod cni;
+mod footprint;
+mod hostile;
+mod interop;
+mod labs;
+mod lifecycle;
+mod reach;
+mod throughput;
