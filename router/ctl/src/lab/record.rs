@@ -104,14 +104,7 @@ impl Cluster {
 impl Record {
     /// Reserves the plan's name and writes down what will be made.
     pub fn create(plan: &Plan, kind: Kind) -> Result<Record> {
-        let folder = folder(&plan.lab);
-        fs::create_dir_all(ROOT).with_context(|| format!("cannot make {ROOT}"))?;
-        if let Err(error) = fs::create_dir(&folder) {
-            if error.kind() == ErrorKind::AlreadyExists {
-                bail!("the lab {} exists already; end it with `{}`", plan.lab, down_command(&plan.lab));
-            }
-            return Err(error).with_context(|| format!("cannot make {}", folder.display()));
-        }
+        make_folder(&plan.lab)?;
         let record = Record {
             lab: plan.lab.clone(),
             kind,
@@ -183,6 +176,24 @@ pub enum Stored {
 /// The folder of a lab.
 pub fn folder(lab: &str) -> PathBuf {
     Path::new(ROOT).join(lab)
+}
+
+/// Makes the folder of a lab that does not exist yet.
+fn make_folder(lab: &str) -> Result<()> {
+    let folder = folder(lab);
+    // Another lab that ends at this moment may take the parents away in between.
+    for _ in 0..100 {
+        fs::create_dir_all(ROOT).with_context(|| format!("cannot make {ROOT}"))?;
+        match fs::create_dir(&folder) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                bail!("the lab {lab} exists already; end it with `{}`", down_command(lab))
+            }
+            Err(error) => return Err(error).with_context(|| format!("cannot make {}", folder.display())),
+        }
+    }
+    bail!("cannot make {}: something keeps removing {ROOT}", folder.display())
 }
 
 /// The names of all labs.
