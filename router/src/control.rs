@@ -5,6 +5,7 @@
 //! away) comes back as an [`Event`].
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -128,9 +129,16 @@ impl std::fmt::Display for RouterError {
 
 impl std::error::Error for RouterError {}
 
+/// What is left of a port that was taken away.
+pub(crate) struct Removed {
+    pub(crate) stats: PortStats,
+    /// Closed by the asker, since it takes the kernel some milliseconds that the worker does not have.
+    pub(crate) device: Option<OwnedFd>,
+}
+
 pub(crate) enum Command {
     AddPort(PortId, Device, Sender<Result<(), RouterError>>),
-    RemovePort(PortId, Sender<Option<PortStats>>),
+    RemovePort(PortId, Sender<Option<Removed>>),
     Snapshot { flows: bool, answer: Sender<Snapshot> },
     Stop,
 }
@@ -181,7 +189,11 @@ impl Router {
     /// # Errors
     /// The worker is gone.
     pub fn remove_port(&self, id: PortId) -> Result<Option<PortStats>, RouterError> {
-        self.ask(|answer| Command::RemovePort(id, answer))
+        let removed = self.ask(|answer| Command::RemovePort(id, answer))?;
+        Ok(removed.map(|Removed { stats, device }| {
+            drop(device);
+            stats
+        }))
     }
 
     /// The worker's state, between two batches. Flows are copied only if asked for.

@@ -23,16 +23,15 @@ use crossbeam::channel::{self, Receiver, Sender, TryRecvError};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use std::collections::VecDeque;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
-use crate::control::{Command, Device, Event, PortSnapshot, RouterConfig, RouterError, Snapshot};
+use crate::control::{Command, Device, Event, PortSnapshot, Removed, RouterConfig, RouterError, Snapshot};
 use crate::drop_reason::DropReason;
 use crate::forward::Forwarder;
 use crate::pool::Pool;
 use crate::port::tap::TapPort;
 use crate::port::udp::UdpPort;
 use crate::port::{Batch, Capabilities, Outbox, Port, PortId, Received};
-use crate::stats::PortStats;
 use crate::tables::Tables;
 use crate::time::Instant;
 
@@ -239,12 +238,13 @@ impl Worker {
 
     /// Takes a port whose device is gone out of service.
     fn gone(&mut self, id: PortId) {
-        self.close(id);
+        drop(self.retire(id));
         let _ = self.events.send(Event::PortGone(id));
     }
 
-    /// Closes a port's device.
-    fn close(&mut self, id: PortId) {
+    /// Ends a port; its device, if closing that takes long, is for the asker to close.
+    fn retire(&mut self, id: PortId) -> Option<OwnedFd> {
+        let mut device = None;
         if let Some(Some(slot)) = self.ports.get_mut(id.index())
             && let Some(port) = slot.port.take()
         {
@@ -252,11 +252,13 @@ impl Worker {
                 // Closing alone is not enough if someone else holds the descriptor too.
                 let _ = self.poll.registry().deregister(&mut SourceFd(&fd.as_raw_fd()));
             }
+            device = port.retire();
             (slot.ready, slot.busy) = (false, false);
         }
         self.ready.retain(|ready| *ready != id);
         self.busy.retain(|busy| *busy != id);
         self.empty_queue(id);
+        device
     }
 
     /// Lets what was learned age, as often as there is something that can.
@@ -321,11 +323,11 @@ impl Worker {
         Ok(())
     }
 
-    fn remove(&mut self, id: PortId) -> Option<PortStats> {
+    fn remove(&mut self, id: PortId) -> Option<Removed> {
         self.ports.get_mut(id.index())?.as_ref()?;
-        self.close(id);
+        let device = self.retire(id);
         self.ports[id.index()] = None;
-        Some(*self.forwarder.stats().port(id))
+        Some(Removed { stats: *self.forwarder.stats().port(id), device })
     }
 
     fn snapshot(&mut self, flows: bool) -> Snapshot {
@@ -471,7 +473,7 @@ mod tests {
         worker.run_dry();
         let error = worker.insert(A, Box::new(MemoryPort::new(A))).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
-        assert_eq!(worker.remove(A).unwrap().received, 1);
+        assert_eq!(worker.remove(A).unwrap().stats.received, 1);
         worker.plug(MemoryPort::new(A), A);
         assert_eq!(worker.forwarder.stats().of(A).received, 0);
     }

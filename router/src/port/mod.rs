@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use arrayvec::ArrayVec;
 use rustix::io::Errno;
@@ -131,6 +131,11 @@ pub trait Port {
 
     /// Says how long a packet inside the tunnel may be; of interest to the underlay alone.
     fn set_tunnel_mtu(&mut self, _mtu: u32) {}
+
+    /// Ends the port and hands out the device whose closing takes the kernel long, for somebody else to close.
+    fn retire(self: Box<Self>) -> Option<OwnedFd> {
+        None
+    }
 
     /// `tap`, `udp`, `memory`.
     fn kind(&self) -> &'static str;

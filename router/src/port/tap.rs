@@ -245,6 +245,11 @@ impl Port for TapPort {
         self.tap.capabilities
     }
 
+    fn retire(self: Box<Self>) -> Option<OwnedFd> {
+        // Closing it takes the device away, for which the kernel waits until no CPU looks at it any more.
+        Some(self.tap.fd)
+    }
+
     fn kind(&self) -> &'static str {
         "tap"
     }
