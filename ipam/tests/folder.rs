@@ -95,8 +95,8 @@ fn said(child: &mut Child, until: impl Fn(usize) -> bool) -> Vec<String> {
 }
 
 fn child(shell: &str, folder: &Path) -> Child {
-    // A test of this file as a program: see `child_that_leases_until_something_stops_it`.
-    let arguments = "--exact child_that_leases_until_something_stops_it --ignored --nocapture";
+    // A test of this file as a program: see `leasing_and_releasing_leaves_nothing`.
+    let arguments = "--exact leasing_and_releasing_leaves_nothing --nocapture";
     Command::new("sh")
         .arg("-c")
         .arg(format!("{shell} exec \"$0\" {arguments}"))
@@ -150,9 +150,9 @@ fn a_file_that_may_not_grow_fails_leases_only() {
     assert!(store.iter().all(|r| known.contains_key(&r.owner.container)));
 }
 
+/// By itself in a folder of its own; other tests run it as a child in theirs, and stop it on the way.
 #[test]
-#[ignore = "a program for other tests of this file, which run it; by itself it stops at 2000 steps"]
-fn child_that_leases_until_something_stops_it() {
+fn leasing_and_releasing_leaves_nothing() {
     let own = tempfile::tempdir().unwrap();
     let folder = std::env::var_os("WEFT_IPAM_TEST_FOLDER").map_or(own.path().to_owned(), PathBuf::from);
     let mut out = std::io::stdout();
