@@ -5,9 +5,13 @@
 //! off the fast path: bytes are copied in and out of buffers that are kept.
 
 use smoltcp::iface::{Config, Interface, SocketSet};
-use smoltcp::phy::{self, ChecksumCapabilities, DeviceCapabilities, Medium};
+use smoltcp::phy::{self, ChecksumCapabilities, DeviceCapabilities, Medium, TxToken};
 use smoltcp::time::Instant as SmolInstant;
 use smoltcp::wire::{HardwareAddress, IpCidr};
+use weft_encap::icmp::{ICMP_LEN, IcmpHeader, v6};
+use weft_encap::ipv6::{Fragment, FragmentHeader, IPV6_LEN, Ipv6Header};
+use weft_encap::zerocopy::{FromBytes, IntoBytes};
+use weft_encap::{checksum, ip};
 
 use crate::drop_reason::DropReason;
 use crate::frame::{Body, Frame};
@@ -40,7 +44,7 @@ impl Stack {
     /// each behind room for an Ethernet header.
     ///
     /// # Errors
-    /// `GatewayRefused` for superframes, which no pod has a reason to send here.
+    /// `GatewayRefused` for superframes, which no pod has a reason to send here, and for IPv6 fragments of anything but a ping.
     pub fn serve(
         &mut self,
         frame: &Frame,
@@ -54,6 +58,10 @@ impl Stack {
         self.configure(gateway, mtu);
         self.wire.load(frame);
         self.wire.filled = 0;
+        if self.wire.holds_v6_fragment() {
+            self.wire.echo_piece().ok_or(DropReason::GatewayRefused)?;
+            return Ok(&mut self.wire.sent[..self.wire.filled]);
+        }
         let now = SmolInstant::from_micros((now.0 / 1000) as i64);
         for _ in 0..=REPLIES {
             let before = self.wire.filled;
@@ -107,6 +115,43 @@ impl Wire {
             self.packet[field..field + 2].copy_from_slice(&value.to_be_bytes());
         }
         self.waiting = true;
+    }
+}
+
+// smoltcp reassembles IPv4 only. A fragmented IPv6 ping is answered without reassembly, piece by piece.
+impl Wire {
+    fn holds_v6_fragment(&self) -> bool {
+        Ipv6Header::ref_from_prefix(&self.packet)
+            .is_ok_and(|(header, _)| header.version() == 6 && header.next_header == ip::FRAGMENT)
+    }
+
+    /// Sends a piece of a ping back as it came, with the addresses exchanged, which leaves its checksum as it is; the first piece becomes
+    /// that of a reply. What was wrong stays wrong. The hop limit falls, so that no two gateways can keep a piece between
+    /// them. `None`: it is no piece of a ping.
+    fn echo_piece(&mut self) -> Option<()> {
+        self.waiting = false;
+        let (header, rest) = Ipv6Header::ref_from_prefix(&self.packet).ok()?;
+        let (piece, message) = FragmentHeader::ref_from_prefix(rest).ok()?;
+        let is_first = Fragment::from(piece).offset == 0;
+        let icmp = IcmpHeader::ref_from_prefix(message).ok().map(|(icmp, _)| *icmp);
+        let is_request = icmp.is_some_and(|icmp| icmp.kind == v6::ECHO_REQUEST && icmp.code == 0);
+        if piece.next_header != ip::ICMPV6 || header.hop_limit <= 1 || (is_first && !is_request) {
+            return None;
+        }
+        let back = Ipv6Header { src: header.dst, dst: header.src, hop_limit: header.hop_limit - 1, ..*header };
+        let len = self.packet.len();
+        Transmit { sent: &mut self.sent, filled: &mut self.filled }.consume(len, |packet| {
+            packet.copy_from_slice(&self.packet);
+            packet[..IPV6_LEN].copy_from_slice(back.as_bytes());
+            if let Some(icmp) = icmp.filter(|_| is_first) {
+                let word = |kind: u8| u16::from_be_bytes([kind, 0]);
+                let adjusted = checksum::adjust(icmp.checksum.get(), word(v6::ECHO_REQUEST), word(v6::ECHO_REPLY));
+                let reply = IcmpHeader { kind: v6::ECHO_REPLY, checksum: adjusted.into(), ..icmp };
+                let at = IPV6_LEN + size_of::<FragmentHeader>();
+                packet[at..at + ICMP_LEN].copy_from_slice(reply.as_bytes());
+            }
+        });
+        Some(())
     }
 }
 

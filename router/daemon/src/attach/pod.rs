@@ -87,6 +87,7 @@ pub fn set_up(temporary: &str, interface: &Interface) -> Result<Vec<IpAddr>, Set
         _ => SetUpError::Step("set name, MAC and MTU".into(), error),
     })?;
     set_ipv6(interface).map_err(step("set the interface's IPv6 behaviour"))?;
+    announce_when_up(interface);
     let up = LinkChange { up: true, ..LinkChange::default() };
     if let Some(lo) = netlink.link("lo").map_err(step("find lo"))? {
         netlink.change_link(lo.index, up).map_err(step("set lo up"))?;
@@ -128,6 +129,15 @@ fn set_ipv6(interface: &Interface) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Has the pod's kernel announce its addresses as it comes up (gratuitous ARP, unsolicited advertisement): whoever knew one of
+/// them at another MAC or behind another node would send there until its entry expires. The announcement waits in the device until
+/// the port is open. Where `/proc/sys` is read-only the pod is found as soon as it speaks.
+fn announce_when_up(interface: &Interface) {
+    for (family, name) in [("ipv4", "arp_notify"), ("ipv6", "ndisc_notify")] {
+        let _ = fs::write(format!("/proc/sys/net/{family}/conf/{}/{name}", interface.name), "1");
+    }
 }
 
 /// What is there.
