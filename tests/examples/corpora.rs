@@ -11,11 +11,13 @@ use weft_tests::memory::{Input, pod_mac, pod4, remote4};
 fn main() -> std::io::Result<()> {
     let forward: Vec<Vec<u8>> = seeds().chunks(40).map(|group| group.iter().flat_map(framed).collect()).collect();
     write("forward", &forward.iter().map(|bytes| bytes[..bytes.len().min(6000)].to_vec()).collect::<Vec<_>>())?;
-    let tunnelled: Vec<Vec<u8>> = seeds().into_iter().filter(|seed| seed.outer.is_some()).map(|seed| seed.bytes).step_by(9).collect();
+    let tunnelled: Vec<Vec<u8>> =
+        seeds().into_iter().filter(|seed| seed.outer.is_some()).map(|seed| seed.bytes).step_by(9).collect();
     write("underlay", &[tunnelled, vec![train()]].concat())?;
     write("virtio", &superframes())?;
     let link: Vec<Vec<u8>> = seeds().into_iter().filter(|seed| seed.outer.is_none()).map(|seed| seed.bytes).collect();
-    let upper = link.iter().filter(|bytes| bytes.len() > 54).map(|bytes| bytes[54..].to_vec()).filter(|bytes| bytes.len() < 60);
+    let upper =
+        link.iter().filter(|bytes| bytes.len() > 54).map(|bytes| bytes[54..].to_vec()).filter(|bytes| bytes.len() < 60);
     write("neighbour", &link.iter().map(|bytes| bytes[14..].to_vec()).chain(upper).step_by(17).collect::<Vec<_>>())?;
     write("api", &requests())?;
     write("journal", &journals())?;

@@ -113,7 +113,8 @@ impl Daemon {
     #[track_caller]
     pub fn cpu_time(&self) -> Duration {
         let stat = self.proc("stat");
-        let fields: Vec<&str> = stat.rsplit(')').next().expect("the name is in parentheses").split_whitespace().collect();
+        let fields: Vec<&str> =
+            stat.rsplit(')').next().expect("the name is in parentheses").split_whitespace().collect();
         // Fields 14 and 15 of proc_pid_stat(5), in clock ticks of 10 ms.
         let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().expect("a number")).sum();
         Duration::from_millis(ticks * 10)
@@ -140,7 +141,8 @@ impl Daemon {
     }
 
     fn proc(&self, file: &str) -> String {
-        std::fs::read_to_string(format!("/proc/{}/{file}", self.pid)).unwrap_or_else(|error| panic!("weftd {}: {error}", self.pid))
+        std::fs::read_to_string(format!("/proc/{}/{file}", self.pid))
+            .unwrap_or_else(|error| panic!("weftd {}: {error}", self.pid))
     }
 
     /// Sends it a signal. Its process id came from whoever started it.

@@ -47,7 +47,13 @@ impl L3 {
             }
             (IpAddr::V6(src), IpAddr::V6(dst)) => {
                 let (source, destination) = (src.octets(), dst.octets());
-                let header = Ipv6Header { hop_limit: self.ttl, source, destination, flow_label: Ipv6FlowLabel::ZERO, ..Ipv6Header::default() };
+                let header = Ipv6Header {
+                    hop_limit: self.ttl,
+                    source,
+                    destination,
+                    flow_label: Ipv6FlowLabel::ZERO,
+                    ..Ipv6Header::default()
+                };
                 IpHeaders::Ipv6(header, Default::default())
             }
             _ => panic!("both addresses are of one family: {self:?}"),
@@ -85,7 +91,8 @@ pub fn ping(l2: L2, l3: L3, id: u16, seq: u16, payload: &[u8]) -> Vec<u8> {
 
 /// An IPv4 fragment of UDP with any offset (in units of 8 bytes) and identification.
 pub fn fragment(l2: L2, src: Ipv4Addr, dst: Ipv4Addr, id: u16, offset: u16, more: bool, payload: &[u8]) -> Vec<u8> {
-    let mut header = Ipv4Header::new(payload.len() as u16, 64, IpNumber::UDP, src.octets(), dst.octets()).expect("it fits");
+    let mut header =
+        Ipv4Header::new(payload.len() as u16, 64, IpNumber::UDP, src.octets(), dst.octets()).expect("it fits");
     header.dont_fragment = false;
     header.more_fragments = more;
     header.identification = id;

@@ -96,7 +96,8 @@ pub fn api(bytes: &[u8]) {
         taken += line.bytes.len();
         assert!(taken <= sent, "more came out than went in");
         if let Ok(incoming) = line.request() {
-            let again = serde_json::to_vec(&weft_api::Envelope { version: weft_api::VERSION, request: incoming.request });
+            let again =
+                serde_json::to_vec(&weft_api::Envelope { version: weft_api::VERSION, request: incoming.request });
             let again = again.expect("a request can be written");
             serde_json::from_slice::<weft_api::Envelope>(&again).expect("what was written can be read");
         }
@@ -119,7 +120,8 @@ pub fn journal(bytes: &[u8]) {
     store.compact().expect("memory does not fail");
     drop(store);
     let compacted = content.lock().expect("nobody panicked").clone().expect("there is a journal");
-    let store = weft_ipam::Store::with_disk(Box::new(disk::InMemory::new(&compacted))).expect("what was compacted can be read");
+    let store =
+        weft_ipam::Store::with_disk(Box::new(disk::InMemory::new(&compacted))).expect("what was compacted can be read");
     assert_eq!(store.iter().cloned().collect::<Vec<_>>(), before);
 }
 

@@ -12,7 +12,8 @@ use weft_router::PortId;
 
 use crate::frames::{self, ArpFields, L2, L3};
 use crate::memory::{
-    GATEWAY, GATEWAY4, GATEWAY6, Input, NODES, PODS, VTEP, node_underlay, pod_mac, pod4, pod6, remote_mac, remote4, remote6,
+    GATEWAY, GATEWAY4, GATEWAY6, Input, NODES, PODS, VTEP, node_underlay, pod_mac, pod4, pod6, remote_mac, remote4,
+    remote6,
 };
 use crate::random::Random;
 
@@ -82,7 +83,12 @@ fn damage(input: &mut Input, random: &mut Random) {
         10 => impersonate(input, random, base),
         11 => {
             if let Some(outer) = &mut input.outer {
-                outer.peer = random.pick(&[node_underlay(0), node_underlay(1), IpAddr::from([10, 200, 0, 99]), IpAddr::from([0; 16])]);
+                outer.peer = random.pick(&[
+                    node_underlay(0),
+                    node_underlay(1),
+                    IpAddr::from([10, 200, 0, 99]),
+                    IpAddr::from([0; 16]),
+                ]);
             } else {
                 input.port = PortId(random.below(usize::from(PODS) + 3) as u16);
             }
@@ -109,7 +115,8 @@ fn flip(input: &mut Input, random: &mut Random, from: usize) {
 fn lie(input: &mut Input, random: &mut Random, base: usize) {
     let frame = input.bytes.get_mut(base..).unwrap_or_default();
     let ipv6 = frame.get(12..14) == Some(&[0x86, 0xdd]);
-    let fields: &[usize] = if ipv6 { &[14, 18, 19, 20, 21, 54, 55, 58, 66] } else { &[14, 16, 17, 20, 21, 22, 23, 34, 38, 46] };
+    let fields: &[usize] =
+        if ipv6 { &[14, 18, 19, 20, 21, 54, 55, 58, 66] } else { &[14, 16, 17, 20, 21, 22, 23, 34, 38, 46] };
     let at = random.pick(fields);
     let value = match at {
         14 => random.pick(&[0x40, 0x41, 0x44, 0x45, 0x46, 0x4f, 0x50, 0x60, 0x65, 0xff]),
@@ -206,7 +213,12 @@ fn from_pod(pod: u16, seeds: &mut Vec<Input>) {
     let far = L2 { src: mac, dst: remote_mac(0, 1) };
     let mut push = |bytes| seeds.push(Input::pod(pod, bytes));
     for l2 in [gateway, neighbour, far] {
-        for (four, six) in [(pod4(other), pod6(other)), (remote4(0, 1), remote6(0, 1)), (remote4(1, 2), remote6(1, 2)), (GATEWAY4, GATEWAY6)] {
+        for (four, six) in [
+            (pod4(other), pod6(other)),
+            (remote4(0, 1), remote6(0, 1)),
+            (remote4(1, 2), remote6(1, 2)),
+            (GATEWAY4, GATEWAY6),
+        ] {
             for l3 in [L3::new(pod4(pod), four), L3::new(pod6(pod), six)] {
                 push(frames::udp(l2, l3, (4000 + pod, 53), b"question"));
                 push(frames::tcp(l2, l3, (5000 + pod, 80), 1, &[0x5a; 200]));
@@ -240,7 +252,12 @@ fn from_node(node: u16, seeds: &mut Vec<Input>) {
         let src = remote_mac(node, pod);
         for dst in [VTEP, pod_mac(1), pod_mac(2), Mac::BROADCAST, GATEWAY, remote_mac(1 - node, 1)] {
             let l2 = L2 { src, dst };
-            for (four, six) in [(pod4(1), pod6(1)), (pod4(2), pod6(2)), (GATEWAY4, GATEWAY6), (remote4(1 - node, 1), remote6(1 - node, 1))] {
+            for (four, six) in [
+                (pod4(1), pod6(1)),
+                (pod4(2), pod6(2)),
+                (GATEWAY4, GATEWAY6),
+                (remote4(1 - node, 1), remote6(1 - node, 1)),
+            ] {
                 for l3 in [L3::new(remote4(node, pod), four), L3::new(remote6(node, pod), six)] {
                     seeds.push(Input::node(node, &frames::udp(l2, l3, (4000 + pod, 53), b"question")));
                     seeds.push(Input::node(node, &frames::tcp(l2, l3, (5000, 80), 9, &[1; 300])));
@@ -277,7 +294,9 @@ fn tricks() -> Vec<Input> {
     .map(|bytes| Input::pod(1, bytes))
     .collect::<Vec<_>>();
     tricks.push(Input::node(0, &nested));
-    for (l3, kind, start) in [(L3::new(pod4(1), pod4(2)), GsoKind::Tcp4, 34), (L3::new(pod6(1), remote6(0, 1)), GsoKind::Tcp6, 54)] {
+    for (l3, kind, start) in
+        [(L3::new(pod4(1), pod4(2)), GsoKind::Tcp4, 34), (L3::new(pod6(1), remote6(0, 1)), GsoKind::Tcp6, 54)]
+    {
         let bytes = frames::tcp(gateway, l3, (5001, 5201), 1, &[0x77; 9000]);
         let gso = Some(Gso { kind, ecn: false, size: 1398, header_len: start + 20 });
         let offload = Offload { partial: Some(Partial { start, offset: 16 }), gso, verified: false };

@@ -102,7 +102,10 @@ impl Lab {
         let name = unique(suffix);
         let mut lab = Lab { name, nodes: Vec::new() };
         let (nodes, pods) = (nodes.to_string(), pods.to_string());
-        let said = lab.weft(&[&["lab", "up", "--nodes", &nodes, "--pods", &pods, "--mode", mode, "--json", "--name", &lab.name], rest].concat());
+        let said = lab.weft(
+            &[&["lab", "up", "--nodes", &nodes, "--pods", &pods, "--mode", mode, "--json", "--name", &lab.name], rest]
+                .concat(),
+        );
         let printed: Printed = serde_json::from_str(&said.must()).expect("weft lab up --json prints the cluster");
         lab.nodes = printed.nodes;
         lab
@@ -147,9 +150,10 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         let command = Command::new(binary("weft")).args(["lab", "down", "--name", &self.name]).output();
-        let failed = command.map_or_else(|error| Some(error.to_string()), |output| {
-            (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
-        });
+        let failed = command.map_or_else(
+            |error| Some(error.to_string()),
+            |output| (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned()),
+        );
         if let Some(why) = failed {
             eprintln!("the lab {} is not gone: {why}", self.name);
         }

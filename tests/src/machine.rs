@@ -33,7 +33,10 @@ pub struct Turn {
 pub fn turn() -> Turn {
     // A test that failed leaves the lock poisoned and nothing else: what it made is removed as it unwinds.
     let process = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    assert!(rustix::process::geteuid().is_root(), "these tests make network namespaces: run them as root, `sudo make test`");
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "these tests make network namespaces: run them as root, `sudo make test`"
+    );
     for (program, package) in PROGRAMS {
         assert!(find(program).is_some(), "{program} is missing: `apt-get install {package}`");
     }
@@ -50,7 +53,7 @@ pub fn find(program: &str) -> Option<PathBuf> {
     std::env::split_paths(&path).chain(system).map(|folder| folder.join(program)).find(|path| path.is_file())
 }
 
-/// The folder of `weftd`, `weft` and `weft-cni`: `WEFT_BIN_DIR`, or the release folder beside this test's.
+/// The folder of `weftd`, `weft` and `weft-cni`: `WEFT_BIN_DIR`, or where `make build` puts them.
 pub fn binaries() -> PathBuf {
     if let Some(folder) = std::env::var_os("WEFT_BIN_DIR") {
         return folder.into();
@@ -58,7 +61,7 @@ pub fn binaries() -> PathBuf {
     let own = std::env::current_exe().expect("a running program has a path");
     // target/<profile>/deps/<test>
     let target = own.ancestors().nth(3).unwrap_or(Path::new("/"));
-    target.join("release")
+    target.join("weft")
 }
 
 /// A binary under test.
@@ -66,8 +69,7 @@ pub fn binary(name: &str) -> PathBuf {
     let path = binaries().join(name);
     assert!(
         path.is_file(),
-        "{} is missing: `cargo build --release -p weft-daemon -p weft-ctl -p weft-cni` builds it (`make test` does so first), \
-         or set WEFT_BIN_DIR to the folder that has it",
+        "{} is missing: `make build` builds it (`make test` does so first), or set WEFT_BIN_DIR to the folder that has it",
         path.display()
     );
     path

@@ -54,7 +54,8 @@ impl Netns {
         let file = File::open(self.path()).unwrap_or_else(|error| panic!("cannot open namespace {}: {error}", self.0));
         thread::scope(|scope| {
             let inside = scope.spawn(move || {
-                move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).expect("root may enter a namespace");
+                move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
+                    .expect("root may enter a namespace");
                 code()
             });
             inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))

@@ -87,7 +87,8 @@ impl Runtime {
         let json = if said.out.is_empty() {
             Value::Null
         } else {
-            serde_json::from_str(&said.out).unwrap_or_else(|error| panic!("{error} in the plugin's output: {}", said.out))
+            serde_json::from_str(&said.out)
+                .unwrap_or_else(|error| panic!("{error} in the plugin's output: {}", said.out))
         };
         Answer { success: said.success, json }
     }

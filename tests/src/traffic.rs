@@ -22,7 +22,9 @@ pub fn transfer(from: &Netns, to: &Netns, address: IpAddr, bytes: u64) {
         let (stream, _) = listener.accept().expect("somebody connects");
         receive(stream)
     });
-    let stream = from.inside(|| TcpStream::connect_timeout(&target, PATIENCE)).unwrap_or_else(|error| panic!("{target}: {error}"));
+    let stream = from
+        .inside(|| TcpStream::connect_timeout(&target, PATIENCE))
+        .unwrap_or_else(|error| panic!("{target}: {error}"));
     let sent = send(stream, bytes);
     let (received, count) = receiver.join().expect("the receiver ends");
     assert_eq!(count, bytes, "bytes from {} to {address}", from.0);

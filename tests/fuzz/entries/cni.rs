@@ -25,7 +25,8 @@ pub fn cni(bytes: &[u8]) {
 fn check<T>(result: Result<T, Failure>) -> Option<T> {
     result
         .inspect_err(|failure| {
-            let known = [code::VERSION, code::UNSUPPORTED_FIELD, code::ENVIRONMENT, code::DECODE, code::CONFIG, code::ADDRESS];
+            let known =
+                [code::VERSION, code::UNSUPPORTED_FIELD, code::ENVIRONMENT, code::DECODE, code::CONFIG, code::ADDRESS];
             assert!(known.contains(&failure.code), "{failure:?}");
             assert!(!failure.msg.is_empty() && failure.msg.len() < 2000, "{failure:?}");
         })

@@ -18,7 +18,9 @@ pub fn config(bytes: &[u8]) {
             let config = checked.config;
             assert!(config.mtu >= 68 && config.mtu <= u32::from(u16::MAX));
             assert!(config.vtep_mac.is_unicast() && config.gateway.mac.is_unicast());
-            assert!(config.peers.iter().all(|peer| peer.vtep_mac.is_unicast() && peer.underlay != config.underlay.address));
+            assert!(
+                config.peers.iter().all(|peer| peer.vtep_mac.is_unicast() && peer.underlay != config.underlay.address)
+            );
         }
         Err(invalid) => assert!(!invalid.0.is_empty() && !invalid.to_string().trim().is_empty()),
     }

@@ -5,8 +5,8 @@ use weft_router::tables::Mode;
 use weft_tests::frames::{self, ArpFields, L2, L3};
 use weft_tests::hostile::{Hostile, seeds};
 use weft_tests::memory::{
-    GATEWAY, GATEWAY4, GATEWAY6, Input, Memory, NODES, PODS, UNDERLAY, VTEP, node_underlay, pod_mac, pod4, pod6, remote_mac, remote4,
-    remote6, tables,
+    GATEWAY, GATEWAY4, GATEWAY6, Input, Memory, NODES, PODS, UNDERLAY, VTEP, node_underlay, pod_mac, pod4, pod6,
+    remote_mac, remote4, remote6, tables,
 };
 use weft_tests::random::Random;
 
@@ -43,7 +43,11 @@ fn cached_is_slow_path(mode: Mode, seed: u64) {
         }
         reached[DropReason::COUNT] += fast.sent.len() as u64;
         let slot = number % 64;
-        if recent.len() < 64 { recent.push(input) } else if random.once_in(4) { recent[slot] = input }
+        if recent.len() < 64 {
+            recent.push(input)
+        } else if random.once_in(4) {
+            recent[slot] = input
+        }
         if number % 997 == 0 {
             cached.forwarder.tick(now);
             slow.forwarder.tick(now);
@@ -109,7 +113,13 @@ fn a_frame_cut_at_any_byte_is_dropped_with_a_reason() {
             // ARP and unknown types need not fill the frame; of IP every byte is announced in its header.
             let ip = matches!(seed.bytes.get(base + 12..base + 14), Some([0x08, 0x00] | [0x86, 0xdd]));
             let arp = seed.bytes.get(base + 12..base + 14) == Some(&[0x08, 0x06]);
-            let end = if ip { seed.bytes.len() } else if arp { base + 42 } else { base + 14 };
+            let end = if ip {
+                seed.bytes.len()
+            } else if arp {
+                base + 42
+            } else {
+                base + 14
+            };
             for len in 0..end {
                 let mut memory = Memory::new(tables(mode));
                 let cut = Input { bytes: seed.bytes[..len].to_vec(), ..seed.clone() };
@@ -264,7 +274,9 @@ fn a_tunnel_frame_from_a_stranger_or_with_a_wrong_header_is_dropped() {
 fn a_node_speaks_for_its_own_pods_only_in_routed_mode() {
     let mut memory = Memory::new(tables(Mode::Routed));
     let l2 = L2 { src: remote_mac(0, 1), dst: VTEP };
-    for source in [remote4(1, 1), pod4(1), pod4(2), GATEWAY4, [10, 200, 0, 2].into(), [192, 0, 2, 1].into(), [0, 0, 0, 0].into()] {
+    for source in
+        [remote4(1, 1), pod4(1), pod4(2), GATEWAY4, [10, 200, 0, 2].into(), [192, 0, 2, 1].into(), [0, 0, 0, 0].into()]
+    {
         for target in [pod4(1), GATEWAY4] {
             let inner = frames::udp(l2, L3::new(source, target), (1, 2), b"x");
             refused(&mut memory, &Input::node(0, &inner), DropReason::TunnelSource);
@@ -321,13 +333,23 @@ fn a_pod_speaks_as_nobody_else() {
                 let frame = frames::udp(L2 { src: mac, dst }, L3::new(source, pod4(3)), (1, 2), b"x");
                 refused(&mut memory, &Input::pod(1, frame), SourceIp);
             }
-            for source in [pod6(2), GATEWAY6, remote6(0, 1), "::1".parse().unwrap(), "::".parse().unwrap(), "fe80::1".parse().unwrap()] {
+            for source in [
+                pod6(2),
+                GATEWAY6,
+                remote6(0, 1),
+                "::1".parse().unwrap(),
+                "::".parse().unwrap(),
+                "fe80::1".parse().unwrap(),
+            ] {
                 let frame = frames::udp(L2 { src: mac, dst }, L3::new(source, pod6(3)), (1, 2), b"x");
                 refused(&mut memory, &Input::pod(1, frame), SourceIp);
             }
             for op in [1, 2] {
-                for (sha, spa) in [(mac, pod4(2)), (mac, GATEWAY4), (pod_mac(2), pod4(1)), (GATEWAY, GATEWAY4), (mac, remote4(0, 1))] {
-                    let frame = frames::arp(L2 { src: mac, dst }, ArpFields { op, sha, spa, tha: pod_mac(3), tpa: pod4(3) });
+                for (sha, spa) in
+                    [(mac, pod4(2)), (mac, GATEWAY4), (pod_mac(2), pod4(1)), (GATEWAY, GATEWAY4), (mac, remote4(0, 1))]
+                {
+                    let frame =
+                        frames::arp(L2 { src: mac, dst }, ArpFields { op, sha, spa, tha: pod_mac(3), tpa: pod4(3) });
                     refused(&mut memory, &Input::pod(1, frame), ArpSpoof);
                 }
             }
@@ -362,7 +384,11 @@ fn a_million_source_macs_from_a_node_stay_within_the_limit() {
     }
     assert_eq!(memory.forwarder.fdb().len(), 64);
     let frame = frames::ethernet(L2 { src: pod_mac(1), dst: pod_mac(2) }, 0x88b5, &[0; 46]);
-    assert_eq!(memory.feed(&Input::pod(1, frame)).sent[0].port.0, 2, "pods of this node do not depend on what is learned");
+    assert_eq!(
+        memory.feed(&Input::pod(1, frame)).sent[0].port.0,
+        2,
+        "pods of this node do not depend on what is learned"
+    );
 }
 
 #[test]
@@ -391,5 +417,49 @@ fn the_gateways_mac_never_crosses_the_tunnel_in_bridged_mode() {
             assert_ne!(output.src(), GATEWAY, "{input:?}");
             assert_ne!(output.dst(), GATEWAY, "{input:?}");
         }
+    }
+}
+
+/// The pieces of an ICMPv6 message of this type to the gateway, each with `size` bytes of it.
+fn pieces(kind: u8, hop_limit: u8, size: usize) -> Vec<Vec<u8>> {
+    let l2 = L2 { src: pod_mac(1), dst: GATEWAY };
+    let message = [&[kind, 0, 0, 0, 0, 1, 0, 1][..], &[0x77; 3000]].concat();
+    let whole = frames::icmp6(l2, pod6(1), GATEWAY6, hop_limit, &message);
+    let piece = |(number, bytes): (usize, &[u8])| {
+        let more = u16::from((number + 1) * size < whole.len() - 54);
+        let offset = ((number * size) as u16 | more).to_be_bytes();
+        let header = [58, 0, offset[0], offset[1], 0, 0, 0, 9];
+        let mut frame = [&whole[..54], &header, bytes].concat();
+        let len = (bytes.len() as u16 + 8).to_be_bytes();
+        frame[18..20].copy_from_slice(&len);
+        frame[20] = 44;
+        frame
+    };
+    whole[54..].chunks(size).enumerate().map(piece).collect()
+}
+
+#[test]
+fn a_fragmented_ping_to_the_gateway_comes_back_whole_with_a_right_checksum() {
+    let mut memory = Memory::new(tables(Mode::Routed));
+    let mut message = Vec::new();
+    for piece in pieces(128, 64, 1200) {
+        let outcome = memory.feed(&Input::pod(1, piece.clone()));
+        let [reply] = outcome.sent.as_slice() else { panic!("{outcome:?}") };
+        assert_eq!((reply.port.0, reply.dst(), reply.src()), (1, pod_mac(1), GATEWAY));
+        assert_eq!((&reply.bytes[22..38], &reply.bytes[38..54]), (&GATEWAY6.octets()[..], &pod6(1).octets()[..]));
+        assert_eq!(reply.bytes[54..62], piece[54..62], "the Fragment header is the same");
+        message.extend_from_slice(&reply.bytes[62..]);
+    }
+    assert_eq!((message.len(), message[0]), (3008, 129));
+    let length = (message.len() as u32).to_be_bytes();
+    let pseudo = [&GATEWAY6.octets()[..], &pod6(1).octets(), &length, &[0, 0, 0, 58], &message].concat();
+    assert_eq!(frames::internet_checksum(&pseudo), 0);
+}
+
+#[test]
+fn fragments_of_anything_but_a_ping_are_refused_by_the_gateway() {
+    for (kind, hop_limit) in [(129, 64), (1, 64), (200, 64), (128, 1), (128, 0)] {
+        let first = pieces(kind, hop_limit, 1200).remove(0);
+        refused(&mut Memory::new(tables(Mode::Routed)), &Input::pod(1, first), DropReason::GatewayRefused);
     }
 }

@@ -8,22 +8,34 @@ use weft_encap::mac::Mac;
 use weft_router::tables::Mode;
 use weft_tests::frames::{self, ArpFields, L2, L3};
 use weft_tests::memory::{
-    GATEWAY, GATEWAY4, GATEWAY6, Input, Memory, NODES, Output, PODS, UNDERLAY, VTEP, node_underlay, node_vtep, pod_mac, pod4, pod6, remote_mac,
-    remote4, remote6, tables,
+    GATEWAY, GATEWAY4, GATEWAY6, Input, Memory, NODES, Output, PODS, UNDERLAY, VTEP, node_underlay, node_vtep, pod_mac,
+    pod4, pod6, remote_mac, remote4, remote6, tables,
 };
 
 use crate::reference::{Content, Delivery, MTU, Message, Place, Reference, What};
 
 fn macs() -> Vec<Mac> {
-    let mut macs = vec![GATEWAY, VTEP, node_vtep(0), Mac::BROADCAST, Mac([0x33, 0x33, 0, 0, 0, 1]), Mac([2, 9, 9, 9, 9, 9])];
+    let mut macs =
+        vec![GATEWAY, VTEP, node_vtep(0), Mac::BROADCAST, Mac([0x33, 0x33, 0, 0, 0, 1]), Mac([2, 9, 9, 9, 9, 9])];
     macs.extend((1..=PODS).map(pod_mac));
     macs.extend((0..NODES).flat_map(|node| [remote_mac(node, 1), remote_mac(node, 2)]));
     macs
 }
 
 fn addresses4() -> Vec<Ipv4Addr> {
-    let mut all = vec![GATEWAY4, pod4(99), Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(10, 244, 77, 1), Ipv4Addr::new(127, 0, 0, 1)];
-    all.extend([Ipv4Addr::UNSPECIFIED, Ipv4Addr::BROADCAST, Ipv4Addr::new(224, 0, 0, 251), Ipv4Addr::new(169, 254, 1, 1)]);
+    let mut all = vec![
+        GATEWAY4,
+        pod4(99),
+        Ipv4Addr::new(192, 0, 2, 1),
+        Ipv4Addr::new(10, 244, 77, 1),
+        Ipv4Addr::new(127, 0, 0, 1),
+    ];
+    all.extend([
+        Ipv4Addr::UNSPECIFIED,
+        Ipv4Addr::BROADCAST,
+        Ipv4Addr::new(224, 0, 0, 251),
+        Ipv4Addr::new(169, 254, 1, 1),
+    ]);
     all.extend((1..=PODS).map(pod4));
     all.extend((0..NODES).flat_map(|node| [remote4(node, 1), remote4(node, 2)]));
     all
@@ -83,21 +95,28 @@ fn content(mac: Mac, four: Ipv4Addr, six: Ipv6Addr) -> impl Strategy<Value = Con
 }
 
 fn message() -> impl Strategy<Value = Message> {
-    place().prop_flat_map(|from| {
-        let (mac, four, six) = own(from);
-        let dst = proptest::sample::select(macs());
-        (or(mac, macs()), dst, content(mac, four, six)).prop_map(move |(src, dst, content)| Message { from, src, dst, content })
-    })
-    .prop_filter("a target that no valid message has", |message| match message.content {
-        // RFC 4861, sections 7.1.1 and 7.1.2: such messages are malformed, whoever sends them.
-        Content::Solicit { target, .. } | Content::Advertise { target, .. } => !target.is_multicast(),
-        _ => true,
-    })
-    .prop_filter("what is said over the tunnel in routed mode is said to a MAC", |message| {
-        !(matches!(message.content, Content::Solicit { .. } | Content::Advertise { .. }) && matches!(message.from, Place::Node(_)))
-            || !message.dst.is_multicast()
-            || message.src != Mac::ZERO
-    })
+    place()
+        .prop_flat_map(|from| {
+            let (mac, four, six) = own(from);
+            let dst = proptest::sample::select(macs());
+            (or(mac, macs()), dst, content(mac, four, six)).prop_map(move |(src, dst, content)| Message {
+                from,
+                src,
+                dst,
+                content,
+            })
+        })
+        .prop_filter("a target that no valid message has", |message| match message.content {
+            // RFC 4861, sections 7.1.1 and 7.1.2: such messages are malformed, whoever sends them.
+            Content::Solicit { target, .. } | Content::Advertise { target, .. } => !target.is_multicast(),
+            _ => true,
+        })
+        .prop_filter("what is said over the tunnel in routed mode is said to a MAC", |message| {
+            !(matches!(message.content, Content::Solicit { .. } | Content::Advertise { .. })
+                && matches!(message.from, Place::Node(_)))
+                || !message.dst.is_multicast()
+                || message.src != Mac::ZERO
+        })
 }
 
 fn bytes(message: &Message, number: usize) -> Vec<u8> {
@@ -173,7 +192,10 @@ fn what(frame: &[u8], sent: &[u8]) -> What {
             What::ArpReply(Mac(frame[22..28].try_into().unwrap()))
         }
         (_, Some(22)) => {
-            assert_eq!((frame[23], frames::internet_checksum(&frame[14..34]), frames::internet_checksum(&frame[34..])), (1, 0, 0));
+            assert_eq!(
+                (frame[23], frames::internet_checksum(&frame[14..34]), frames::internet_checksum(&frame[34..])),
+                (1, 0, 0)
+            );
             if frame[34] == 0 { What::EchoReply } else { What::Error(frame[34], frame[35]) }
         }
         (_, Some(21)) => {
@@ -204,7 +226,15 @@ fn run(mode: Mode, messages: &[Message]) -> Result<(), TestCaseError> {
         let outcome = memory.feed(&input(message, &sent));
         let actual: BTreeSet<Delivery> = outcome.sent.iter().map(|output| delivery(output, &sent)).collect();
         let expected = reference.expect(message);
-        prop_assert_eq!(&actual, &expected, "message {} of {:?} mode: {:?}; ended: {:?}", number, mode, message, outcome.ended);
+        prop_assert_eq!(
+            &actual,
+            &expected,
+            "message {} of {:?} mode: {:?}; ended: {:?}",
+            number,
+            mode,
+            message,
+            outcome.ended
+        );
         prop_assert_eq!(outcome.sent.len(), expected.len(), "somebody got it twice");
     }
     Ok(())

@@ -25,12 +25,22 @@ fn second_opinion(bytes: &[u8]) -> Option<(IpAddr, IpAddr, u8, bool, Option<(u16
     let (src, dst, protocol, fragmented) = match packet.net.as_ref()? {
         NetSlice::Ipv4(ip) => {
             let header = ip.header();
-            (header.source_addr().into(), header.destination_addr().into(), header.protocol().0, ip.is_payload_fragmented())
+            (
+                header.source_addr().into(),
+                header.destination_addr().into(),
+                header.protocol().0,
+                ip.is_payload_fragmented(),
+            )
         }
         NetSlice::Ipv6(ip) => {
             let header = ip.header();
             let payload = ip.payload();
-            (header.source_addr().into(), header.destination_addr().into(), payload.ip_number.0, ip.is_payload_fragmented())
+            (
+                header.source_addr().into(),
+                header.destination_addr().into(),
+                payload.ip_number.0,
+                ip.is_payload_fragmented(),
+            )
         }
         NetSlice::Arp(_) => return None,
     };

@@ -83,7 +83,9 @@ impl Message {
         match self.content {
             Content::Udp { src, dst, ttl, size } => Some((src, dst, ttl, size)),
             Content::Ping { src, dst, ttl } => Some((src, dst, ttl, 84)),
-            Content::Solicit { src, dst, .. } | Content::Advertise { src, dst, .. } => Some((src.into(), dst.into(), 255, 72)),
+            Content::Solicit { src, dst, .. } | Content::Advertise { src, dst, .. } => {
+                Some((src.into(), dst.into(), 255, 72))
+            }
             Content::Arp { .. } | Content::Other => None,
         }
     }
@@ -124,9 +126,7 @@ impl Reference {
             return self.flood(message, Some(pod));
         }
         if message.dst == GATEWAY {
-            return route(message, |node| {
-                Some((Place::Node(node), node_vtep(node), VTEP))
-            });
+            return route(message, |node| Some((Place::Node(node), node_vtep(node), VTEP)));
         }
         let deliver = |to: Place| (to, message.dst, message.src, message.same());
         let too_big = |error| tell(message, error);
@@ -163,7 +163,8 @@ impl Reference {
     }
 
     fn bridged_from_node(&mut self, node: u16, message: &Message) -> BTreeSet<Delivery> {
-        let stolen_mac = local_mac(message.src).is_some() || [GATEWAY, VTEP].contains(&message.src) || !message.src.is_unicast();
+        let stolen_mac =
+            local_mac(message.src).is_some() || [GATEWAY, VTEP].contains(&message.src) || !message.src.is_unicast();
         let claimed: Option<IpAddr> = match message.content {
             Content::Arp { spa, .. } => Some(spa.into()),
             Content::Advertise { src, target, .. } if !is_taken(src.into()) => Some(target.into()),
@@ -300,7 +301,8 @@ fn pod_may_say(pod: u16, message: &Message) -> bool {
         }
         Some((IpAddr::V6(src), IpAddr::V6(dst), ..)) => {
             let link = is_link_scope(dst);
-            own6(src) || (link && dst.is_multicast() && src.is_unspecified())
+            own6(src)
+                || (link && dst.is_multicast() && src.is_unspecified())
                 || (link && src.is_unicast_link_local() && !is_taken(src.into()))
         }
         Some(_) => false,
@@ -313,7 +315,9 @@ fn pod_may_say(pod: u16, message: &Message) -> bool {
             Content::Advertise { target, option, .. } => {
                 option == mac && (own6(target) || (target.is_unicast_link_local() && !is_taken(target.into())))
             }
-            Content::Udp { .. } | Content::Ping { .. } | Content::Other => message.is_udp_or_ping() || message.ip().is_none(),
+            Content::Udp { .. } | Content::Ping { .. } | Content::Other => {
+                message.is_udp_or_ping() || message.ip().is_none()
+            }
         }
 }
 
@@ -334,7 +338,8 @@ fn local_mac(mac: Mac) -> Option<u16> {
 }
 
 fn local_address(address: IpAddr) -> Option<u16> {
-    (1..=PODS).find(|pod| [IpAddr::V4(pod4(*pod)), pod6(*pod).into(), pod_mac(*pod).link_local().into()].contains(&address))
+    (1..=PODS)
+        .find(|pod| [IpAddr::V4(pod4(*pod)), pod6(*pod).into(), pod_mac(*pod).link_local().into()].contains(&address))
 }
 
 fn is_local_range(address: IpAddr) -> bool {

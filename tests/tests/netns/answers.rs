@@ -24,10 +24,15 @@ fn the_gateway_answers_pings_and_traceroutes() {
             }
         }
         if mode == "routed" {
-            for (family, to, gateway) in [("-4", IpAddr::V4(far.ipv4), IpAddr::V4(pod.gateway4)), ("-6", far.ipv6.into(), gateway6.into())] {
+            for (family, to, gateway) in
+                [("-4", IpAddr::V4(far.ipv4), IpAddr::V4(pod.gateway4)), ("-6", far.ipv6.into(), gateway6.into())]
+            {
                 let route = pod.netns().exec(&format!("traceroute {family} -n -q 1 -w 2 {to}")).must();
                 assert!(route.contains(&gateway.to_string()), "the gateway is on the way to {to}: {route}");
-                assert!(route.lines().last().is_some_and(|last| last.contains(&to.to_string())), "{to} is the end: {route}");
+                assert!(
+                    route.lines().last().is_some_and(|last| last.contains(&to.to_string())),
+                    "{to} is the end: {route}"
+                );
             }
         }
         let route = pod.netns().exec(&format!("traceroute -n -q 1 -w 2 {}", pod.gateway4)).must();
@@ -128,13 +133,16 @@ fn a_packet_over_the_mtu_is_told_the_mtu_and_never_reaches_the_wire() {
     let l2 = L2 { src: pod.mac(), dst: gateway };
     for (l3, kind, at) in [(L3::new(pod.ipv4, far.ipv4), [3, 4], 34), (L3::new(pod.ipv6, far.ipv6), [2, 0], 54)] {
         let frame = frames::udp(l2, l3, (1000, 9), &[0x42; 2000]);
-        let error = answer(pod, &frame, |frame| frame.len() > 100 && frame.get(at..at + 2) == Some(&kind) && frame[..6] == pod.mac().0);
+        let error = answer(pod, &frame, |frame| {
+            frame.len() > 100 && frame.get(at..at + 2) == Some(&kind) && frame[..6] == pod.mac().0
+        });
         let error = error.unwrap_or_else(|| panic!("nobody told {l3:?}: {:?}", daemon.all_drops()));
         let mtu = u32::from_be_bytes(error[at + 4..at + 8].try_into().unwrap());
         assert_eq!(mtu, 1450, "{l3:?}");
     }
     assert!(daemon.drops("MtuExceeded") >= 2);
-    let oversize = underlay.collect(SHORT).iter().filter(|frame| frame.windows(64).any(|bytes| bytes == [0x42; 64])).count();
+    let oversize =
+        underlay.collect(SHORT).iter().filter(|frame| frame.windows(64).any(|bytes| bytes == [0x42; 64])).count();
     assert_eq!(oversize, 0, "frames of the refused packets were on the wire");
     lab.assert_conserved();
 }

@@ -34,7 +34,10 @@ fn every_version_attaches_checks_and_detaches() {
         let addresses = plugin::addresses(&result);
         assert_eq!((addresses.len(), leases(&node)), (2, addresses.iter().copied().collect()), "{version}");
         for address in &addresses {
-            assert!(pod.ip("address show dev eth0").contains(&address.to_string()), "{version}: {address} is not on the interface");
+            assert!(
+                pod.ip("address show dev eth0").contains(&address.to_string()),
+                "{version}: {address} is not on the interface"
+            );
         }
         assert!(pod.ip("link show dev eth0").contains(&plugin::mac(&result)), "{version}");
         pod.exec("ping -n -c 1 -W 2 10.244.1.1").must();
@@ -136,7 +139,8 @@ fn gc_frees_what_is_not_listed_and_only_that() {
     let cluster = Cluster::new("gc");
     let node = cluster.weft_node(1, "routed", "");
     let pods: Vec<OwnNetns> = (0..3).map(|number| cluster.sandbox(&format!("p{number}"))).collect();
-    let results: Vec<Value> = pods.iter().enumerate().map(|(number, pod)| node.attach(&format!("c{number}"), pod)).collect();
+    let results: Vec<Value> =
+        pods.iter().enumerate().map(|(number, pod)| node.attach(&format!("c{number}"), pod)).collect();
     let other = weft_tests::plugin::Runtime { network: "other".into(), ..node.runtime.clone() };
     let foreign = cluster.sandbox("foreign");
     other.add("c0", &foreign);

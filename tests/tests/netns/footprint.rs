@@ -44,7 +44,9 @@ fn descriptors_and_leases_are_back_to_the_start_after_pods_came_and_went() {
     round();
     let before = node.daemon().descriptors();
     (0..20).for_each(|_| round());
-    weft_tests::command::eventually("descriptors are back", Duration::from_secs(3), || node.daemon().descriptors() <= before);
+    weft_tests::command::eventually("descriptors are back", Duration::from_secs(3), || {
+        node.daemon().descriptors() <= before
+    });
     assert_eq!(node.daemon().leases().len(), 0);
     assert_eq!(node.daemon().ports().iter().filter(|port| port.role == "pod").count(), 0);
 }

@@ -48,8 +48,14 @@ fn a_pod_that_lies_about_itself_is_heard_by_nobody() {
         ra.extend_from_slice(&[200, 3, 0, 0, 0, 0, 0, 0]);
         ra.extend_from_slice(MARK);
         let cases: Vec<(&str, Vec<u8>)> = vec![
-            ("SourceMac", frames::udp(L2 { src: victim.mac(), dst: victim.mac() }, L3::new(liar.ipv4, victim.ipv4), (1, 2), MARK)),
-            ("SourceMac", frames::udp(L2 { src: gateway, dst: victim.mac() }, L3::new(liar.ipv4, victim.ipv4), (1, 2), MARK)),
+            (
+                "SourceMac",
+                frames::udp(L2 { src: victim.mac(), dst: victim.mac() }, L3::new(liar.ipv4, victim.ipv4), (1, 2), MARK),
+            ),
+            (
+                "SourceMac",
+                frames::udp(L2 { src: gateway, dst: victim.mac() }, L3::new(liar.ipv4, victim.ipv4), (1, 2), MARK),
+            ),
             ("SourceIp", frames::udp(own(victim.mac()), L3::new(far.ipv4, victim.ipv4), (1, 2), MARK)),
             ("SourceIp", frames::udp(own(gateway), L3::new(victim.ipv4, far.ipv4), (1, 2), MARK)),
             ("SourceIp", frames::udp(own(gateway), L3::new(victim.ipv6, far.ipv6), (1, 2), MARK)),
@@ -57,8 +63,20 @@ fn a_pod_that_lies_about_itself_is_heard_by_nobody() {
             ("ArpSpoof", arp(claim(victim.ipv4, liar.mac()))),
             ("ArpSpoof", arp(claim(liar.ipv4, victim.mac()))),
             ("NdSpoof", frames::advertisement(own(victim.mac()), liar.ipv6, victim.ipv6, liar.gateway6(), liar.mac())),
-            ("NdSpoof", frames::advertisement(own(Mac([0x33, 0x33, 0, 0, 0, 1])), liar.ipv6, all_nodes, victim.ipv6, liar.mac())),
-            ("RouterMessage", frames::icmp6(own(Mac([0x33, 0x33, 0, 0, 0, 1])), liar.mac().link_local(), all_nodes, 255, &ra)),
+            (
+                "NdSpoof",
+                frames::advertisement(
+                    own(Mac([0x33, 0x33, 0, 0, 0, 1])),
+                    liar.ipv6,
+                    all_nodes,
+                    victim.ipv6,
+                    liar.mac(),
+                ),
+            ),
+            (
+                "RouterMessage",
+                frames::icmp6(own(Mac([0x33, 0x33, 0, 0, 0, 1])), liar.mac().link_local(), all_nodes, 255, &ra),
+            ),
             ("DhcpServer", frames::udp(own(Mac::BROADCAST), L3::new(liar.ipv4, Ipv4Addr::BROADCAST), (67, 68), MARK)),
         ];
         let mut expected: BTreeMap<&str, u64> = BTreeMap::new();
@@ -70,7 +88,11 @@ fn a_pod_that_lies_about_itself_is_heard_by_nobody() {
             *expected.entry(reason).or_default() += 50;
         }
         for listener in &listeners {
-            let heard: Vec<_> = listener.collect(SHORT).into_iter().filter(|frame| carries_mark(frame) || is_advertisement_of(frame, liar.mac())).collect();
+            let heard: Vec<_> = listener
+                .collect(SHORT)
+                .into_iter()
+                .filter(|frame| carries_mark(frame) || is_advertisement_of(frame, liar.mac()))
+                .collect();
             assert!(heard.is_empty(), "{mode}: {} frames were heard, e.g. {:02x?}", heard.len(), heard[0]);
         }
         let drops = daemon.all_drops();
@@ -78,7 +100,11 @@ fn a_pod_that_lies_about_itself_is_heard_by_nobody() {
             let grown = drops.get(reason).unwrap_or(&0) - before.2.get(reason).unwrap_or(&0);
             assert!(grown >= count, "{mode}: {reason} grew by {grown} instead of {count}: {drops:?}");
         }
-        assert_eq!((knowledge(&daemon), knowledge(&lab.daemon(2))), (before.0, before.1), "{mode}: something was learned");
+        assert_eq!(
+            (knowledge(&daemon), knowledge(&lab.daemon(2))),
+            (before.0, before.1),
+            "{mode}: something was learned"
+        );
         liar.netns().exec(&format!("ping -n -c 1 -W 2 {}", far.ipv4)).must();
         lab.assert_conserved();
     }
@@ -183,7 +209,11 @@ fn the_underlay_lets_nothing_in_that_is_not_a_members_own() {
         };
         let good = honest(&a, mode);
         send(member, frames::vxlan(1), &good);
-        assert!(listener.find(SHORT, carries_mark).is_some(), "{mode}: the honest frame was not delivered: {:?}", daemon.all_drops());
+        assert!(
+            listener.find(SHORT, carries_mark).is_some(),
+            "{mode}: the honest frame was not delivered: {:?}",
+            daemon.all_drops()
+        );
         // The pod has nobody at that port and says so, quoting what it got; that is over before it counts.
         listener.collect(SHORT);
         let before = (knowledge(&daemon), daemon.all_drops());
@@ -208,7 +238,8 @@ fn the_underlay_lets_nothing_in_that_is_not_a_members_own() {
                 send(member, frames::vxlan(1), &frames::udp(l2(remote, dst), L3::new(another, a.pod4), (1, 2), MARK));
             } else {
                 for stolen in [a.pod_mac, a.gateway] {
-                    let inner = frames::udp(l2(stolen, dst), L3::new(Ipv4Addr::new(10, 244, 2, 9), a.pod4), (1, 2), MARK);
+                    let inner =
+                        frames::udp(l2(stolen, dst), L3::new(Ipv4Addr::new(10, 244, 2, 9), a.pod4), (1, 2), MARK);
                     send(member, frames::vxlan(1), &inner);
                 }
             }
@@ -227,7 +258,13 @@ fn the_underlay_lets_nothing_in_that_is_not_a_members_own() {
         assert_eq!(knowledge(&daemon), before.0, "{mode}: something was learned");
         let drops = daemon.all_drops();
         let grown = |reason: &str| drops.get(reason).unwrap_or(&0) - before.1.get(reason).unwrap_or(&0);
-        for (reason, least) in [("NotMember", count / 100), ("WrongVni", count / 100), ("TunnelHeader", 40), ("TunnelSource", 2), ("TooShort", 14)] {
+        for (reason, least) in [
+            ("NotMember", count / 100),
+            ("WrongVni", count / 100),
+            ("TunnelHeader", 40),
+            ("TunnelSource", 2),
+            ("TooShort", 14),
+        ] {
             assert!(grown(reason) >= least, "{mode}: {reason} grew by {} only: {drops:?}", grown(reason));
         }
         daemon.assert_conserved();
@@ -240,7 +277,12 @@ fn a_pod_that_speaks_vxlan_to_a_node_is_nobody() {
     let lab = Lab::up("vx", 2, 2, "routed", &[]);
     let (pod, victim) = (lab.pod(1, 1), lab.pod(2, 1));
     let vtep: Mac = lab.daemon(2).status().vtep_mac.parse().unwrap();
-    let inner = frames::udp(L2 { src: Mac([2, 0, 0, 0, 1, 1]), dst: vtep }, L3::new(lab.pod(1, 2).ipv4, victim.ipv4), (1, 2), MARK);
+    let inner = frames::udp(
+        L2 { src: Mac([2, 0, 0, 0, 1, 1]), dst: vtep },
+        L3::new(lab.pod(1, 2).ipv4, victim.ipv4),
+        (1, 2),
+        MARK,
+    );
     let listener = Wire::open(&victim.netns(), &victim.ifname);
     let socket = pod.netns().inside(|| UdpSocket::bind("0.0.0.0:8472").unwrap());
     for node in &lab.nodes {

@@ -49,13 +49,19 @@ fn mixed(suffix: &str, mode: &str) -> Mixed {
     let addresses = ["10.244.2.2", "fd00:10:244:2::2"].map(|address| address.parse().unwrap()).to_vec();
     pods.push((pod, addresses));
     let mixed = Mixed { cluster, nodes, pods, kernel };
-    if mode == "routed" { mixed.flannel() } else { mixed.learning_bridge() }
+    if mode == "routed" {
+        mixed.flannel()
+    } else {
+        mixed.learning_bridge()
+    }
     mixed
 }
 
 impl Mixed {
     fn vxlan(&self, options: &str) {
-        self.kernel.ip(&format!("link add vxlan address {KERNEL_MAC} type vxlan id 1 local 10.200.0.2 dev uplink dstport 8472 {options}"));
+        self.kernel.ip(&format!(
+            "link add vxlan address {KERNEL_MAC} type vxlan id 1 local 10.200.0.2 dev uplink dstport 8472 {options}"
+        ));
         self.kernel.ip("link set vxlan mtu 1450 up");
     }
 
@@ -99,7 +105,11 @@ impl Mixed {
     /// Like machines with network cards that can do nothing.
     fn without_offloads(&self) {
         let machines: Vec<&Netns> = self.nodes.iter().map(|node| &*node.netns).chain([&*self.kernel]).collect();
-        for (machine, device) in machines.iter().map(|machine| (*machine, "uplink")).chain([(&*self.kernel, "pod"), (&*self.pods[2].0, "eth0")]) {
+        for (machine, device) in machines
+            .iter()
+            .map(|machine| (*machine, "uplink"))
+            .chain([(&*self.kernel, "pod"), (&*self.pods[2].0, "eth0")])
+        {
             machine.exec(&format!("ethtool -K {device} {OFFLOADS_OFF}"));
             let features = machine.exec(&format!("ethtool -k {device}")).must();
             assert!(features.contains("tcp-segmentation-offload: off"), "{device}: {features}");
@@ -129,7 +139,9 @@ impl Mixed {
         for node in &self.nodes {
             node.daemon().assert_conserved();
             let drops = node.daemon().all_drops();
-            for reason in ["TunnelSource", "NotMember", "TunnelHeader", "WrongVni", "BadIpv4Checksum", "Malformed", "BadOffload"] {
+            for reason in
+                ["TunnelSource", "NotMember", "TunnelHeader", "WrongVni", "BadIpv4Checksum", "Malformed", "BadOffload"]
+            {
                 assert_eq!(drops.get(reason).unwrap_or(&0), &0, "{reason} on n{}: {drops:?}", node.number);
             }
         }
@@ -138,7 +150,9 @@ impl Mixed {
 
 /// Frames with a wrong checksum that a namespace's own stack has refused.
 fn checksum_errors(netns: &Netns) -> u64 {
-    let report = netns.exec("nstat -az -j TcpInCsumErrors UdpInCsumErrors Udp6InCsumErrors Icmp6InCsumErrors IcmpInCsumErrors").must();
+    let report = netns
+        .exec("nstat -az -j TcpInCsumErrors UdpInCsumErrors Udp6InCsumErrors Icmp6InCsumErrors IcmpInCsumErrors")
+        .must();
     let report: Value = serde_json::from_str(&report).expect("nstat -j prints JSON");
     report["kernel"].as_object().expect("counters").values().filter_map(Value::as_u64).sum()
 }
@@ -206,7 +220,10 @@ fn a_wrong_checksum_is_refused_by_the_receiver_and_never_repaired_on_the_way() {
                 for _ in 0..10 {
                     assert!(wire.send(&frame));
                 }
-                assert!(listener.recv(&mut buffer).is_err(), "{mode}: a damaged datagram from {src} was delivered to {dst}");
+                assert!(
+                    listener.recv(&mut buffer).is_err(),
+                    "{mode}: a damaged datagram from {src} was delivered to {dst}"
+                );
                 assert_eq!(checksum_errors(to) - before, 10, "{mode}: {src} to {dst}");
             }
         }

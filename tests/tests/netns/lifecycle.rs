@@ -28,7 +28,8 @@ fn a_deleted_pod_is_noticed_and_cleaned_and_the_others_go_on() {
         port(gone.ipv4.into()).is_none_or(|port| port.state != "up")
     });
     // The namespace itself has really gone: nobody, the daemon least of all, still holds it.
-    let held = shell(&format!("find /proc/[0-9]*/fd /proc/[0-9]*/ns -lname 'net:\\[{}\\]' 2>/dev/null | head -3", identity.1));
+    let held =
+        shell(&format!("find /proc/[0-9]*/fd /proc/[0-9]*/ns -lname 'net:\\[{}\\]' 2>/dev/null | head -3", identity.1));
     eventually("nobody holds the namespace", Duration::from_secs(2), || run_again(&held).trim().is_empty());
     let before = daemon.cpu_time();
     std::thread::sleep(Duration::from_secs(2));
@@ -93,7 +94,8 @@ fn a_reload_loses_nothing_and_a_bad_one_changes_nothing() {
         let other = if round % 2 == 0 { peer(9, None) } else { String::new() };
         n1.reload(&with(&other)).unwrap_or_else(|error| panic!("a good configuration is refused: {error}"));
         assert_eq!(n1.daemon().status().peers, 1 + usize::from(round % 2 == 0));
-        let error = n1.reload(&with("[[peers]]\nname = \"n3\"\nunderlay = \"10.200.0.300\"\n")).unwrap_err().to_string();
+        let error =
+            n1.reload(&with("[[peers]]\nname = \"n3\"\nunderlay = \"10.200.0.300\"\n")).unwrap_err().to_string();
         assert!(error.contains("underlay") && error.contains("line"), "the error names line and key: {error}");
         assert_eq!(n1.daemon().status().peers, 1 + usize::from(round % 2 == 0), "the old one stays in force");
         std::thread::sleep(Duration::from_millis(100));

@@ -28,7 +28,12 @@ fn tcp_and_udp_run_both_ways_on_one_node_and_across_nodes() {
         let lab = Lab::up("i", 2, 2, mode, &[]);
         both_ways(lab.pod(1, 1), lab.pod(1, 2));
         both_ways(lab.pod(1, 1), lab.pod(2, 1));
-        let parallel = traffic::iperf3(&lab.pod(1, 1).netns(), &lab.pod(2, 2).netns(), lab.pod(2, 2).ipv4.into(), "-C cubic -P 8 -t 2 --bidir");
+        let parallel = traffic::iperf3(
+            &lab.pod(1, 1).netns(),
+            &lab.pod(2, 2).netns(),
+            lab.pod(2, 2).ipv4.into(),
+            "-C cubic -P 8 -t 2 --bidir",
+        );
         assert!(parallel > ALIVE);
         lab.assert_conserved();
     }
