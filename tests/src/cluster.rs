@@ -4,7 +4,7 @@
 //! started again.
 
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -112,7 +112,7 @@ pub fn peer(number: u8, vtep_mac: Option<&str>) -> String {
     )
 }
 
-fn start(netns: &OwnNetns, config: &PathBuf, log: &PathBuf) -> Background {
+fn start(netns: &OwnNetns, config: &Path, log: &Path) -> Background {
     // `exec` all the way, so that the process id is weftd's.
     let script = format!(
         "exec ip netns exec {} {} --config {} >>{} 2>&1",

@@ -33,7 +33,7 @@ impl Hostile {
     }
 
     /// The next frame.
-    pub fn next(&mut self) -> Input {
+    pub fn frame(&mut self) -> Input {
         let random = &mut self.random;
         if random.once_in(20) {
             return noise(random);

@@ -31,7 +31,7 @@ fn cached_is_slow_path(mode: Mode, seed: u64) {
         let input = match recent.len() {
             // Most frames come again while their flow is remembered, some of them changed since.
             64.. if !random.once_in(3) => recent[random.below(64)].clone(),
-            _ => hostile.next(),
+            _ => hostile.frame(),
         };
         let now = weft_router::Instant(cached.now.0 + 20_000_000);
         (cached.now, slow.now) = (now, now);
@@ -74,7 +74,7 @@ fn what_a_pod_sends_as_itself_is_all_that_leaves_in_its_name() {
         let mut memory = Memory::new(tables(mode));
         let mut hostile = Hostile::new(0x5eed_0003);
         for _ in 0..count() / 10 {
-            let input = hostile.next();
+            let input = hostile.frame();
             memory.now = weft_router::Instant(memory.now.0 + 20_000_000);
             let outcome = memory.feed(&input);
             let Some(pod) = Some(input.port.0).filter(|port| (1..=PODS).contains(port)) else { continue };
@@ -411,7 +411,7 @@ fn the_gateways_mac_never_crosses_the_tunnel_in_bridged_mode() {
     let mut memory = Memory::new(tables(Mode::Bridged));
     let mut hostile = Hostile::new(0x5eed_0004);
     for _ in 0..count() / 10 {
-        let input = hostile.next();
+        let input = hostile.frame();
         memory.now = weft_router::Instant(memory.now.0 + 20_000_000);
         for output in memory.feed(&input).sent.iter().filter(|output| output.port == UNDERLAY) {
             assert_ne!(output.src(), GATEWAY, "{input:?}");

@@ -1,5 +1,8 @@
 //! The core without root: hostile frames, a model, and another parser's opinion.
 
+// All of this is test code, its helpers included.
+#![allow(clippy::unwrap_used)]
+
 mod hostile;
 mod model;
 mod oracle;

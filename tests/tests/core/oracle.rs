@@ -70,7 +70,7 @@ fn what_was_accepted_is_read_alike_by_another_parser() {
     let mut hostile = Hostile::new(0x5eed_0005);
     let mut compared = 0;
     for _ in 0..300_000 {
-        let input = hostile.next();
+        let input = hostile.frame();
         let bytes = if input.outer.is_some() { input.bytes.get(8..).unwrap_or_default() } else { &input.bytes };
         let Some((packet, accepted)) = read(bytes, &pool) else { continue };
         if let Network::Ip(ip) = packet.network {
@@ -89,12 +89,12 @@ fn every_frame_that_another_library_builds_is_accepted_and_read_as_it_was_built(
     for _ in 0..20_000 {
         let l3 = if random.once_in(2) { L3::new(pod4(1), pod4(2)) } else { L3::new(pod6(1), pod6(2)) };
         let l3 = l3.ttl(random.byte());
-        let ports = (random.next() as u16, random.next() as u16);
+        let ports = (random.number() as u16, random.number() as u16);
         let len = random.below(3000);
         let payload = random.bytes(len);
         let (frame, with_ports) = match random.below(3) {
             0 => (frames::udp(l2, l3, ports, &payload), true),
-            1 => (frames::tcp(l2, l3, ports, random.next() as u32, &payload), true),
+            1 => (frames::tcp(l2, l3, ports, random.number() as u32, &payload), true),
             _ => (frames::ping(l2, l3, ports.0, ports.1, &payload), false),
         };
         let (packet, accepted) = read(&frame, &pool).expect("it is well-formed");

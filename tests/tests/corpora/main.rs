@@ -1,6 +1,7 @@
 //! Replays the corpora of the fuzz targets, without a fuzzer: what was found once stays found.
 
-#![allow(dead_code)]
+// Modules of other programs, of which not all is used here; and all of this is test code, its helpers included.
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
 

@@ -2,6 +2,9 @@
 //!
 //! The tests take turns, over the whole machine, whatever `--test-threads` says (see [`weft_tests::machine::turn`]).
 
+// All of this is test code, its helpers included.
+#![allow(clippy::unwrap_used)]
+
 mod answers;
 mod bridged;
 mod cni;
