@@ -13,20 +13,12 @@ use std::time::Duration;
 
 use weft_encap::mac::Mac;
 
+use crate::path::Learned;
 use crate::tables::{ExactMap, NodeId};
 use crate::time::Instant;
 
 /// How many entries are compared when one must go.
 const CANDIDATES: usize = 8;
-
-/// A look-up in the FDB that can be checked again later.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub struct Learned {
-    /// Where the MAC is.
-    pub node: NodeId,
-    slot: u32,
-    generation: u32,
-}
 
 /// One learned MAC, for people.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]

@@ -14,9 +14,8 @@ use std::time::Duration;
 use foldhash::fast::FixedState;
 use weft_encap::mac::Mac;
 
-use crate::bridge::Learned;
 use crate::flow::FlowKey;
-use crate::path::{Path, Sender};
+use crate::path::{Sender, Verdict};
 use crate::time::Instant;
 
 /// Entries of a bucket.
@@ -24,21 +23,6 @@ pub const WAYS: usize = 8;
 
 /// How long a flow without frames is still shown to people.
 const RECENT: Duration = Duration::from_secs(120);
-
-/// What is remembered of a flow's first packet.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub struct Verdict {
-    /// Who sent it.
-    pub sender: Sender,
-    /// To which MAC it was addressed.
-    pub addressed_to: Mac,
-    /// Where it went.
-    pub path: Path,
-    /// The learned MAC that this rests on, if it does.
-    pub learned: Option<Learned>,
-    /// Epoch of the tables by which it was decided.
-    pub epoch: u64,
-}
 
 /// One flow, for people.
 #[derive(Copy, Clone, Debug)]

@@ -6,16 +6,16 @@
 
 use weft_encap::mac::Mac;
 
-use crate::bridge::{Fdb, FdbEntry, Learned};
+use crate::bridge::{Fdb, FdbEntry};
 use crate::budget::Budgets;
-use crate::conntrack::{ConnTrack, FlowEntry, Found, Verdict};
+use crate::conntrack::{ConnTrack, FlowEntry, Found};
 use crate::control::RouterConfig;
 use crate::drop_reason::DropReason;
 use crate::flow::FlowKey;
 use crate::frame::Frame;
 use crate::gateway::Stack;
 use crate::packet::{Ip, Packet};
-use crate::path::{Commit, FlowCommit, Hop, Macs, Path, Reply, Rewrite, Sender};
+use crate::path::{Commit, FlowCommit, Hop, Learned, Macs, Path, Reply, Rewrite, Sender, Verdict};
 use crate::policy::Known;
 use crate::pool::Pool;
 use crate::port::{Outbox, PortId};

@@ -7,7 +7,6 @@ use std::net::Ipv6Addr;
 
 use weft_encap::mac::Mac;
 
-use crate::conntrack::Verdict;
 use crate::flow::FlowKey;
 use crate::port::PortId;
 use crate::tables::NodeId;
@@ -102,6 +101,32 @@ pub struct Commit {
     pub copies: u32,
     /// What becomes of the flow cache.
     pub flow: FlowCommit,
+}
+
+/// A look-up in the FDB that can be checked again later.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Learned {
+    /// Where the MAC is.
+    pub node: NodeId,
+    /// Its place in the FDB.
+    pub(crate) slot: u32,
+    /// How often that place had changed hands.
+    pub(crate) generation: u32,
+}
+
+/// What is remembered of a flow's first packet.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// Who sent it.
+    pub sender: Sender,
+    /// To which MAC it was addressed.
+    pub addressed_to: Mac,
+    /// Where it went.
+    pub path: Path,
+    /// The learned MAC that this rests on, if it does.
+    pub learned: Option<Learned>,
+    /// Epoch of the tables by which it was decided.
+    pub epoch: u64,
 }
 
 /// What becomes of the flow cache.
