@@ -111,12 +111,6 @@ fn message() -> impl Strategy<Value = Message> {
             Content::Solicit { target, .. } | Content::Advertise { target, .. } => !target.is_multicast(),
             _ => true,
         })
-        .prop_filter("what is said over the tunnel in routed mode is said to a MAC", |message| {
-            !(matches!(message.content, Content::Solicit { .. } | Content::Advertise { .. })
-                && matches!(message.from, Place::Node(_)))
-                || !message.dst.is_multicast()
-                || message.src != Mac::ZERO
-        })
 }
 
 fn bytes(message: &Message, number: usize) -> Vec<u8> {

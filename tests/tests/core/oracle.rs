@@ -19,8 +19,11 @@ fn read(bytes: &[u8], pool: &Pool) -> Option<(Packet, Vec<u8>)> {
     Some((packet, frame.to_vec()))
 }
 
+/// Source, destination, protocol, whether it is a fragment, ports.
+type Opinion = (IpAddr, IpAddr, u8, bool, Option<(u16, u16)>);
+
 /// `None` if `etherparse` cannot read the frame.
-fn second_opinion(bytes: &[u8]) -> Option<(IpAddr, IpAddr, u8, bool, Option<(u16, u16)>)> {
+fn second_opinion(bytes: &[u8]) -> Option<Opinion> {
     let packet = SlicedPacket::from_ethernet(bytes).ok()?;
     let (src, dst, protocol, fragmented) = match packet.net.as_ref()? {
         NetSlice::Ipv4(ip) => {

@@ -109,13 +109,13 @@ impl Reference {
     pub fn expect(&mut self, message: &Message) -> BTreeSet<Delivery> {
         match message.from {
             Place::Stranger => BTreeSet::new(),
-            Place::Pod(pod) => self.from_pod(pod, message),
+            Place::Pod(pod) => self.pod_sends(pod, message),
             Place::Node(node) if self.mode == Mode::Routed => routed_from_node(node, message),
-            Place::Node(node) => self.bridged_from_node(node, message),
+            Place::Node(node) => self.node_sends(node, message),
         }
     }
 
-    fn from_pod(&self, pod: u16, message: &Message) -> BTreeSet<Delivery> {
+    fn pod_sends(&self, pod: u16, message: &Message) -> BTreeSet<Delivery> {
         if !pod_may_say(pod, message) {
             return BTreeSet::new();
         }
@@ -162,7 +162,7 @@ impl Reference {
         pods.chain((0..NODES).filter(|_| over_tunnel).map(|node| deliver(Place::Node(node)))).collect()
     }
 
-    fn bridged_from_node(&mut self, node: u16, message: &Message) -> BTreeSet<Delivery> {
+    fn node_sends(&mut self, node: u16, message: &Message) -> BTreeSet<Delivery> {
         let stolen_mac =
             local_mac(message.src).is_some() || [GATEWAY, VTEP].contains(&message.src) || !message.src.is_unicast();
         let claimed: Option<IpAddr> = match message.content {
