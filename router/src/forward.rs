@@ -175,16 +175,13 @@ impl Forwarder {
         if is_link_control(packet.dst) {
             return Err(DropReason::NotForwardable);
         }
-        if let Sender::Node(_) = packet.sender
-            && let Some(pod) = neigh::asked(packet, &tables.neighbours)
-        {
-            return Ok((Path::unchanged(Hop::Port(pod.port)), 1));
-        }
         let hop = match (tables.mode, packet.sender) {
             (Mode::Routed, Sender::Node(_)) => return Err(DropReason::UnsupportedType),
-            (Mode::Routed, Sender::Pod(_)) | (Mode::Bridged, Sender::Node(_)) => {
-                Hop::Flood { ports: true, nodes: false }
-            }
+            (Mode::Bridged, Sender::Node(_)) => match neigh::asked(packet, &tables.neighbours) {
+                Some(pod) => return Ok((Path::unchanged(Hop::Port(pod.port)), 1)),
+                None => Hop::Flood { ports: true, nodes: false },
+            },
+            (Mode::Routed, Sender::Pod(_)) => Hop::Flood { ports: true, nodes: false },
             (Mode::Bridged, Sender::Pod(_)) => Hop::Flood { ports: true, nodes: true },
         };
         let copies = receivers(hop, packet, tables);
