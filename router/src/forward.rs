@@ -91,27 +91,25 @@ impl Forwarder {
         }
 
         // 4. Known flow: take the path that its first packet was given, if the tables and the MAC still hold.
-        let Some(ip) = packet.ip() else {
-            let (hop, rewrite, _) = self.find_hop(packet, None, &addressed_to, tables, now)?;
-            return Ok((Path { hop, rewrite, entropy: 0 }, remember(0, FlowCommit::None)));
-        };
-        let flow = FlowKey::of(ip);
-        let hash = self.conntrack.hash(&flow);
-        if let Found::Hit(slot, verdict) = self.conntrack.find(&flow, hash, packet.sender, packet.dst, tables.epoch)
+        let flow = packet.ip().map(FlowKey::of);
+        let hash = flow.map_or(0, |flow| self.conntrack.hash(&flow));
+        if let Some(flow) = &flow
+            && let Found::Hit(slot, verdict) = self.conntrack.find(flow, hash, packet.sender, packet.dst, tables.epoch)
             && verdict.learned.is_none_or(|learned| self.fdb.holds(&learned, now))
         {
             return Ok((verdict.path, remember(0, FlowCommit::Seen(slot))));
         }
 
-        // 5. First packet: find the hop, by the FDB if it is addressed to a MAC of its segment, by the routes if to the router.
-        let (hop, rewrite, learned) = self.find_hop(packet, Some(ip), &addressed_to, tables, now)?;
+        // 5. First packet, or not IP and hence no flow: find the hop, by the FDB if it is addressed to a MAC of its segment, by the
+        //    routes if to the router.
+        let (hop, rewrite, learned) = self.find_hop(packet, &addressed_to, tables, now)?;
         let path = Path { hop, rewrite, entropy: (hash >> 48) as u16 };
         if let Hop::Flood { .. } = hop {
             self.within_budget(packet, tables, now)?;
             return Ok((path, remember(receivers(hop, packet, tables), FlowCommit::None)));
         }
         let verdict = Verdict { sender: packet.sender, addressed_to: packet.dst, path, learned, epoch: tables.epoch };
-        Ok((path, remember(0, FlowCommit::Open(flow, verdict))))
+        Ok((path, remember(0, flow.map_or(FlowCommit::None, |flow| FlowCommit::Open(flow, verdict)))))
     }
 
     /// Remembers what a decision rested on and what it opened.
@@ -201,15 +199,8 @@ impl Forwarder {
         if self.flood_budget.allows(port, now) { Ok(()) } else { Err(DropReason::FloodBudget) }
     }
 
-    fn find_hop(
-        &self,
-        packet: &Packet,
-        ip: Option<&Ip>,
-        to: &AddressedTo,
-        tables: &Tables,
-        now: Instant,
-    ) -> Result<Way, DropReason> {
-        match (to, ip) {
+    fn find_hop(&self, packet: &Packet, to: &AddressedTo, tables: &Tables, now: Instant) -> Result<Way, DropReason> {
+        match (to, packet.ip()) {
             (AddressedTo::Neighbour(mac), _) => self.bridge_to(*mac, packet, tables, now),
             (AddressedTo::Router, Some(ip)) => route_to(ip, packet, tables),
             (AddressedTo::Router | AddressedTo::Group, _) => Err(DropReason::NotIp),

@@ -721,6 +721,16 @@ fn floods_stay_within_the_budget_and_spare_other_ports() {
 }
 
 #[test]
+fn frames_to_unknown_macs_are_floods_whatever_they_carry() {
+    let mut bed = Bed::new(Mode::Bridged, 1);
+    let mut strange = EthHeader::new(REMOTE_MAC, pod_mac(1), 0x88b5).as_bytes().to_vec();
+    strange.extend_from_slice(&[0; 46]);
+    let copies: usize = (0..20_000).map(|_| bed.pod_sends(1, &strange).len()).sum();
+    assert_eq!(copies, RouterConfig::default().flood_rate as usize);
+    bed.assert_only(1, DropReason::FloodBudget, 20_000 - copies as u64);
+}
+
+#[test]
 fn a_port_without_policy_forwards_nothing() {
     let mut bed = Bed::new(Mode::Routed, 2);
     let sent = udp4(pod_mac(1), pod_mac(2), pod_v4(1), pod_v4(2), 64, 20);
