@@ -10,11 +10,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use anyhow::Context;
+use rustix::rand::GetRandomFlags;
 use weft_api::{AttachmentKey, Counters, Failure, code};
 use weft_ipam::Store;
 use weft_router::port::udp::Underlay;
 use weft_router::stats::PortStats;
-use weft_router::{Device, PortId, Router};
+use weft_router::{Device, PortId, Router, RouterConfig};
 
 use crate::attach::pod::Interface;
 use crate::attach::turn::Turns;
@@ -43,6 +44,8 @@ pub struct Node {
     /// One request at a time for each attachment.
     pub turns: Turns,
     log_level: LogLevel,
+    /// Held over a whole reload, so that the file that was read last is the one in force.
+    reloading: Mutex<()>,
     state: Mutex<State>,
 }
 
@@ -112,7 +115,8 @@ impl Node {
         })?;
         let desired = DesiredState::new(Arc::new(config));
         let epoch = 1;
-        let router = Router::start(desired.config.limits.into(), compile(&desired, epoch))
+        let sizes = RouterConfig { seed: random_seed()?, ..desired.config.limits.into() };
+        let router = Router::start(sizes, compile(&desired, epoch))
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
         router.add_port(UNDERLAY, Device::Underlay(underlay)).context("the data plane cannot use the underlay")?;
         let state = State {
@@ -123,8 +127,15 @@ impl Node {
             leaving: Vec::new(),
             epoch,
         };
-        let turns = Turns::default();
-        Ok(Node { config_path, started: Instant::now(), router, turns, log_level, state: Mutex::new(state) })
+        Ok(Node {
+            config_path,
+            started: Instant::now(),
+            router,
+            turns: Turns::default(),
+            log_level,
+            reloading: Mutex::default(),
+            state: Mutex::new(state),
+        })
     }
 
     /// What requests change. Never hold it while working on devices or inside namespaces.
@@ -198,6 +209,7 @@ impl Node {
             tracing::error!("{msg}; the old configuration stays in force");
             Err(Failure { code: code::CONFIG, msg, details: details.into() })
         };
+        let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
         let config = match read_config(&self.config_path) {
             Ok(config) => config,
             Err(error) => return refuse(format!("{error:#}"), "the old configuration stays in force"),
@@ -235,6 +247,15 @@ impl Node {
     }
 }
 
+/// What keeps outsiders from choosing buckets and sequence numbers: unknown to them, and another one after each start.
+fn random_seed() -> anyhow::Result<u64> {
+    let mut bytes = [0; 8];
+    let filled = rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty());
+    // Requests of up to 256 bytes are answered whole (getrandom(2)).
+    anyhow::ensure!(filled.context("the kernel gives no random numbers")? == bytes.len(), "too few random numbers");
+    Ok(u64::from_ne_bytes(bytes))
+}
+
 /// A port's counters as the API has them.
 pub fn counters(stats: &PortStats) -> Counters {
     Counters {
@@ -257,4 +278,15 @@ pub fn add(sum: &mut Counters, more: &Counters) {
     sum.sent_bytes += more.sent_bytes;
     sum.dropped += more.dropped;
     sum.merged += more.merged;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_starts_have_the_same_seed() {
+        let [first, second] = [random_seed().unwrap(), random_seed().unwrap()];
+        assert!(first != second && first != 0, "{first:#x} {second:#x}");
+    }
 }

@@ -1,17 +1,24 @@
 //! The unix socket: who may see it, and whose it is.
 //!
-//! It is made with mode 0600, in a folder that is made with mode 0700 if it is not there. A file that a dead daemon
+//! It is made with mode 0600 (set on the socket before it gets its name, so that it never has another; the process's
+//! umask would be everybody's), in a folder that is made with mode 0700 if it is not there. A file that a dead daemon
 //! left is replaced; a living one is an error, and so is any file that is no socket.
 
 use std::fs::{self, DirBuilder};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener as Unwatched, UnixStream};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use rustix::fs::Mode;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::net::UnixListener;
+
+/// Clients that the kernel keeps waiting until they are accepted.
+const BACKLOG: i32 = 128;
 
 /// The listening socket; its file goes when this is dropped.
 #[derive(Debug)]
@@ -23,7 +30,7 @@ pub struct Bound {
 }
 
 impl Bound {
-    /// Listens at `path`. To be called before threads that make files: it sets the process's umask for a moment.
+    /// Listens at `path`. To be called inside a tokio runtime.
     ///
     /// # Errors
     /// What is in the way, and what to do.
@@ -36,11 +43,8 @@ impl Bound {
                 .with_context(|| format!("cannot make the socket's folder {}", folder.display()))?;
         }
         make_room(path)?;
-        let before = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
-        let listener = UnixListener::bind(path);
-        rustix::process::umask(before);
-        let listener = listener.with_context(|| format!("cannot listen at {}", path.display()))?;
-        let stat = fs::metadata(path).with_context(|| format!("{} vanished", path.display()))?;
+        let listener = listen(path).with_context(|| format!("cannot listen at {}", path.display()))?;
+        let stat = fs::symlink_metadata(path).with_context(|| format!("{} vanished", path.display()))?;
         Ok(Bound { listener, path: path.to_owned(), file: (stat.dev(), stat.ino()) })
     }
 
@@ -68,13 +72,36 @@ fn make_room(path: &Path) -> anyhow::Result<()> {
     if !stat.file_type().is_socket() {
         bail!("{} is there and is no socket: move it away, or configure another socket", path.display());
     }
-    match UnixStream::connect(path) {
-        Ok(_) => bail!("another weftd listens at {}: stop it, or configure another socket", path.display()),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+    match knock(path) {
+        // EAGAIN: someone listens, but is stopped or so busy that the backlog is full.
+        Ok(()) | Err(Errno::AGAIN) => {
+            bail!("another weftd listens at {}: stop it, or configure another socket", path.display())
+        }
+        Err(Errno::CONNREFUSED) => {
             fs::remove_file(path).with_context(|| format!("cannot remove the stale socket {}", path.display()))
         }
         Err(error) => Err(error).with_context(|| format!("cannot tell whose socket {} is", path.display())),
     }
+}
+
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let socket = unconnected()?;
+    // The file takes its mode from the socket's inode, see unix_bind_bsd in
+    // https://github.com/torvalds/linux/blob/v6.12/net/unix/af_unix.c
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    UnixListener::from_std(Unwatched::from(socket))
+}
+
+/// Whether someone listens at `path`, without waiting for them.
+fn knock(path: &Path) -> rustix::io::Result<()> {
+    rustix::net::connect(&unconnected()?, &SocketAddrUnix::new(path)?)
+}
+
+fn unconnected() -> rustix::io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
 #[cfg(test)]
@@ -106,5 +133,19 @@ mod tests {
         drop(bound);
         assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
         assert!(Bound::new(&path).unwrap_err().to_string().contains("is no socket"));
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_is_stopped_with_a_full_backlog_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weftd.sock");
+        let stopped = unconnected().unwrap();
+        rustix::net::bind(&stopped, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&stopped, 0).unwrap();
+        let waiting = UnixStream::connect(&path).unwrap();
+        assert_eq!(knock(&path), Err(Errno::AGAIN));
+        let error = Bound::new(&path).unwrap_err();
+        assert!(error.to_string().starts_with("another weftd listens at"), "{error}");
+        drop(waiting);
     }
 }
