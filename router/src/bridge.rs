@@ -94,6 +94,9 @@ impl Fdb {
 
     /// Forgets what was not seen for too long. Returns when to call again; `None` if nothing is left to age.
     pub fn age(&mut self, now: Instant) -> Option<Instant> {
+        if self.index.is_empty() {
+            return None;
+        }
         let mut next = None;
         for (number, slot) in self.slots.iter_mut().enumerate() {
             let Some(entry) = slot.entry else { continue };

@@ -77,7 +77,7 @@ reasons! {
 
     // On the way.
     TtlExceeded = "TTL or hop limit reached zero",
-    MtuExceeded = "the packet is larger than the path's MTU and must not be fragmented",
+    MtuExceeded = "the packet is larger than the path's MTU; its sender is told, and nothing is fragmented here",
     FloodBudget = "the port has used up its budget of broadcast and multicast copies",
 
     // Leaving.

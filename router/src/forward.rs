@@ -123,7 +123,9 @@ impl Forwarder {
             self.fdb.learn(mac, node, now);
         }
         if commit.copies > 0 {
-            self.flood_budget.charge(frame.ingress(), commit.copies, now);
+            // A superframe costs what it stands for.
+            let segments = frame.offload.gso.map_or(1, |gso| frame.len().div_ceil(gso.size.into()) as u32);
+            self.flood_budget.charge(frame.ingress(), commit.copies.saturating_mul(segments), now);
         }
         match commit.flow {
             FlowCommit::None => {}
@@ -154,7 +156,9 @@ impl Forwarder {
         out: &mut Outbox,
     ) {
         let ingress = frame.ingress();
-        if icmp::is_due(reason, packet) && self.icmp_budget.allows(ingress, round.now) {
+        // In bridged mode each node has the same gateway, and believes nobody who speaks as its own: other nodes are told nothing.
+        let heard = matches!(packet.sender, Sender::Pod(_)) || round.tables.mode == Mode::Routed;
+        if heard && icmp::is_due(reason, packet) && self.icmp_budget.allows(ingress, round.now) {
             let gateway = &round.tables.gateway;
             let (hop, macs) = back(packet, round.tables);
             if let Some(error) = icmp::error(reason, packet, &frame, mtu, gateway, macs, round.pool) {
@@ -176,7 +180,7 @@ impl Forwarder {
         let hop = match (tables.mode, packet.sender) {
             (Mode::Routed, Sender::Node(_)) => return Err(DropReason::UnsupportedType),
             (Mode::Bridged, Sender::Node(_)) => match neigh::asked(packet, &tables.neighbours) {
-                Some(pod) => return Ok((Path::unchanged(Hop::Port(pod.port)), 1)),
+                Some(pod) => return Ok((Path::unchanged(Hop::Port(pod.port)), 0)),
                 None => Hop::Flood { ports: true, nodes: false },
             },
             (Mode::Routed, Sender::Pod(_)) => Hop::Flood { ports: true, nodes: false },
@@ -308,11 +312,19 @@ impl Forwarder {
         let tables = round.tables;
         let (hop, macs) = back(packet, tables);
         let ingress = frame.ingress();
+        // Whatever is not a ping is answered by an error, if at all.
+        let is_ping = packet.ip().is_some_and(Ip::is_ping);
+        if !is_ping && !self.icmp_budget.allows(ingress, round.now) {
+            return self.stats.drop(frame, DropReason::GatewayRefused);
+        }
         let answers = match self.gateway.serve(&frame, &tables.gateway, tables.tunnel_mtu, round.now) {
             Ok(answers) => answers,
             Err(reason) => return self.stats.drop(frame, reason),
         };
         let mut made = arrayvec::ArrayVec::<Option<Frame>, { crate::gateway::REPLIES }>::new();
+        if !is_ping {
+            self.icmp_budget.charge(ingress, answers.len() as u32, round.now);
+        }
         for answer in answers {
             made.push(icmp::wrap(answer, macs, ingress, round.pool));
         }
@@ -379,7 +391,8 @@ fn open(frame: &mut Frame, tables: &Tables) -> Result<Packet, DropReason> {
 }
 
 fn check_source(packet: &Packet, tables: &Tables) -> Result<Option<(Mac, NodeId)>, DropReason> {
-    let known = Known { gateway: &tables.gateway, neighbours: &tables.neighbours };
+    let Tables { gateway, neighbours, macs, vtep_mac, .. } = tables;
+    let known = Known { gateway, neighbours, macs, vtep_mac: *vtep_mac };
     match packet.sender {
         Sender::Pod(port) => {
             let Some(Role::Pod(pod)) = tables.role(port) else { return Err(DropReason::PortClosed) };
@@ -388,14 +401,10 @@ fn check_source(packet: &Packet, tables: &Tables) -> Result<Option<(Mac, NodeId)
         }
         Sender::Node(id) => {
             let node = tables.node(id).ok_or(DropReason::NotMember)?;
-            policy::check_node(node, tables.mode, packet, known, is_static(packet.src, tables))?;
+            policy::check_node(node, tables.mode, packet, known)?;
             Ok((tables.mode == Mode::Bridged).then_some((packet.src, id)))
         }
     }
-}
-
-fn is_static(mac: Mac, tables: &Tables) -> bool {
-    mac == tables.gateway.mac || mac == tables.vtep_mac || tables.macs.contains_key(&mac)
 }
 
 fn addressed_to(packet: &Packet, tables: &Tables) -> Result<AddressedTo, DropReason> {

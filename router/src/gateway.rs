@@ -27,17 +27,17 @@ pub struct Stack {
     interface: Interface,
     sockets: SocketSet<'static>,
     wire: Wire,
-    addresses: Option<Gateway>,
+    seed: u64,
+    /// The addresses and the MTU that the interface was made for.
+    made_for: Option<(Gateway, u32)>,
 }
 
 impl Stack {
     /// A stack without addresses; it gets them from the tables.
     pub fn new(seed: u64) -> Stack {
         let mut wire = Wire { mtu: 1450, ..Wire::default() };
-        let mut config = Config::new(HardwareAddress::Ip);
-        config.random_seed = seed;
-        let interface = Interface::new(config, &mut wire, SmolInstant::ZERO);
-        Stack { interface, sockets: SocketSet::new(Vec::new()), wire, addresses: None }
+        let interface = interface(&mut wire, seed);
+        Stack { interface, sockets: SocketSet::new(Vec::new()), wire, seed, made_for: None }
     }
 
     /// Gives the stack one frame that holds an IP packet for the gateway, and returns the IP packets that it sends in return,
@@ -74,11 +74,13 @@ impl Stack {
     }
 
     fn configure(&mut self, gateway: &Gateway, mtu: u32) {
-        self.wire.mtu = mtu as usize;
-        if self.addresses == Some(*gateway) {
+        if self.made_for == Some((*gateway, mtu)) {
             return;
         }
-        self.addresses = Some(*gateway);
+        self.made_for = Some((*gateway, mtu));
+        self.wire.mtu = mtu as usize;
+        // An interface asks its device for the MTU only once.
+        self.interface = interface(&mut self.wire, self.seed);
         self.interface.update_ip_addrs(|addresses| {
             addresses.clear();
             let v4 = gateway.ipv4.map(|address| IpCidr::new(address.into(), 32));
@@ -90,6 +92,12 @@ impl Stack {
             }
         });
     }
+}
+
+fn interface(wire: &mut Wire, seed: u64) -> Interface {
+    let mut config = Config::new(HardwareAddress::Ip);
+    config.random_seed = seed;
+    Interface::new(config, wire, SmolInstant::ZERO)
 }
 
 /// One packet in, several out.

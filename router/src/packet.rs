@@ -17,7 +17,7 @@ use weft_encap::ipv4::{IPV4_LEN, Ipv4Header};
 use weft_encap::ipv6::{self, IPV6_LEN, Ipv6Header, WalkError};
 use weft_encap::mac::Mac;
 use weft_encap::ndp::{NdpError, Neighbor};
-use weft_encap::offload::{Gso, GsoKind, Offload};
+use weft_encap::offload::{Gso, GsoKind, Offload, Partial};
 use weft_encap::tcp::{self, TCP_LEN, TcpHeader};
 use weft_encap::udp::{self, UDP_LEN, UdpHeader};
 use weft_encap::zerocopy::FromBytes;
@@ -73,6 +73,8 @@ pub struct Ip {
     pub l4: u16,
     /// Source and destination port of TCP and UDP; `None` for fragments and other protocols.
     pub ports: Option<(u16, u16)>,
+    /// The destination port that the transport header names, also if that is in a first fragment.
+    pub dst_port: Option<u16>,
     /// Type and code of ICMP and ICMPv6, unless it is a later fragment.
     pub icmp: Option<(u8, u8)>,
     /// The neighbour discovery message, if it is one.
@@ -164,6 +166,7 @@ fn parse_v4(frame: &mut Frame) -> Result<Ip, DropReason> {
         fragment,
         l4: (L3 + header_len) as u16,
         ports: None,
+        dst_port: None,
         icmp: None,
         neighbour: None,
         size: total as u32,
@@ -182,6 +185,10 @@ fn parse_v6(frame: &mut Frame) -> Result<Ip, DropReason> {
     }
     if total > frame.len() - L3 {
         return Err(DropReason::TooShort);
+    }
+    // RFC 4291, section 2.5.5.2: these stand for IPv4 nodes inside of programs, and do not occur on a wire.
+    if header.src().to_ipv4_mapped().or(header.dst().to_ipv4_mapped()).is_some() {
+        return Err(DropReason::Malformed);
     }
     let rest = &rest[..rest.len().min(total - IPV6_LEN)];
     let upper = ipv6::walk(header.next_header, rest, ipv6::MAX_EXTENSION_HEADERS).map_err(|error| match error {
@@ -203,16 +210,23 @@ fn parse_v6(frame: &mut Frame) -> Result<Ip, DropReason> {
         fragment,
         l4: (L3 + IPV6_LEN + upper.offset) as u16,
         ports: None,
+        dst_port: None,
         icmp: None,
         neighbour: None,
         size: total as u32,
     };
     frame.truncate(L3 + total);
     parse_upper(frame, &mut ip)?;
-    Ok(ip)
+    // RFC 6980, section 5: neighbour discovery with a Fragment header, even an atomic one, is ignored.
+    let is_discovery = ip.icmp.is_some_and(|(kind, _)| DISCOVERY.contains(&kind));
+    if upper.fragment.is_some() && is_discovery { Err(DropReason::Malformed) } else { Ok(ip) }
 }
 
-/// Reads the transport header. A fragment may end before its transport header does; a whole packet may not.
+/// Neighbour discovery's message types, router solicitation to redirect.
+const DISCOVERY: std::ops::RangeInclusive<u8> = icmp::v6::ROUTER_SOLICITATION..=icmp::v6::REDIRECT;
+
+/// Reads the transport header, which must be there as a whole, also in a first fragment: RFC 7112, and RFC 1858 for what may be
+/// hidden otherwise.
 fn parse_upper(frame: &Frame, ip: &mut Ip) -> Result<(), DropReason> {
     if ip.fragment == Some(Fragment::Later) {
         return Ok(());
@@ -223,26 +237,31 @@ fn parse_upper(frame: &Frame, ip: &mut Ip) -> Result<(), DropReason> {
     let len = frame.len() - l4;
     match ip.protocol {
         ip::TCP => {
-            let Ok((header, _)) = TcpHeader::ref_from_prefix(rest) else { return too_short(whole) };
+            let Ok((header, _)) = TcpHeader::ref_from_prefix(rest) else {
+                // An IPv4 fragment may be as short as 8 bytes (RFC 791, section 3.2).
+                return if whole || ip.src.is_ipv6() { Err(DropReason::TooShort) } else { Ok(()) };
+            };
             if whole && (header.header_len() < TCP_LEN || header.header_len() > len) {
                 return Err(DropReason::Malformed);
             }
+            ip.dst_port = Some(header.dst_port.get());
             ip.ports = whole.then_some((header.src_port.get(), header.dst_port.get()));
         }
         ip::UDP => {
-            let Ok((header, _)) = UdpHeader::ref_from_prefix(rest) else { return too_short(whole) };
+            let (header, _) = UdpHeader::ref_from_prefix(rest).map_err(|_| DropReason::TooShort)?;
             let datagram = usize::from(header.len.get());
             if whole && (datagram < UDP_LEN || datagram > len) {
                 return Err(DropReason::Malformed);
             }
+            ip.dst_port = Some(header.dst_port.get());
             ip.ports = whole.then_some((header.src_port.get(), header.dst_port.get()));
         }
         ip::ICMP if ip.src.is_ipv4() => {
-            let Ok((header, _)) = IcmpHeader::ref_from_prefix(rest) else { return too_short(whole) };
+            let (header, _) = IcmpHeader::ref_from_prefix(rest).map_err(|_| DropReason::TooShort)?;
             ip.icmp = Some((header.kind, header.code));
         }
         ip::ICMPV6 if ip.src.is_ipv6() => {
-            let Ok((header, _)) = IcmpHeader::ref_from_prefix(rest) else { return too_short(whole) };
+            let (header, _) = IcmpHeader::ref_from_prefix(rest).map_err(|_| DropReason::TooShort)?;
             ip.icmp = Some((header.kind, header.code));
             if whole {
                 ip.neighbour = parse_discovery(frame, ip, header.kind)?;
@@ -251,10 +270,6 @@ fn parse_upper(frame: &Frame, ip: &mut Ip) -> Result<(), DropReason> {
         _ => {}
     }
     Ok(())
-}
-
-fn too_short(whole: bool) -> Result<(), DropReason> {
-    if whole { Err(DropReason::TooShort) } else { Ok(()) }
 }
 
 /// RFC 4861, sections 7.1.1 and 7.1.2: what makes a solicitation or advertisement valid.
@@ -286,11 +301,7 @@ fn check_offload(frame: &mut Frame, network: &Network) -> Result<(), DropReason>
     let head = frame.head().len();
     if let Some(partial) = partial {
         let field = usize::from(partial.start) + usize::from(partial.offset);
-        let floor = match network {
-            Network::Ip(ip) => usize::from(ip.l4),
-            _ => L3,
-        };
-        if usize::from(partial.start) < floor || field + 2 > head {
+        if field + 2 > head || !is_checksum(&partial, network) {
             return Err(DropReason::BadOffload);
         }
     }
@@ -299,6 +310,23 @@ fn check_offload(frame: &mut Frame, network: &Network) -> Result<(), DropReason>
     let header_len = superframe_header(frame, ip, &gso).ok_or(DropReason::BadOffload)?;
     frame.offload.gso = Some(Gso { header_len, ..gso });
     Ok(())
+}
+
+/// Whether the place that is to be filled in is a checksum, rather than something that was read and checked already: the packet's
+/// own, or, behind the header of a tunnel that the pod itself made, that of the packet inside.
+fn is_checksum(partial: &Partial, network: &Network) -> bool {
+    let Network::Ip(ip) = network else { return false };
+    let (start, offset) = (usize::from(partial.start), usize::from(partial.offset));
+    let (field, tunnel) = match ip.protocol {
+        ip::TCP => (Some(tcp::CHECKSUM_OFFSET), None),
+        ip::UDP => (Some(udp::CHECKSUM_OFFSET), Some(UDP_LEN)),
+        ip::ICMP | ip::ICMPV6 => (Some(icmp::CHECKSUM_OFFSET), None),
+        ip::GRE | ip::IPIP | ip::IPV6 => (None, Some(0)),
+        _ => (None, None),
+    };
+    let l4 = usize::from(ip.l4);
+    let own = start == l4 && field == Some(offset);
+    ip.fragment.is_none() && (own || tunnel.is_some_and(|header| start >= l4 + header + IPV4_LEN))
 }
 
 /// Length of a superframe's headers, L2 to L4; `None` if kind, protocol, checksum and lengths do not agree.
@@ -331,6 +359,16 @@ impl Ip {
             Some(gso) => self.size.min(u32::from(gso.header_len) - L3 as u32 + u32::from(gso.size)),
             None => self.size,
         }
+    }
+
+    /// Whether it is a ping, or a piece of one.
+    pub fn is_ping(&self) -> bool {
+        let (protocol, request) = match self.src {
+            IpAddr::V4(_) => (ip::ICMP, icmp::v4::ECHO_REQUEST),
+            IpAddr::V6(_) => (ip::ICMPV6, icmp::v6::ECHO_REQUEST),
+        };
+        let is_request = self.icmp.is_none_or(|(kind, _)| kind == request);
+        self.protocol == protocol && is_request
     }
 
     /// Whether it is an ICMP or ICMPv6 error message, about which no error may be sent (RFC 1122, section 3.2.2).

@@ -9,28 +9,37 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use weft_encap::icmp;
 use weft_encap::ip;
+use weft_encap::mac::Mac;
 
 use crate::drop_reason::DropReason;
 use crate::packet::{Discovery, Ip, Network, Packet};
+use crate::port::PortId;
 use crate::tables::{ExactMap, Gateway, Mode, Neighbour, Node, Pod};
 
-const DHCP_SERVER: u16 = 67;
+/// To this port only servers and relays send, from whichever port (RFC 2131, section 4.1; RFC 8415, section 7.2).
 const DHCP_CLIENT: u16 = 68;
 const DHCPV6_CLIENT: u16 = 546;
-const DHCPV6_SERVER: u16 = 547;
 
 /// Who is known on this node: what nobody else may claim.
 #[derive(Copy, Clone)]
 pub struct Known<'a> {
     /// The router itself.
     pub gateway: &'a Gateway,
-    /// Local pods.
+    /// Local pods by address.
     pub neighbours: &'a ExactMap<IpAddr, Neighbour>,
+    /// Local pods by MAC.
+    pub macs: &'a ExactMap<Mac, PortId>,
+    /// This node's own MAC between nodes.
+    pub vtep_mac: Mac,
 }
 
 impl Known<'_> {
     fn is_taken(&self, address: IpAddr) -> bool {
         self.gateway.owns(address) || self.neighbours.contains_key(&address)
+    }
+
+    fn is_taken_mac(&self, mac: Mac) -> bool {
+        mac == self.gateway.mac || mac == self.vtep_mac || self.macs.contains_key(&mac)
     }
 }
 
@@ -73,8 +82,8 @@ fn check_pod_address(pod: &Pod, ip: &Ip, known: Known<'_>) -> Result<(), DropRea
 
 fn check_pod_message(pod: &Pod, ip: &Ip, known: Known<'_>) -> Result<(), DropReason> {
     match (ip.src, ip.protocol) {
-        (IpAddr::V4(_), ip::UDP) if ip.ports == Some((DHCP_SERVER, DHCP_CLIENT)) => Err(DropReason::DhcpServer),
-        (IpAddr::V6(_), ip::UDP) if ip.ports == Some((DHCPV6_SERVER, DHCPV6_CLIENT)) => Err(DropReason::DhcpServer),
+        (IpAddr::V4(_), ip::UDP) if ip.dst_port == Some(DHCP_CLIENT) => Err(DropReason::DhcpServer),
+        (IpAddr::V6(_), ip::UDP) if ip.dst_port == Some(DHCPV6_CLIENT) => Err(DropReason::DhcpServer),
         _ if is_router_message(ip) => Err(DropReason::RouterMessage),
         _ => match &ip.neighbour {
             Some(message) => check_discovery(pod, message, ip.src.is_unspecified(), known),
@@ -101,13 +110,7 @@ fn check_discovery(pod: &Pod, message: &Discovery, is_probe: bool, known: Known<
 ///
 /// # Errors
 /// What it must not claim.
-pub fn check_node(
-    node: &Node,
-    mode: Mode,
-    packet: &Packet,
-    known: Known<'_>,
-    static_mac: bool,
-) -> Result<(), DropReason> {
+pub fn check_node(node: &Node, mode: Mode, packet: &Packet, known: Known<'_>) -> Result<(), DropReason> {
     match (mode, &packet.network) {
         (Mode::Routed, Network::Ip(ip)) => {
             let theirs = node.ranges.iter().any(|range| range.contains(&ip.src));
@@ -115,7 +118,7 @@ pub fn check_node(
         }
         (Mode::Routed, _) => Err(DropReason::UnsupportedType),
         (Mode::Bridged, network) => {
-            if static_mac || !packet.src.is_unicast() {
+            if known.is_taken_mac(packet.src) || !packet.src.is_unicast() {
                 return Err(DropReason::TunnelSource);
             }
             check_bridged(network, known)
@@ -124,18 +127,21 @@ pub fn check_node(
 }
 
 fn check_bridged(network: &Network, known: Known<'_>) -> Result<(), DropReason> {
-    match network {
-        Network::Arp(arp) if known.is_taken(arp.sender().into()) => Err(DropReason::TunnelSource),
-        Network::Ip(ip) if known.is_taken(ip.src) => Err(DropReason::TunnelSource),
-        Network::Ip(ip) if is_router_message(ip) => Err(DropReason::RouterMessage),
-        Network::Ip(ip) => match &ip.neighbour {
-            Some(message) if !message.solicitation && known.is_taken(message.target.into()) => {
-                Err(DropReason::TunnelSource)
+    let taken = match network {
+        Network::Arp(arp) => known.is_taken(arp.sender().into()) || known.is_taken_mac(arp.sha),
+        Network::Ip(ip) => {
+            let claims = |message: &Discovery| {
+                let target = !message.solicitation && known.is_taken(message.target.into());
+                target || message.mac.is_some_and(|mac| known.is_taken_mac(mac))
+            };
+            if is_router_message(ip) {
+                return Err(DropReason::RouterMessage);
             }
-            _ => Ok(()),
-        },
-        Network::Arp(_) | Network::Other => Ok(()),
-    }
+            known.is_taken(ip.src) || ip.neighbour.as_ref().is_some_and(claims)
+        }
+        Network::Other => false,
+    };
+    if taken { Err(DropReason::TunnelSource) } else { Ok(()) }
 }
 
 fn is_router_message(ip: &Ip) -> bool {

@@ -737,3 +737,147 @@ fn a_port_without_policy_forwards_nothing() {
     assert_eq!(bed.pod_sends(9, &sent), []);
     bed.assert_only(9, DropReason::PortClosed, 1);
 }
+
+#[test]
+fn a_checksum_to_be_filled_in_is_a_checksum() {
+    let m1 = pod_mac(1);
+    let udp = udp4(m1, Mac::BROADCAST, pod_v4(1), Ipv4Addr::BROADCAST, 64, 40);
+    let advertised = advertisement(m1, pod_v6(1), pod_v6(1), m1);
+    let cases = [
+        (arp_request(m1, pod_v4(1), REMOTE), 20, 10),
+        (udp.clone(), 34, 2),
+        (udp.clone(), 36, 4),
+        (udp.clone(), 14, 10),
+        (advertised.clone(), 54, 0),
+        (advertised.clone(), 54, 10),
+        (advertised, 62, 2),
+    ];
+    for (bytes, start, offset) in cases {
+        let mut bed = Bed::new(Mode::Bridged, 2);
+        let mut frame = Frame::from_bytes(&bytes, PortId(1), &bed.pool).unwrap();
+        frame.offload.partial = Some(Partial { start, offset });
+        assert!(bed.pass(frame).is_empty(), "{start} + {offset}");
+        bed.assert_only(1, DropReason::BadOffload, 1);
+    }
+    // Its own, and that of a packet in a tunnel that the pod itself made.
+    for (start, offset) in [(34, 6), (34 + 8 + 20, 16)] {
+        let mut bed = Bed::new(Mode::Bridged, 2);
+        let mut frame = Frame::from_bytes(&udp, PortId(1), &bed.pool).unwrap();
+        frame.offload.partial = Some(Partial { start, offset });
+        assert_eq!(bed.pass(frame).len(), 2);
+    }
+}
+
+/// The first fragment of an IPv6 packet whose fragmentable part is `rest` as far as it is there.
+fn first_fragment(src: Mac, from: Ipv6Addr, next: u8, more: bool, rest: &[u8]) -> Vec<u8> {
+    let mut bytes = EthHeader::new(Mac([0x33, 0x33, 0, 0, 0, 1]), src, 0x86dd).as_bytes().to_vec();
+    let to = "ff02::1".parse().unwrap();
+    bytes.extend_from_slice(weft_encap::ipv6::Ipv6Header::new(from, to, 44, 255, 8 + rest.len() as u16).as_bytes());
+    bytes.extend_from_slice(&[next, 0, 0, u8::from(more), 0, 0, 0, 7]);
+    bytes.extend_from_slice(rest);
+    bytes
+}
+
+#[test]
+fn nothing_hides_in_a_first_fragment() {
+    let m1 = pod_mac(1);
+    let lie = advertisement(m1, pod_v6(1), pod_v6(2), m1);
+    let offer = [0x02, 0x23, 0x02, 0x22, 0, 100, 0, 0];
+    let cases = [
+        (first_fragment(m1, pod_v6(1), 58, true, &lie[54..]), DropReason::Malformed),
+        (first_fragment(m1, pod_v6(1), 58, false, &lie[54..]), DropReason::Malformed),
+        (first_fragment(m1, m1.link_local(), 58, true, &[]), DropReason::TooShort),
+        (first_fragment(m1, m1.link_local(), 58, true, &[134, 0, 0, 0]), DropReason::TooShort),
+        (first_fragment(m1, m1.link_local(), 17, true, &offer), DropReason::DhcpServer),
+    ];
+    for (bytes, reason) in cases {
+        let mut bed = Bed::new(Mode::Bridged, 2);
+        assert_eq!(bed.pod_sends(1, &bytes), []);
+        bed.assert_only(1, reason, 1);
+    }
+}
+
+#[test]
+fn a_dhcp_offer_does_not_leave_a_pod_from_whichever_port() {
+    for from in [67, 1067, 68] {
+        for more_fragments in [false, true] {
+            let mut header =
+                etherparse::Ipv4Header::new(8, 64, etherparse::IpNumber::UDP, pod_v4(1).octets(), [255; 4]).unwrap();
+            header.more_fragments = more_fragments;
+            header.dont_fragment = false;
+            header.header_checksum = header.calc_header_checksum();
+            let mut bytes = EthHeader::new(Mac::BROADCAST, pod_mac(1), 0x0800).as_bytes().to_vec();
+            header.write(&mut bytes).unwrap();
+            let [high, low] = u16::to_be_bytes(from);
+            bytes.extend_from_slice(&[high, low, 0, 68, 0, 8, 0, 0]);
+            let mut bed = Bed::new(Mode::Bridged, 2);
+            assert_eq!(bed.pod_sends(1, &bytes), []);
+            bed.assert_only(1, DropReason::DhcpServer, 1);
+        }
+    }
+}
+
+#[test]
+fn addresses_that_only_stand_for_ipv4_do_not_come_in() {
+    let mut bed = Bed::new(Mode::Bridged, 1);
+    let (from, to) = (Ipv4Addr::new(10, 244, 2, 5), pod_v4(1));
+    bed.node_sends(PEER, 1, &udp4(REMOTE_MAC, VTEP, from, to, 64, 5));
+    let mapped = udp6(REMOTE_MAC, VTEP, from.to_ipv6_mapped(), to.to_ipv6_mapped(), 64, 5);
+    assert_eq!(bed.node_sends(PEER, 1, &mapped), []);
+    assert_eq!(bed.dropped(0, DropReason::Malformed), 1);
+}
+
+#[test]
+fn a_node_lends_no_local_mac_to_its_addresses() {
+    let remote = Ipv4Addr::new(10, 244, 2, 9);
+    for taken in [GATEWAY, pod_mac(1), VTEP] {
+        let mut lie = arp_request(REMOTE_MAC, remote, pod_v4(2));
+        lie[22..28].copy_from_slice(&taken.0);
+        for bytes in [lie, advertisement(REMOTE_MAC, REMOTE6, REMOTE6, taken)] {
+            let mut bed = Bed::new(Mode::Bridged, 2);
+            assert_eq!(bed.node_sends(PEER, 1, &bytes), []);
+            bed.assert_only(0, DropReason::TunnelSource, 1);
+        }
+    }
+}
+
+#[test]
+fn questions_for_one_pod_do_not_use_up_the_budget_of_all_nodes() {
+    let mut bed = Bed::new(Mode::Bridged, 2);
+    let remote = Ipv4Addr::new(10, 244, 2, 9);
+    let question = arp_request(REMOTE_MAC, remote, pod_v4(1));
+    for _ in 0..50_000 {
+        assert_eq!(bed.node_sends(PEER, 1, &question).len(), 1);
+    }
+    assert_eq!(bed.node_sends(PEER, 1, &udp4(REMOTE_MAC, Mac::BROADCAST, remote, Ipv4Addr::BROADCAST, 64, 5)).len(), 2);
+}
+
+#[test]
+fn what_the_gateway_refuses_is_told_within_the_budget() {
+    let mut bed = Bed::new(Mode::Routed, 1);
+    let gateway = bed.tables.gateway.ipv4.unwrap();
+    let closed = udp4(pod_mac(1), GATEWAY, pod_v4(1), gateway, 64, 5);
+    let told: usize = (0..1000).map(|_| bed.pod_sends(1, &closed).len()).sum();
+    assert_eq!(told, RouterConfig::default().icmp_rate as usize);
+    let mut ping = Vec::new();
+    let builder = PacketBuilder::ethernet2(pod_mac(1).0, GATEWAY.0).ipv4(pod_v4(1).octets(), gateway.octets(), 64);
+    builder.icmpv4_echo_request(7, 9).write(&mut ping, &[1; 100]).unwrap();
+    assert_eq!(bed.pod_sends(1, &ping).len(), 1, "pings are not held back by it");
+    bed.assert_conserved();
+}
+
+#[test]
+fn the_gateway_follows_the_mtu() {
+    let mut bed = Bed::new(Mode::Routed, 1);
+    let gateway = bed.tables.gateway.ipv4.unwrap();
+    for mtu in [1450, 1400, 1450] {
+        bed.tables.tunnel_mtu = mtu;
+        let payload = 1410;
+        let mut ping = Vec::new();
+        let builder = PacketBuilder::ethernet2(pod_mac(1).0, GATEWAY.0).ipv4(pod_v4(1).octets(), gateway.octets(), 64);
+        builder.icmpv4_echo_request(7, 9).write(&mut ping, &vec![1; payload]).unwrap();
+        let out = bed.pod_sends(1, &ping);
+        assert_eq!(out.len(), if mtu == 1450 { 1 } else { 2 });
+        assert!(out.iter().all(|(_, bytes)| bytes.len() <= 14 + mtu as usize));
+    }
+}

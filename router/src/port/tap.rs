@@ -200,8 +200,9 @@ struct Parts {
     reason: DropReason,
 }
 
-impl Port for TapPort {
-    fn receive(&mut self, pool: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received> {
+impl TapPort {
+    /// Receives one batch.
+    fn drain(&mut self, pool: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received> {
         let mut bytes = 0;
         // Frames that could not be taken count against the batch as well, so that they cannot keep us here.
         for _ in 0..BATCH {
@@ -222,6 +223,15 @@ impl Port for TapPort {
             }
         }
         Ok(Received::More)
+    }
+}
+
+impl Port for TapPort {
+    fn receive(&mut self, pool: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received> {
+        let received = self.drain(pool, batch, stats);
+        // An idle port keeps no buffer from the others.
+        self.spare = None;
+        received
     }
 
     fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {

@@ -280,11 +280,9 @@ fn unfinished(inner: &[u8], told: Option<usize>, tunnel_mtu: u32) -> Offload {
     let header_len = l4 + transport_len;
     let longest = ETH_LEN + tunnel_mtu as usize;
     let size = told.unwrap_or(longest.saturating_sub(header_len)).min(usize::from(u16::MAX)) as u16;
-    let gso = (told.is_some() || headers.len > longest).then_some(Gso {
-        kind: headers.kind,
-        ecn,
-        size,
-        header_len: header_len as u16,
-    });
+    // A UDP datagram is cut only where the kernel says that it was several.
+    let is_long = headers.len > longest && headers.protocol == ip::TCP;
+    let gso =
+        (told.is_some() || is_long).then_some(Gso { kind: headers.kind, ecn, size, header_len: header_len as u16 });
     Offload { partial, gso: gso.filter(|gso| gso.size > 0), verified: false }
 }
