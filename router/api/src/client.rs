@@ -32,7 +32,7 @@ pub struct Client {
 /// Why a call did not succeed.
 #[derive(Debug)]
 pub enum ClientError {
-    /// Nobody listens at the socket.
+    /// Nobody listens at the socket, or not to this user.
     Unreachable {
         /// The socket.
         path: PathBuf,
@@ -56,7 +56,11 @@ impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unreachable { path, source } => {
-                write!(f, "cannot reach weftd at {}: {source}; is weftd running?", path.display())
+                let advice = match source.kind() {
+                    std::io::ErrorKind::PermissionDenied => "run this as root",
+                    _ => "is weftd running?",
+                };
+                write!(f, "cannot reach weftd at {}: {source}; {advice}", path.display())
             }
             Self::TimedOut { path, after } => {
                 write!(f, "weftd at {} did not answer within {after:?}", path.display())
@@ -67,14 +71,8 @@ impl fmt::Display for ClientError {
     }
 }
 
-impl std::error::Error for ClientError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            Self::Unreachable { source, .. } => Some(source),
-            _ => None,
-        }
-    }
-}
+// Without `source`: the text has the cause in it, and whoever prints a chain of errors would print it twice.
+impl std::error::Error for ClientError {}
 
 impl Client {
     /// Connects to the daemon that listens at `path`. `timeout` holds for this and for each call.
@@ -240,8 +238,17 @@ mod tests {
         let stale = Client::connect(&socket.path, SECOND).unwrap_err();
         assert!(stale.to_string().contains("refused"), "{stale}");
 
+        assert!(std::error::Error::source(&stale).is_none(), "its cause would be printed twice");
+
         let long = Client::connect(Path::new(&"x".repeat(200)), SECOND).unwrap_err();
         assert!(matches!(long, ClientError::Unreachable { .. }), "{long}");
+    }
+
+    #[test]
+    fn whoever_may_not_reach_the_socket_is_told_to_be_root() {
+        let source = std::io::Error::from(Errno::ACCESS);
+        let text = ClientError::Unreachable { path: "/run/weft/weftd.sock".into(), source }.to_string();
+        assert!(text.contains("ermission denied") && text.ends_with("; run this as root"), "{text}");
     }
 
     #[test]

@@ -15,23 +15,41 @@ const MAX_INPUT: usize = 1024 * 1024;
 /// How long the runtime may take to write it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// And how long for VERSION, which can be answered without.
+const VERSION_PATIENCE: Duration = Duration::from_secs(1);
+
 /// How much of a value of unknown length an error message repeats, in characters.
 const QUOTED: usize = 64;
 
 /// All of standard input.
 pub fn read() -> Result<Vec<u8>, Failure> {
-    let failed = |error: std::io::Error| Failure::new(code::IO, format!("standard input cannot be read: {error}"));
-    let deadline = Instant::now() + PATIENCE;
     let mut input = Vec::new();
+    if read_within(PATIENCE, &mut input)? {
+        return Ok(input);
+    }
+    let what = format!("standard input was not closed within {} s", PATIENCE.as_secs());
+    Err(Failure::new(code::IO, what)
+        .with_details("the runtime must write the network configuration to standard input and close it"))
+}
+
+/// What VERSION has for input: whatever has come after a moment, for a runtime or a person may leave standard input open.
+pub fn read_for_version() -> Result<Vec<u8>, Failure> {
+    let mut input = Vec::new();
+    read_within(VERSION_PATIENCE, &mut input)?;
+    Ok(input)
+}
+
+/// Appends to `input` what comes. False if standard input was not closed in time.
+fn read_within(patience: Duration, input: &mut Vec<u8>) -> Result<bool, Failure> {
+    let failed = |error: std::io::Error| Failure::new(code::IO, format!("standard input cannot be read: {error}"));
+    let deadline = Instant::now() + patience;
     let mut chunk = vec![0; 64 * 1024];
     loop {
         if !readable(deadline).map_err(|errno| failed(errno.into()))? {
-            let what = format!("standard input was not closed within {} s", PATIENCE.as_secs());
-            return Err(Failure::new(code::IO, what)
-                .with_details("the runtime must write the network configuration to standard input and close it"));
+            return Ok(false);
         }
         match stdin().read(&mut chunk) {
-            Ok(0) => return Ok(input),
+            Ok(0) => return Ok(true),
             Ok(count) => input.extend_from_slice(&chunk[..count]),
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             Err(error) => return Err(failed(error)),

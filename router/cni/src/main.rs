@@ -51,10 +51,10 @@ fn main() -> ExitCode {
 /// Runs the command of the environment. `version` becomes the one that errors are to be written in.
 fn run(version: &mut Version) -> Result<Option<Value>, Failure> {
     let command = Command::from_environment()?;
-    let input = input::read()?;
     if command == Command::Version {
-        return versions(&input).map(Some);
+        return versions(&input::read_for_version()?).map(Some);
     }
+    let input = input::read()?;
     let document: Value = serde_json::from_slice(&input).map_err(|error| undecodable(&error))?;
     *version = Version::of(&document)?;
     command.must_exist_in(*version)?;

@@ -1,5 +1,10 @@
 //! Each command with a daemon that is there.
 
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
 use serde_json::{Value, json};
 use weft_api::code;
 
@@ -57,6 +62,18 @@ fn version_lists_what_is_supported_and_needs_neither_daemon_nor_input() {
         assert_eq!(quickly(|| call.run()).result(), expected);
     }
     Call::new("VERSION").input("{").run().error(code::DECODE);
+}
+
+#[test]
+fn version_does_not_wait_for_an_input_that_is_left_open() {
+    for (written, version) in [("", "1.1.0"), (r#"{"cniVersion":"0.4.0"}"#, "0.4.0")] {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(written.as_bytes()).unwrap();
+        let outcome = Call::new("VERSION").run_from(File::from(OwnedFd::from(reader)));
+        assert!(outcome.elapsed < Duration::from_secs(4), "it took {:?}", outcome.elapsed);
+        assert_eq!(outcome.result()["cniVersion"], version);
+        drop(writer);
+    }
 }
 
 #[test]
