@@ -40,7 +40,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// The daemon's state; what is wrong comes first.
+    /// The daemon's state; what is wrong comes first. Exits with 3 if anything is.
     Status(Format),
     /// The ports of the router, with counters.
     Ports(Format),
