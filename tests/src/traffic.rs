@@ -7,11 +7,21 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
+use crate::command::eventually;
 use crate::netns::Netns;
 use crate::random::Random;
 
 const PIECE: usize = 256 << 10;
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits until an address answers: the end of the set-up of what was built by hand. The kernel announces and checks
+/// its addresses in its own time, and a frame may be lost to that; what a test asserts begins afterwards.
+#[track_caller]
+pub fn await_answer(from: &Netns, address: IpAddr) {
+    let family = if address.is_ipv4() { "-4" } else { "-6" };
+    let ping = || from.exec(&format!("ping {family} -n -q -c 1 -W 1 {address}")).success;
+    eventually(&format!("{address} answers {} once all is set up", from.0), Duration::from_secs(10), ping);
+}
 
 /// Sends a stream of so many random bytes from one namespace to an address in another, over TCP, and compares their SHA-256.
 #[track_caller]

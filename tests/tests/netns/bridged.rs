@@ -9,6 +9,7 @@ use weft_tests::frames::{self, L2};
 use weft_tests::lab::Lab;
 use weft_tests::machine::turn;
 use weft_tests::plugin;
+use weft_tests::traffic;
 use weft_tests::wire::Wire;
 
 const SHORT: Duration = Duration::from_millis(700);
@@ -100,7 +101,7 @@ fn a_pod_keeps_its_address_when_it_moves_to_another_node() {
     n2.attach("other", &other);
     let (v4, v6, mac) = (plugin::addresses(&first)[0], plugin::addresses(&first)[1], plugin::mac(&first));
     for address in [v4, v6] {
-        other.exec(&format!("ping -n -c 1 -W 2 {address}")).must();
+        traffic::await_answer(&other, address);
     }
     n1.runtime.del("roamer", &home);
     // The address of before, asked for on the second node.

@@ -54,6 +54,7 @@ fn mixed(suffix: &str, mode: &str) -> Mixed {
     } else {
         mixed.learning_bridge()
     }
+    mixed.await_answers();
     mixed
 }
 
@@ -100,6 +101,16 @@ impl Mixed {
         }
         pod.ip("address add 10.244.2.2/16 dev eth0");
         pod.ip("-6 address add fd00:10:244:2::2/48 dev eth0 nodad");
+    }
+
+    /// The end of the set-up: each pod has answered each other.
+    fn await_answers(&self) {
+        for (from, own) in &self.pods {
+            let others = self.pods.iter().filter(|(_, addresses)| addresses != own);
+            for address in others.flat_map(|(_, addresses)| addresses) {
+                traffic::await_answer(from, *address);
+            }
+        }
     }
 
     /// Like machines with network cards that can do nothing.

@@ -10,6 +10,7 @@ use weft_tests::command::{eventually, run, shell};
 use weft_tests::lab::Lab;
 use weft_tests::machine::turn;
 use weft_tests::plugin;
+use weft_tests::traffic;
 
 #[test]
 fn a_deleted_pod_is_noticed_and_cleaned_and_the_others_go_on() {
@@ -85,7 +86,7 @@ fn a_reload_loses_nothing_and_a_bad_one_changes_nothing() {
     let (a, b) = (cluster.sandbox("a"), cluster.sandbox("b"));
     n1.attach("a", &a);
     let address = plugin::addresses(&n2.attach("b", &b))[0];
-    a.exec(&format!("ping -n -c 1 -W 2 {address}")).must();
+    traffic::await_answer(&a, address);
     let mut flood = a.command("ping");
     flood.args(["-n", "-q", "-i", "0.002", "-c", "1500", "-W", "1", &address.to_string()]);
     let flood = std::thread::spawn(move || run(flood));
