@@ -20,13 +20,15 @@ use anyhow::Context;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::MissedTickBehavior;
 use weft_router::Event;
 
 use control::config::Log;
 use node::Node;
 
-/// How often releases are tried again that the disk did not take.
-const HOUSEKEEPING: Duration = Duration::from_secs(30);
+/// How often [`keep_house`] is due.
+const HOUSEKEEPING: Duration = Duration::from_secs(10);
 
 const FAILED: u8 = 1;
 const MISCONFIGURED: u8 = 2;
@@ -108,6 +110,8 @@ async fn serve(node: &Arc<Node>) -> anyhow::Result<()> {
     let mut data_plane = watch_data_plane(node)?;
     let server = api::Server::new(Arc::clone(node));
     let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
+    housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut keeping: Option<JoinHandle<()>> = None;
     tracing::info!(socket = %path.display(), pid = std::process::id(), "ready");
     loop {
         tokio::select! {
@@ -117,16 +121,25 @@ async fn serve(node: &Arc<Node>) -> anyhow::Result<()> {
                 let node = Arc::clone(node);
                 tokio::task::spawn_blocking(move || drop(node.reload()));
             }
-            _ = housekeeping.tick() => {
+            // One at a time: a slow disk, or an attachment that takes long, must not pile them up.
+            _ = housekeeping.tick() => if keeping.as_ref().is_none_or(JoinHandle::is_finished) {
                 let node = Arc::clone(node);
-                tokio::task::spawn_blocking(move || node.write_pending_releases());
-            }
+                keeping = Some(tokio::task::spawn_blocking(move || keep_house(&node)));
+            },
             _ = data_plane.recv() => anyhow::bail!("the data plane has stopped: see the log above, then restart weftd"),
             stream = socket.accept() => server.serve(stream).await,
         }
     }
     tracing::info!("stopping");
     Ok(())
+}
+
+/// Releases that the disk did not take are tried again, what shims left while weftd did not answer is freed, and the
+/// counters are remembered.
+fn keep_house(node: &Node) {
+    node.write_pending_releases();
+    attach::tombstone::honour_all(node);
+    node.keep_sample();
 }
 
 /// Follows what the data plane notices. The receiver ends when the data plane does.

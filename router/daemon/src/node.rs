@@ -15,8 +15,9 @@ use weft_api::{AttachmentKey, Counters, Failure, code};
 use weft_ipam::Store;
 use weft_router::port::udp::Underlay;
 use weft_router::stats::PortStats;
-use weft_router::{Device, PortId, Router, RouterConfig};
+use weft_router::{Device, PortId, Router, RouterConfig, Snapshot};
 
+use crate::api::losses::{Sample, Samples};
 use crate::attach::pod::Interface;
 use crate::attach::turn::Turns;
 use crate::control::compile::compile;
@@ -59,6 +60,8 @@ pub struct State {
     pub attachments: BTreeMap<AttachmentKey, Attachment>,
     /// Sums of ports that are gone.
     pub retired: Counters,
+    /// The counters of the last while.
+    pub samples: Samples,
     /// Ports whose removal from the worker is under way: their numbers are not free yet.
     leaving: Vec<PortId>,
     epoch: u64,
@@ -124,6 +127,7 @@ impl Node {
             store,
             attachments: BTreeMap::new(),
             retired: Counters::default(),
+            samples: Samples::default(),
             leaving: Vec::new(),
             epoch,
         };
@@ -235,6 +239,19 @@ impl Node {
         {
             tracing::warn!(pending = state.store.pending(), "released leases stay taken: {error}");
         }
+    }
+
+    /// The counters as `snapshot` has them. Not to be called with the state held: the kernel is asked, too.
+    pub fn sample(&self, snapshot: &Snapshot) -> Sample {
+        let config = Arc::clone(&self.state().desired.config);
+        Sample::take(snapshot, &config.underlay)
+    }
+
+    /// Remembers the counters of this moment; losses are reported from some of these on.
+    pub fn keep_sample(&self) {
+        let Ok(snapshot) = self.router.snapshot(false) else { return };
+        let sample = self.sample(&snapshot);
+        self.state().samples.push(sample);
     }
 
     fn put_in_force(&self, state: &mut State, desired: DesiredState) {

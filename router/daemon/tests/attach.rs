@@ -382,6 +382,19 @@ fn leases_survive_a_crash_and_tombstones_are_honoured_at_the_next_start() {
 }
 
 #[test]
+fn a_tombstone_is_honoured_while_the_daemon_lives() {
+    let mut lab = Lab::with_daemon("tombstone", ROUTED);
+    let pod = lab.namespace("a");
+    lab.add(&pod, attach("a")).unwrap();
+    let tombstones = lab.path("state/tombstones");
+    fs::create_dir_all(&tombstones).unwrap();
+    fs::write(tombstones.join("1.json"), serde_json::to_vec(&key("a")).unwrap()).unwrap();
+    assert!(until(|| lab.call::<Vec<LeaseInfo>>(Request::Leases).is_empty()), "{}", lab.log());
+    assert_eq!(lab.call::<Vec<PortInfo>>(Request::Ports).len(), 1);
+    assert!(until(|| fs::read_dir(&tombstones).unwrap().count() == 0), "{}", lab.log());
+}
+
+#[test]
 fn reload_changes_peers_and_refuses_what_cannot_change_or_is_wrong() {
     let lab = Lab::with_daemon("reload", ROUTED);
     let peer = "[[peers]]\nname = \"n2\"\nunderlay = \"10.200.0.2\"\nranges = [\"10.244.2.0/24\"]";

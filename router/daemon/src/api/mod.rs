@@ -4,6 +4,7 @@
 //! once, where a new client displaces the one that has been silent for longest; a request must arrive whole, and its answer be
 //! taken, within [`DEADLINE`]. A client that only sits there costs others nothing.
 
+pub mod losses;
 pub mod show;
 pub mod slots;
 pub mod socket;

@@ -1,12 +1,11 @@
 //! The state as a whole, problems first: each says what is wrong and what to do.
 
-use std::fs;
 use std::net::SocketAddr;
 
-use weft_api::{Counters, Failure, RangeUse, Status, code};
+use weft_api::{Failure, RangeUse, Status, code};
 use weft_ipam::Usage;
+use weft_router::Snapshot;
 use weft_router::tables::Mode;
-use weft_router::{DropReason, Snapshot};
 
 use super::show;
 use crate::attach::{addresses, key_of};
@@ -18,8 +17,6 @@ use crate::node::{Node, State, add, counters};
 
 /// Above this part of its addresses a range is nearly used up.
 const NEARLY: (u64, u64) = (9, 10);
-/// Losses below one in so many frames are everyday life: a scan, a pod that was just deleted.
-const WORTH_TELLING: u64 = 1000;
 
 /// CNI STATUS: can an ADD be served now?
 pub fn ready(node: &Node) -> Result<(), Failure> {
@@ -27,9 +24,11 @@ pub fn ready(node: &Node) -> Result<(), Failure> {
     let Ok(snapshot) = node.router.snapshot(false) else {
         return fail(code::LIMITED, "the data plane has stopped".into(), "restart weftd; its log says why");
     };
+    // Asking the kernel takes a while: not with the state held.
+    let host = host();
     let state = node.state();
     let config = &state.desired.config;
-    if let Some(problem) = underlay_problem(&snapshot, config, host().as_ref()) {
+    if let Some(problem) = underlay_problem(&snapshot, config, host.as_ref()) {
         return fail(code::LIMITED, problem, "pods of this node reach each other, but no other node");
     }
     if let Some(trouble) = state.store.trouble().or(state.store.poisoned()) {
@@ -49,6 +48,7 @@ pub fn ready(node: &Node) -> Result<(), Failure> {
 pub fn status(node: &Node) -> Result<Status, Failure> {
     let snapshot = show::snapshot(node, false)?;
     let host = host();
+    let sample = node.sample(&snapshot);
     let state = node.state();
     let config = &state.desired.config;
     let device = host.as_ref().and_then(|host| underlay_device(config, host));
@@ -57,8 +57,10 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         add(&mut sum, &counters(&port.stats));
     }
     let kind = snapshot.ports.iter().find(|port| port.id == UNDERLAY);
+    let mut problems = problems(&state, &snapshot, host.as_ref());
+    problems.extend(state.samples.problems(&sample, node.started, config));
     Ok(Status {
-        problems: problems(&state, &snapshot, host.as_ref(), &sum),
+        problems,
         node: config.node.clone(),
         version: env!("CARGO_PKG_VERSION").into(),
         pid: std::process::id(),
@@ -103,8 +105,8 @@ fn underlay_device<'h>(config: &Config, host: &'h Host) -> Option<&'h Interface>
     host.holder_of(config.underlay.address)
 }
 
-/// Everything that is wrong, the gravest first.
-fn problems(state: &State, snapshot: &Snapshot, host: Option<&Host>, sum: &Counters) -> Vec<String> {
+/// Everything that is wrong, the gravest first, but for losses.
+fn problems(state: &State, snapshot: &Snapshot, host: Option<&Host>) -> Vec<String> {
     let config = &state.desired.config;
     let mut all = Vec::new();
     all.extend(underlay_problem(snapshot, config, host));
@@ -116,8 +118,6 @@ fn problems(state: &State, snapshot: &Snapshot, host: Option<&Host>, sum: &Count
         let (leased, size) = (usage.leased, usage.size);
         format!("{leased} of the {size} addresses of {range} are leased: give the node another range and reload")
     }));
-    all.extend(loss_problems(snapshot, sum));
-    all.extend(receive_buffer_problem(config));
     all
 }
 
@@ -153,8 +153,9 @@ fn mtu_problem(config: &Config, host: &Host) -> Option<String> {
 
 fn store_problems(state: &State) -> Vec<String> {
     let pending = state.store.pending();
+    let leases = if pending == 1 { "lease" } else { "leases" };
     let waiting =
-        (pending > 0).then(|| format!("{pending} released leases could not be written to the lease store yet"));
+        (pending > 0).then(|| format!("{pending} released {leases} could not be written to the lease store yet"));
     [state.store.trouble().map(str::to_owned), waiting].into_iter().flatten().collect()
 }
 
@@ -164,11 +165,18 @@ fn unattached_problem(state: &State) -> Option<String> {
         .filter(|key| !state.attachments.contains_key(key))
         .map(|key| format!("{}/{}", key.container, key.ifname))
         .collect();
-    let (count, first) = (without.len(), without.first()?);
-    let others = if count > 1 { format!(" and {} more", count - 1) } else { String::new() };
+    without_device(&without)
+}
+
+fn without_device(pods: &[String]) -> Option<String> {
+    let first = pods.first()?;
+    let who = match pods.len() {
+        1 => format!("1 lease belongs to a pod without a device ({first})"),
+        count => format!("{count} leases belong to pods without a device ({first} and {} more)", count - 1),
+    };
     Some(format!(
-        "{count} leases belong to pods without a device ({first}{others}): weftd was restarted, which ends the devices of \
-         its pods, or their namespaces are gone; recreate the pods, or let the runtime's DEL or GC free the leases"
+        "{who}: weftd was restarted, which ends the devices of its pods, or a namespace is gone; recreate the pods, or \
+         let the runtime's DEL or GC free the leases"
     ))
 }
 
@@ -189,68 +197,23 @@ fn peer_problems(state: &State, snapshot: &Snapshot) -> Vec<String> {
     silent.map(told).collect()
 }
 
-/// Losses by reason over all ports, where they are more than a trickle.
-fn loss_problems(snapshot: &Snapshot, sum: &Counters) -> Vec<String> {
-    let losses = DropReason::ALL.iter().filter(|reason| reason.is_loss());
-    let counted = losses.map(|reason| {
-        let count: u64 = snapshot.ports.iter().map(|port| port.stats.dropped[*reason as usize]).sum();
-        (reason, count)
-    });
-    counted
-        .filter(|(_, count)| *count > 0 && count.saturating_mul(WORTH_TELLING) > sum.received)
-        .map(|(reason, count)| {
-            format!(
-                "{count} frames ended as {}: {}; see which ports with `weft drops`",
-                reason.name(),
-                reason.meaning()
-            )
-        })
-        .collect()
-}
-
-/// What the kernel dropped because the underlay's socket was full.
-fn receive_buffer_problem(config: &Config) -> Option<String> {
-    let (file, address) = match config.underlay.address {
-        std::net::IpAddr::V4(_) => ("/proc/thread-self/net/udp", config.underlay.address),
-        std::net::IpAddr::V6(_) => ("/proc/thread-self/net/udp6", config.underlay.address),
-    };
-    let drops = socket_drops(&fs::read_to_string(file).ok()?, config.underlay.port);
-    (drops > 0).then(|| {
-        format!(
-            "the kernel dropped {drops} datagrams for {address} because the socket's buffer was full (RcvbufErrors): \
-             weftd had too little CPU for a while"
-        )
-    })
-}
-
-/// The drops of all sockets on `port`, out of `/proc/net/udp`.
-fn socket_drops(text: &str, port: u16) -> u64 {
-    let drops = |line: &str| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let local = fields.get(1)?.rsplit(':').next()?;
-        (u16::from_str_radix(local, 16).ok()? == port).then(|| fields.last()?.parse::<u64>().ok())?
-    };
-    text.lines().skip(1).filter_map(drops).sum()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn drops_of_the_underlays_socket_are_read_from_proc() {
-        let text = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode ref pointer drops\n\
-             2063: 0100C80A:2118 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 3404 2 0 17\n\
-             2064: 0100C80A:2119 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 3405 2 0 4\n\
-             garbage\n";
-        assert_eq!(socket_drops(text, 0x2118), 17);
-        assert_eq!(socket_drops(text, 53), 0);
-    }
 
     #[test]
     fn a_range_is_nearly_full_above_nine_tenths() {
         assert!(!nearly_full(Usage { leased: 9, size: 10 }));
         assert!(nearly_full(Usage { leased: 10, size: 10 }));
         assert!(!nearly_full(Usage { leased: 3, size: u64::MAX }));
+    }
+
+    #[test]
+    fn one_lease_belongs_and_two_belong() {
+        let told = |pods: &[&str]| without_device(&pods.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!(told(&[]), None);
+        assert!(told(&["a/eth0"]).unwrap().starts_with("1 lease belongs to a pod without a device (a/eth0): "));
+        let two = told(&["a/eth0", "b/eth0"]).unwrap();
+        assert!(two.starts_with("2 leases belong to pods without a device (a/eth0 and 1 more): "), "{two}");
     }
 }

@@ -1,8 +1,8 @@
 //! Tombstones: what weft-cni leaves when a DEL finds no daemon.
 //!
 //! Each is a file `<state_dir>/tombstones/*.json` that holds an [`AttachmentKey`]. After the socket is bound and
-//! before the first request is accepted, [`honour_all`] frees what they name; an ADD looks again for its own key, because a shim
-//! may have given up on a daemon that was merely slow. A file goes only when its release is durable. Names that begin with
+//! before the first request is accepted, [`honour_all`] frees what they name, and housekeeping does so again; an ADD looks for its
+//! own key: a shim may have given up on a daemon that was merely slow or stopped. A file goes only when its release is durable. Names that begin with
 //! a dot are still being written; what cannot be read is logged and left for people.
 
 use std::fs::{self, File};
@@ -22,7 +22,10 @@ const MAX_BYTES: u64 = 64 * 1024;
 pub fn honour_all(node: &Node) {
     for (path, key) in all(&folder(node)) {
         let _turn = node.turns.take(&key);
-        honour_one(node, &path, &key);
+        // Until it was our turn an ADD may have honoured it and attached the pod anew.
+        if read(&path).as_ref() == Some(&key) {
+            honour_one(node, &path, &key);
+        }
     }
 }
 
