@@ -428,7 +428,9 @@ fn for_us(packet: &Packet, addressed_to: &AddressedTo, tables: &Tables) -> Optio
         return Some(Hop::Reply(reply));
     }
     let ip = packet.ip()?;
-    let here = matches!(addressed_to, AddressedTo::Router) && tables.gateway.owns(ip.dst);
+    // In bridged mode each node has the same gateway: another node's pods have their own.
+    let ours = matches!(packet.sender, Sender::Pod(_)) || tables.mode == Mode::Routed;
+    let here = ours && matches!(addressed_to, AddressedTo::Router) && tables.gateway.owns(ip.dst);
     here.then_some(Hop::Gateway)
 }
 

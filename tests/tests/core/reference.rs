@@ -163,8 +163,14 @@ impl Reference {
     }
 
     fn node_sends(&mut self, node: u16, message: &Message) -> BTreeSet<Delivery> {
-        let stolen_mac =
-            local_mac(message.src).is_some() || [GATEWAY, VTEP].contains(&message.src) || !message.src.is_unicast();
+        let is_ours = |mac: Mac| local_mac(mac).is_some() || [GATEWAY, VTEP].contains(&mac);
+        let told = match message.content {
+            Content::Arp { sha, .. } => Some(sha),
+            Content::Solicit { src, .. } if src.is_unspecified() => None,
+            Content::Solicit { option, .. } | Content::Advertise { option, .. } => Some(option),
+            _ => None,
+        };
+        let stolen_mac = is_ours(message.src) || told.is_some_and(is_ours) || !message.src.is_unicast();
         let claimed: Option<IpAddr> = match message.content {
             Content::Arp { spa, .. } => Some(spa.into()),
             Content::Advertise { src, target, .. } if !is_taken(src.into()) => Some(target.into()),
@@ -173,10 +179,11 @@ impl Reference {
         if stolen_mac || claimed.is_some_and(is_taken) {
             return BTreeSet::new();
         }
-        let delivered = self.bridged_delivery(message);
-        // A frame that was refused on its way teaches nothing; one that the gateway's own stack took was not refused.
-        let taken = message.dst == VTEP && message.ip().is_some_and(|(_, dst, ..)| is_gateway(dst));
-        if taken || delivered.iter().any(|delivery| !matches!(delivery.3, What::Error(..))) {
+        let mut delivered = self.bridged_delivery(message);
+        // Nodes are told of no errors: they would not believe it.
+        delivered.retain(|delivery| !matches!(delivery, (Place::Node(_), .., What::Error(..))));
+        // A frame that was refused on its way teaches nothing.
+        if !delivered.is_empty() {
             self.learned.insert(message.src, node);
         }
         delivered
@@ -194,6 +201,10 @@ impl Reference {
                 Some(pod) => BTreeSet::from([deliver(Place::Pod(pod))]),
                 None => self.flood(message, None),
             };
+        }
+        // The gateway is each node's own.
+        if message.dst == VTEP && message.ip().is_some_and(|(_, dst, ..)| is_gateway(dst)) {
+            return BTreeSet::new();
         }
         if message.dst == VTEP {
             let mut deliveries = route(message, |_| None);
