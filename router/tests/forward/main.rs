@@ -1,0 +1,9 @@
+//! The way of a frame, without devices: frames in, frames out, and every counter.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod bed;
+mod bridged;
+mod lies;
+mod limits;
+mod shapes;
+mod ways;
