@@ -11,20 +11,22 @@ mod log;
 mod netlink;
 mod node;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
-use tokio::signal::unix::{SignalKind, signal};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 use weft_router::Event;
 
-use control::config::Log;
+use control::config::{Checked, Log};
 use node::Node;
 
 /// How often [`keep_house`] is due.
@@ -60,21 +62,26 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.check {
-        log::start(Log { level: tracing::Level::WARN, json: false });
+        return check(&arguments.config);
     }
-    let config = match node::read_config(&arguments.config) {
-        Ok(config) => config,
+    // First of all, for a SIGHUP that nobody listens for ends the process.
+    let (runtime, signals) = match prepare() {
+        Ok(ready) => ready,
         Err(error) => {
             eprintln!("weftd: {error:#}");
-            return ExitCode::from(MISCONFIGURED);
+            return ExitCode::from(FAILED);
         }
     };
-    if arguments.check {
-        println!("{} is valid", arguments.config.display());
-        return ExitCode::SUCCESS;
-    }
+    let Checked { config, warnings } = match node::read_config(&arguments.config) {
+        Ok(checked) => checked,
+        Err(error) => return misconfigured(&error),
+    };
     let level = log::start(config.log);
-    let result = Node::start(config, arguments.config, level).and_then(run);
+    node::log_warnings(&arguments.config, &warnings);
+    if let Err(error) = raise_descriptor_limit() {
+        tracing::warn!(%error, "cannot raise the limit of open files (ulimit -n); each pod takes one");
+    }
+    let result = Node::start(config, arguments.config, level).and_then(|node| run(runtime, signals, node));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -84,25 +91,64 @@ fn main() -> ExitCode {
     }
 }
 
-/// Serves until a signal or the end of the data plane.
-fn run(node: Node) -> anyhow::Result<()> {
+fn check(path: &Path) -> ExitCode {
+    log::start(Log { level: tracing::Level::WARN, json: false });
+    match node::read_config(path) {
+        Ok(checked) => {
+            node::log_warnings(path, &checked.warnings);
+            println!("{} is valid", path.display());
+            ExitCode::SUCCESS
+        }
+        Err(error) => misconfigured(&error),
+    }
+}
+
+fn misconfigured(error: &anyhow::Error) -> ExitCode {
+    eprintln!("weftd: {error:#}");
+    ExitCode::from(MISCONFIGURED)
+}
+
+/// The signals that weftd obeys.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+/// The control plane's runtime, and its signals, which are kept from then on until someone receives them.
+fn prepare() -> anyhow::Result<(Runtime, Signals)> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(api::MAX_CONNECTIONS + 16)
         .thread_name("weft-api")
         .build()
         .context("cannot start the control plane: not enough memory or descriptors")?;
+    let inside = runtime.enter();
+    let signals = Signals {
+        terminate: signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?,
+        interrupt: signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?,
+        hangup: signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?,
+    };
+    drop(inside);
+    Ok((runtime, signals))
+}
+
+/// As many open files as the service manager allows at all: a pod's port holds one, and the usual soft limit is small.
+fn raise_descriptor_limit() -> rustix::io::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
+}
+
+/// Serves until a signal or the end of the data plane.
+fn run(runtime: Runtime, signals: Signals, node: Node) -> anyhow::Result<()> {
     let node = Arc::new(node);
-    let stopped = runtime.block_on(serve(&node));
+    let stopped = runtime.block_on(serve(&node, signals));
     // Requests under way have until their deadline; silent clients are cut off.
     runtime.shutdown_timeout(api::GRACE);
     stopped
 }
 
-async fn serve(node: &Arc<Node>) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-    let mut hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
+async fn serve(node: &Arc<Node>, mut signals: Signals) -> anyhow::Result<()> {
     let path = node.state().desired.config.socket.clone();
     let socket = api::socket::Bound::new(&path)?;
     // After the socket is bound and before anyone is served: a shim that still gave up finds the socket on its second try.
@@ -115,9 +161,9 @@ async fn serve(node: &Arc<Node>) -> anyhow::Result<()> {
     tracing::info!(socket = %path.display(), pid = std::process::id(), "ready");
     loop {
         tokio::select! {
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-            _ = hangup.recv() => {
+            _ = signals.terminate.recv() => break,
+            _ = signals.interrupt.recv() => break,
+            _ = signals.hangup.recv() => {
                 let node = Arc::clone(node);
                 tokio::task::spawn_blocking(move || drop(node.reload()));
             }
@@ -159,4 +205,17 @@ fn watch_data_plane(node: &Arc<Node>) -> anyhow::Result<mpsc::Receiver<()>> {
     let thread = std::thread::Builder::new().name("weft-events".into()).stack_size(256 * 1024);
     thread.spawn(follow).context("cannot start a thread: not enough memory or processes (ulimit -u)")?;
     Ok(ended)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_of_open_files_is_raised_to_what_is_allowed() {
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        raise_descriptor_limit().unwrap();
+        let limit = getrlimit(Resource::Nofile);
+        assert_eq!((limit.current, limit.maximum), (maximum, maximum));
+    }
 }

@@ -4,8 +4,9 @@
 //! devices or inside namespaces. The data plane is told by [`Node::put_in_force`] only, which compiles the whole state anew.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -21,7 +22,8 @@ use crate::api::losses::{Sample, Samples};
 use crate::attach::pod::Interface;
 use crate::attach::turn::Turns;
 use crate::control::compile::compile;
-use crate::control::config::Config;
+use crate::control::config::reader::{Problem, decode};
+use crate::control::config::{Checked, Config};
 use crate::control::desired::{DesiredState, UNDERLAY};
 use crate::control::host::Host;
 use crate::log::LogLevel;
@@ -76,26 +78,28 @@ pub struct Attachment {
     pub interface: Interface,
 }
 
-/// Reads the configuration and checks it against this machine. The warnings are logged.
-pub fn read_config(path: &std::path::Path) -> anyhow::Result<Config> {
+/// Reads the configuration and checks it against this machine.
+pub fn read_config(path: &Path) -> anyhow::Result<Checked> {
     let host =
         Netlink::open().and_then(|mut netlink| netlink.host()).context("cannot list this machine's interfaces")?;
     read_config_for(path, &host)
 }
 
-fn read_config_for(path: &std::path::Path, host: &Host) -> anyhow::Result<Config> {
-    use std::io::Read;
-    let mut text = String::new();
+/// Logs what is odd about the configuration at `path`.
+pub fn log_warnings(path: &Path, warnings: &[Problem]) {
+    for warning in warnings {
+        tracing::warn!("{}: {warning}", path.display());
+    }
+}
+
+fn read_config_for(path: &Path, host: &Host) -> anyhow::Result<Checked> {
+    let mut bytes = Vec::new();
     let file = std::fs::File::open(path)
         .with_context(|| format!("cannot open the configuration {}: name it with --config", path.display()))?;
     file.take(MAX_CONFIG)
-        .read_to_string(&mut text)
+        .read_to_end(&mut bytes)
         .with_context(|| format!("cannot read the configuration {}", path.display()))?;
-    let checked = Config::read(&text, host).with_context(|| format!("{} is not valid", path.display()))?;
-    for warning in &checked.warnings {
-        tracing::warn!("{}: {warning}", path.display());
-    }
-    Ok(checked.config)
+    decode(bytes).and_then(|text| Config::read(&text, host)).with_context(|| format!("{} is not valid", path.display()))
 }
 
 impl Node {
@@ -214,10 +218,11 @@ impl Node {
             Err(Failure { code: code::CONFIG, msg, details: details.into() })
         };
         let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
-        let config = match read_config(&self.config_path) {
-            Ok(config) => config,
+        let Checked { config, warnings } = match read_config(&self.config_path) {
+            Ok(checked) => checked,
             Err(error) => return refuse(format!("{error:#}"), "the old configuration stays in force"),
         };
+        log_warnings(&self.config_path, &warnings);
         let mut state = self.state();
         let fixed = state.desired.config.fixed_differences(&config);
         if !fixed.is_empty() {

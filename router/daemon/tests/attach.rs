@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that fails shall say where")]
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -91,6 +92,11 @@ impl Lab {
     }
 
     fn start(&mut self) {
+        self.spawn();
+        self.wait_until_ready();
+    }
+
+    fn spawn(&mut self) {
         let log = File::create(self.path("log")).unwrap();
         let daemon = Command::new("ip")
             .args(["netns", "exec", &self.namespaces[0], env!("CARGO_BIN_EXE_weftd"), "--config"])
@@ -100,6 +106,9 @@ impl Lab {
             .spawn()
             .unwrap();
         self.daemon = Some(daemon);
+    }
+
+    fn wait_until_ready(&self) {
         let ready = until(|| Client::connect(&self.path("run/weftd.sock"), PATIENCE).is_ok());
         assert!(ready, "weftd did not start:\n{}", self.log());
     }
@@ -435,6 +444,30 @@ fn a_hangup_reloads_and_a_second_daemon_is_refused() {
 }
 
 #[test]
+fn a_hangup_during_the_start_reloads_and_warnings_of_the_start_are_logged() {
+    let mut lab = Lab::with_daemon("early", ROUTED);
+    assert_eq!(lab.stop(), Some(0));
+    // The start waits for whoever writes into the FIFO; the reload finds a file in its place.
+    let (config, good) = (lab.path("weftd.toml"), lab.path("good.toml"));
+    let text = format!("{}device = \"absent\"\n", fs::read_to_string(&config).unwrap());
+    fs::write(&good, &text).unwrap();
+    fs::remove_file(&config).unwrap();
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &config, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    lab.spawn();
+    let mut fifo = fs::OpenOptions::new().write(true).open(&config).unwrap();
+    lab.signal(rustix::process::Signal::HUP);
+    fs::rename(&good, &config).unwrap();
+    fifo.write_all(text.as_bytes()).unwrap();
+    drop(fifo);
+    lab.wait_until_ready();
+    assert!(until(|| lab.log().contains("configuration in force")), "{}", lab.log());
+    let log = lab.log();
+    let warned = log.find("\"absent\" is not a device of this machine");
+    assert!(warned.is_some() && warned < log.find("ready"), "{log}");
+}
+
+#[test]
 fn concurrent_adds_get_distinct_addresses_and_other_clients_are_served() {
     let mut lab = Lab::with_daemon("many", ROUTED);
     let names: Vec<String> = (0..8).map(|number| format!("p{number}")).collect();
@@ -442,7 +475,6 @@ fn concurrent_adds_get_distinct_addresses_and_other_clients_are_served() {
     // Idle and half-said clients, more than there are slots.
     let idle: Vec<std::os::unix::net::UnixStream> = (0..200)
         .map(|_| {
-            use std::io::Write;
             let mut stream = std::os::unix::net::UnixStream::connect(lab.path("run/weftd.sock")).unwrap();
             stream.write_all(b"{\"version\":1,").unwrap();
             stream

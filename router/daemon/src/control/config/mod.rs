@@ -153,17 +153,14 @@ impl Config {
     /// Reads and checks `text` against the machine that it is for.
     ///
     /// # Errors
-    /// Everything that is wrong with it.
+    /// Everything that is wrong with it; if it is no TOML, that alone.
     pub fn read(text: &str, host: &Host) -> Result<Checked, Invalid> {
-        let (mut reader, root) = Reader::new(text);
+        let (mut reader, root) = Reader::new(text)?;
         let draft = Draft::read(&mut reader, root);
         let (config, warnings) = check::check(draft, &mut reader, host);
         match config {
             Some(config) if reader.problems.is_empty() => Ok(Checked { config, warnings }),
-            _ => {
-                reader.problems.sort();
-                Err(Invalid(reader.problems))
-            }
+            _ => Err(reader.invalid()),
         }
     }
 

@@ -10,6 +10,8 @@ use std::str::FromStr;
 
 use toml::de::{DeTable, DeValue};
 
+use super::Invalid;
+
 /// Where something stands in the file.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
@@ -61,9 +63,25 @@ pub struct Section<'t> {
     asked: Vec<&'static str>,
 }
 
+/// The text of a file, which must be UTF-8, as TOML is.
+///
+/// # Errors
+/// Where it is not.
+pub fn decode(bytes: Vec<u8>) -> Result<String, Invalid> {
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = error.as_bytes().get(..error.utf8_error().valid_up_to()).unwrap_or_default();
+        let line = 1 + valid.iter().filter(|byte| **byte == b'\n').count();
+        let place = Place { line, key: String::new() };
+        Invalid(vec![Problem { place, what: "a character is not UTF-8: save the file in that encoding".into() }])
+    })
+}
+
 impl<'t> Reader<'t> {
-    /// Reads `text`; syntax errors become problems.
-    pub fn new(text: &'t str) -> (Reader<'t>, Section<'t>) {
+    /// Reads `text`.
+    ///
+    /// # Errors
+    /// What is no TOML. What such a document contains is anyone's guess, so that further problems would be false ones.
+    pub fn new(text: &'t str) -> Result<(Reader<'t>, Section<'t>), Invalid> {
         let mut reader = Reader { text, problems: Vec::new() };
         let (document, errors) = DeTable::parse_recoverable(text);
         for error in errors {
@@ -71,8 +89,17 @@ impl<'t> Reader<'t> {
             let place = Place { line, key: String::new() };
             reader.problem(&place, error.message().to_owned());
         }
+        if !reader.problems.is_empty() {
+            return Err(reader.invalid());
+        }
         let root = reader.section(Place { line: 1, key: String::new() }, document.into_inner());
-        (reader, root)
+        Ok((reader, root))
+    }
+
+    /// All problems, by line.
+    pub fn invalid(mut self) -> Invalid {
+        self.problems.sort();
+        Invalid(self.problems)
     }
 
     /// Notes a problem.

@@ -110,9 +110,16 @@ format = "xml"
 }
 
 #[test]
-fn a_syntax_error_has_its_line() {
+fn a_syntax_error_has_its_line_and_hides_what_it_would_cause() {
     let all = problems("node = \"n1\"\nmode = \n");
-    assert!(all.iter().any(|problem| problem.starts_with("line 2: ")), "{all:?}");
+    assert!(all.len() == 1 && all[0].starts_with("line 2: "), "{all:?}");
+}
+
+#[test]
+fn what_is_not_utf8_has_its_line() {
+    assert_eq!(reader::decode(GOOD.as_bytes().to_vec()).unwrap(), GOOD);
+    let error = reader::decode(b"node = \"n1\"\n# f\xfcr n1\n".to_vec()).unwrap_err();
+    assert!(error.to_string().starts_with("line 2: a character is not UTF-8: "), "{error}");
 }
 
 #[test]
