@@ -1,11 +1,12 @@
 //! `weft lab` itself: nothing stays behind, and labs do not get into each other's way.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use weft_tests::command::{eventually, run, shell};
+use weft_tests::command::{Background, eventually, run, shell};
 use weft_tests::lab::Lab;
-use weft_tests::machine::turn;
+use weft_tests::machine::{binary, turn, unique};
 
 /// What a lab is made of that could stay behind.
 #[track_caller]
@@ -50,6 +51,53 @@ fn down_leaves_nothing_after_daemons_were_killed_and_pods_deleted() {
     lab.down();
     nothing_is_left(&lab);
     assert_eq!(interfaces(), before);
+}
+
+/// A folder with an `ip` that makes a namespace after so many seconds only.
+fn slow_ip(seconds: u32) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let real = run(shell("command -v ip")).must();
+    let script = format!(
+        "#!/bin/sh\n[ \"$1 $2\" = 'netns add' ] && {{ echo \"$3\" >>{}/asked; sleep {seconds}; }}\nexec {} \"$@\"\n",
+        folder.path().display(),
+        real.trim()
+    );
+    let path = folder.path().join("ip");
+    std::fs::write(&path, script).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    folder
+}
+
+#[test]
+fn down_leaves_nothing_when_up_was_killed_in_the_middle_of_a_step() {
+    let _turn = turn();
+    let name = unique("q");
+    let record = Path::new("/run/weft/lab").join(&name);
+    let slow = slow_ip(2);
+    let weft = |action: &str| {
+        let mut command = std::process::Command::new(binary("weft"));
+        command.args(["lab", action, "--name", &name]);
+        command
+    };
+    let mut up = weft("up");
+    up.env("PATH", format!("{}:{}", slow.path().display(), std::env::var("PATH").unwrap()));
+    up.env("WEFT_BIN_DIR", binary("weftd").parent().unwrap());
+    let mut up = Background::start(up);
+    let asked = || std::fs::read_to_string(slow.path().join("asked")).unwrap_or_default();
+    eventually("the first namespace is asked for", Duration::from_secs(10), || asked().contains(&name));
+    let pid = rustix::process::Pid::from_raw(i32::try_from(up.pid()).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    eventually("a killed `weft lab up` is gone", Duration::from_secs(5), || up.has_ended());
+    assert!(record.exists(), "up was to be killed with its record written");
+    run(weft("down")).must();
+    // Longer than the step would have taken.
+    std::thread::sleep(Duration::from_millis(2500));
+    let left = run(shell(&format!("ls /run/netns | grep {name} || true"))).must();
+    for netns in left.split_whitespace() {
+        run(shell(&format!("ip netns del {netns}"))).must();
+    }
+    assert_eq!(left, "", "{} was asked for", asked());
+    assert!(!record.exists(), "the lab's folder is left");
 }
 
 #[test]

@@ -23,6 +23,8 @@ const IFNAME: &str = "eth0";
 
 /// A pod to attach.
 pub struct Request<'a> {
+    /// The lab.
+    pub lab: &'a str,
     /// The plugin.
     pub plugin: &'a Path,
     /// The socket of the node's daemon.
@@ -69,7 +71,7 @@ pub fn add(request: &Request) -> Result<Pod> {
     let what = || format!("cannot attach pod {}", request.name);
     let path = net::path(request.netns);
     let folder = request.plugin.parent().unwrap_or(Path::new("/"));
-    let run = Run::new(request.plugin).within(PATIENCE).input(configuration(request)).only_env([
+    let run = Run::new(request.plugin).building(request.lab).within(PATIENCE).input(configuration(request)).only_env([
         ("CNI_COMMAND", "ADD".as_ref()),
         ("CNI_CONTAINERID", request.netns.as_ref()),
         ("CNI_NETNS", path.as_os_str()),
@@ -137,6 +139,7 @@ mod tests {
 
     fn request() -> Request<'static> {
         Request {
+            lab: "x",
             plugin: Path::new("/opt/cni/bin/weft-cni"),
             socket: Path::new("/run/weft/lab/x/n1.sock"),
             state_dir: Path::new("/run/weft/lab/x/n1"),

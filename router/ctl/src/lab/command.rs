@@ -1,7 +1,8 @@
 //! Running other programs: with a deadline, and with errors that can be acted upon.
 //!
 //! Each child is the leader of a process group of its own, so that a Ctrl-C on the terminal reaches this program only
-//! and clean-up can still run `ip`. Waiting ends at the deadline or, unless the command is part of clean-up,
+//! and clean-up can still run `ip`. What builds a lab carries a mark of that lab in its environment, so that it is found
+//! and ended even if this program is killed before it has ended ([`process::MARK`]). Waiting ends at the deadline or, unless the command is part of clean-up,
 //! when the user interrupts; the child is killed then.
 
 use std::ffi::{OsStr, OsString};
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use super::process;
 use crate::interrupt;
 use crate::output::plain;
 
@@ -27,6 +29,7 @@ pub struct Run {
     args: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
     clear_env: bool,
+    lab: Option<String>,
     input: Vec<u8>,
     patience: Duration,
     uninterrupted: bool,
@@ -50,6 +53,7 @@ impl Run {
             args: Vec::new(),
             env: Vec::new(),
             clear_env: false,
+            lab: None,
             input: Vec::new(),
             patience: PATIENCE,
             uninterrupted: false,
@@ -82,6 +86,12 @@ impl Run {
     pub fn only_env<V: AsRef<OsStr>>(mut self, env: impl IntoIterator<Item = (&'static str, V)>) -> Run {
         self.env = env.into_iter().map(|(name, value)| (name.into(), value.as_ref().to_owned())).collect();
         self.clear_env = true;
+        self
+    }
+
+    /// Marks the program as part of building a lab, and whatever it starts.
+    pub fn building(mut self, lab: &str) -> Run {
+        self.lab = Some(lab.to_owned());
         self
     }
 
@@ -132,7 +142,7 @@ impl Run {
 
     /// Starts it and hands it over, with its standard output piped and its standard error as given.
     pub fn spawn(&self, stderr: Stdio) -> Result<Child> {
-        let mut command = self.command();
+        let mut command = self.command()?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(stderr);
         let mut child = command.spawn().map_err(|error| self.unstartable(&error))?;
         let stdin = child.stdin.take();
@@ -150,18 +160,21 @@ impl Run {
 
     /// Starts a program that outlives this one and writes to `log` only.
     pub fn spawn_detached(&self, log: Stdio) -> Result<Child> {
-        let mut command = self.command();
+        let mut command = self.command()?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         command.spawn().map_err(|error| self.unstartable(&error))
     }
 
-    fn command(&self) -> Command {
+    fn command(&self) -> Result<Command> {
         let mut command = Command::new(&self.program);
         if self.clear_env {
             command.env_clear();
         }
         command.args(&self.args).envs(self.env.iter().map(|(name, value)| (name, value))).process_group(0);
-        command
+        if let Some(lab) = &self.lab {
+            command.env(process::MARK, process::mark(lab, &process::own()?));
+        }
+        Ok(command)
     }
 
     fn unstartable(&self, error: &std::io::Error) -> anyhow::Error {

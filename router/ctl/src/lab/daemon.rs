@@ -93,7 +93,7 @@ pub fn start(plan: &Plan, node: u8, weftd: &Path) -> Result<Process> {
     let text = config_text(plan, node, &files)?;
     fs::write(&files.config, text).with_context(|| format!("cannot write {}", files.config.display()))?;
     let log = File::create(&files.log).with_context(|| format!("cannot write {}", files.log.display()))?;
-    let run = Run::inside(&plan.node_netns(node), weftd).arg("--config").arg(&files.config);
+    let run = Run::inside(&plan.node_netns(node), weftd).building(&plan.lab).arg("--config").arg(&files.config);
     let child = run.spawn_detached(Stdio::from(log))?;
     Process::identify(child.id(), &format!("weftd of {name}"))
         .with_context(|| format!("weftd of {name} did not start{}", log_tail(&files.log)))

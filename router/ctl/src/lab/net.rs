@@ -30,9 +30,10 @@ pub fn check_free(plan: &Plan) -> Result<()> {
 
 /// Makes all namespaces of the plan, each with its loopback up.
 pub fn make_namespaces(plan: &Plan) -> Result<()> {
+    let run = |args: String| Run::ip(&args).building(&plan.lab).succeed();
     for netns in plan.all_netns() {
-        Run::ip(&format!("netns add {netns}")).succeed()?;
-        Run::ip(&format!("-n {netns} link set lo up")).succeed()?;
+        run(format!("netns add {netns}"))?;
+        run(format!("-n {netns} link set lo up"))?;
     }
     Ok(())
 }
@@ -40,17 +41,15 @@ pub fn make_namespaces(plan: &Plan) -> Result<()> {
 /// Makes the network between the nodes.
 pub fn make_underlay(plan: &Plan) -> Result<()> {
     let (underlay, mtu) = (plan.underlay_netns(), plan.mtu);
-    Run::ip(&format!("-n {underlay} link add {BRIDGE} mtu {mtu} type bridge")).succeed()?;
-    Run::ip(&format!("-n {underlay} link set {BRIDGE} up")).succeed()?;
+    let run = |args: String| Run::ip(&args).building(&plan.lab).succeed();
+    run(format!("-n {underlay} link add {BRIDGE} mtu {mtu} type bridge"))?;
+    run(format!("-n {underlay} link set {BRIDGE} up"))?;
     for node in plan.node_numbers() {
         let (netns, port, address) = (plan.node_netns(node), plan::node_name(node), plan::underlay_address(node));
-        Run::ip(&format!(
-            "-n {netns} link add {UPLINK} mtu {mtu} type veth peer name {port} mtu {mtu} netns {underlay}"
-        ))
-        .succeed()?;
-        Run::ip(&format!("-n {underlay} link set {port} master {BRIDGE} up")).succeed()?;
-        Run::ip(&format!("-n {netns} address add {address}/24 dev {UPLINK}")).succeed()?;
-        Run::ip(&format!("-n {netns} link set {UPLINK} up")).succeed()?;
+        run(format!("-n {netns} link add {UPLINK} mtu {mtu} type veth peer name {port} mtu {mtu} netns {underlay}"))?;
+        run(format!("-n {underlay} link set {port} master {BRIDGE} up"))?;
+        run(format!("-n {netns} address add {address}/24 dev {UPLINK}"))?;
+        run(format!("-n {netns} link set {UPLINK} up"))?;
     }
     Ok(())
 }

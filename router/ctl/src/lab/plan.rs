@@ -65,6 +65,8 @@ pub struct Plan {
     pub mode: Mode,
     /// MTU of the underlay.
     pub mtu: u32,
+    /// Whether the process that builds it ends it as well.
+    pub is_passing: bool,
 }
 
 impl Plan {
@@ -80,7 +82,7 @@ impl Plan {
         if !(MIN_MTU..=MAX_MTU).contains(&mtu) {
             bail!("the underlay's MTU must be between {MIN_MTU} and {MAX_MTU}, not {mtu}");
         }
-        Ok(Plan { lab: lab.to_owned(), nodes, pods, mode, mtu })
+        Ok(Plan { lab: lab.to_owned(), nodes, pods, mode, mtu, is_passing: false })
     }
 
     /// Nodes count from 1.

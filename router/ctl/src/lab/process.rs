@@ -3,6 +3,9 @@
 //! A process is known by its id *and* the time it started, so that an id which the kernel has given to another
 //! process since is not mistaken for it. Signals go through a pidfd that is opened first and checked
 //! afterwards: what was checked is what is signalled.
+//!
+//! A process that nobody could record, because whoever started it was killed, is known by its environment: [`MARK`]
+//! holds the lab's name and the identity of the process that was building it, so nobody has it by chance.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -31,6 +34,19 @@ pub struct Process {
     pub what: String,
 }
 
+/// The variable that marks what was started to build a lab.
+pub const MARK: &str = "WEFT_LAB";
+
+/// Its value for what `creator` starts to build a lab.
+pub fn mark(lab: &str, creator: &Process) -> String {
+    format!("{lab}:{}:{}", creator.pid, creator.start_time)
+}
+
+/// This process.
+pub fn own() -> Result<Process> {
+    Process::identify(std::process::id(), "weft lab")
+}
+
 /// A network namespace, whatever its name: device and inode of its file in nsfs.
 pub type NetnsId = (u64, u64);
 
@@ -56,6 +72,16 @@ pub fn end_recorded(processes: &[Process]) -> Result<()> {
     end(|| processes.iter().filter_map(open).collect())
 }
 
+/// Ends every process that `creator` has started to build a lab.
+pub fn end_marked(lab: &str, creator: &Process) -> Result<()> {
+    let variable = format!("{MARK}={}", mark(lab, creator)).into_bytes();
+    let is_marked = |pid: u32| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|entry| entry == variable)
+    };
+    end(|| all_pids().filter_map(|pid| open_if(pid, || is_marked(pid))).collect())
+}
+
 /// Ends every process that lives in one of these namespaces.
 pub fn end_inside(namespaces: &BTreeSet<NetnsId>) -> Result<()> {
     // A namespace file can be another name for the machine's own namespace; all of its processes are not ours.
@@ -64,7 +90,7 @@ pub fn end_inside(namespaces: &BTreeSet<NetnsId>) -> Result<()> {
     if namespaces.is_empty() {
         return Ok(());
     }
-    end(|| all_pids().filter_map(|pid| open_inside(pid, &namespaces)).collect())
+    end(|| all_pids().filter_map(|pid| open_if(pid, || is_inside(pid, &namespaces))).collect())
 }
 
 /// The namespace that a file stands for.
@@ -120,13 +146,17 @@ fn open(pid: u32) -> Option<OwnedFd> {
     pidfd_open(to_pid(pid)?, PidfdFlags::empty()).ok()
 }
 
-fn open_inside(pid: u32, namespaces: &BTreeSet<NetnsId>) -> Option<(u32, OwnedFd)> {
-    let inside = || netns_id(Path::new(&format!("/proc/{pid}/ns/net"))).is_some_and(|id| namespaces.contains(&id));
-    if pid == std::process::id() || !inside() {
+fn is_inside(pid: u32, namespaces: &BTreeSet<NetnsId>) -> bool {
+    netns_id(Path::new(&format!("/proc/{pid}/ns/net"))).is_some_and(|id| namespaces.contains(&id))
+}
+
+/// The process if it is one of those that are meant, and not this one.
+fn open_if(pid: u32, is_meant: impl Fn() -> bool) -> Option<(u32, OwnedFd)> {
+    if pid == std::process::id() || !is_meant() {
         return None;
     }
     let fd = open(pid)?;
-    (inside() && start_time(pid).is_some()).then_some((pid, fd))
+    (is_meant() && start_time(pid).is_some()).then_some((pid, fd))
 }
 
 fn all_pids() -> impl Iterator<Item = u32> {
@@ -220,6 +250,26 @@ mod tests {
     fn the_machines_own_namespace_is_never_cleared() {
         let own = netns_id(Path::new("/proc/self/ns/net")).unwrap();
         end_inside(&BTreeSet::from([own])).unwrap();
-        assert!(open_inside(std::process::id(), &BTreeSet::from([own])).is_none());
+        assert!(open_if(std::process::id(), || true).is_none());
+    }
+
+    #[test]
+    fn only_what_was_started_for_that_very_lab_is_ended() {
+        let lab = format!("t{}", std::process::id());
+        let creator = own().unwrap();
+        let earlier = Process { start_time: creator.start_time - 1, ..creator.clone() };
+        let marks = [mark(&lab, &creator), mark(&format!("{lab}x"), &creator), mark(&lab, &earlier), lab.clone()];
+        let start = |mark: &String| Command::new("sleep").arg("60").env(MARK, mark).spawn().unwrap();
+        let mut children: Vec<_> = marks.iter().map(start).collect();
+        let running = |children: &mut [std::process::Child]| -> Vec<bool> {
+            children.iter_mut().map(|child| Process::identify(child.id(), "sleep").is_ok()).collect()
+        };
+        assert_eq!(running(&mut children), [true; 4]);
+        end_marked(&lab, &creator).unwrap();
+        assert_eq!(running(&mut children), [false, true, true, true]);
+        for child in &mut children {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }

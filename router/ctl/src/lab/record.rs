@@ -3,7 +3,8 @@
 //! The record of a lab is `/run/weft/lab/<name>/lab.json`. The folder is made first, and making it is what reserves
 //! the name. The record names every namespace before the first of them is made, and is written again as soon as a
 //! process runs; so after a crash at any point it covers all there is, except perhaps a process that lives in one of
-//! the namespaces, and those are ended with them.
+//! the namespaces, and those are ended with them, and a program that was just being run to make one of them. That one
+//! is known by the record's creator.
 
 use std::fs;
 use std::io::{ErrorKind, Write};
@@ -43,6 +44,12 @@ pub struct Record {
     pub mtu: u32,
     /// The boot that `processes` belong to.
     pub boot_id: String,
+    /// The process that builds it, or has built it.
+    #[serde(default)]
+    pub creator: Option<Process>,
+    /// Whether the creator means to end it as well.
+    #[serde(default)]
+    pub is_passing: bool,
     /// Namespaces, made or about to be.
     pub netns: Vec<String>,
     /// Processes that were started.
@@ -111,6 +118,8 @@ impl Record {
             mode: plan.mode,
             mtu: plan.mtu,
             boot_id: process::boot_id()?,
+            creator: Some(process::own()?),
+            is_passing: plan.is_passing,
             netns: plan.all_netns(),
             processes: Vec::new(),
             cluster: None,
@@ -159,6 +168,12 @@ impl Record {
     /// Whether its processes belong to the boot we are in.
     pub fn is_of_this_boot(&self) -> bool {
         process::boot_id().is_ok_and(|boot_id| boot_id == self.boot_id)
+    }
+
+    /// Whether its creator meant to end it and cannot any more.
+    pub fn is_abandoned(&self) -> bool {
+        let lives = |creator: &Process| self.is_of_this_boot() && creator.is_alive();
+        self.is_passing && !self.creator.as_ref().is_some_and(lives)
     }
 }
 
@@ -258,6 +273,8 @@ mod tests {
             mode: Mode::Routed,
             mtu: 1500,
             boot_id: "b".into(),
+            creator: Some(process::own().unwrap()),
+            is_passing: false,
             netns: plan.all_netns(),
             processes: vec![Process { pid: 42, start_time: 7, what: "weftd of n1".into() }],
             cluster: Some(Cluster { nodes: vec![node] }),
@@ -298,6 +315,18 @@ mod tests {
         assert!(!record.is_of_this_boot());
         record.boot_id = process::boot_id().unwrap();
         assert!(record.is_of_this_boot());
+    }
+
+    #[test]
+    fn a_lab_is_abandoned_if_its_creator_should_end_it_and_is_gone() {
+        let mut record = Record { boot_id: process::boot_id().unwrap(), is_passing: true, ..record() };
+        assert!(!record.is_abandoned(), "this process lives");
+        record.creator.as_mut().unwrap().start_time -= 1;
+        assert!(record.is_abandoned());
+        record.is_passing = false;
+        assert!(!record.is_abandoned(), "it is to stay");
+        let before = Record { boot_id: "b".into(), is_passing: true, creator: Some(process::own().unwrap()), ..record };
+        assert!(before.is_abandoned(), "its creator was of another boot");
     }
 
     #[test]

@@ -32,13 +32,13 @@ fn lay_out(plan: &Plan, record: &mut Record) -> Result<()> {
     net::make_underlay(plan)?;
     for node in plan.node_numbers() {
         for line in node_lines(plan, node) {
-            run(&line)?;
+            run(plan, &line)?;
         }
         let forward = "echo 1 > /proc/sys/net/ipv4/ip_forward";
-        Run::inside(&plan.node_netns(node), "sh").args(["-c", forward]).succeed()?;
+        Run::inside(&plan.node_netns(node), "sh").building(&plan.lab).args(["-c", forward]).succeed()?;
         for pod in plan.pod_numbers() {
             for line in pod_lines(plan, node, pod) {
-                run(&line)?;
+                run(plan, &line)?;
             }
         }
     }
@@ -46,10 +46,10 @@ fn lay_out(plan: &Plan, record: &mut Record) -> Result<()> {
     record.save()
 }
 
-fn run(line: &str) -> Result<()> {
+fn run(plan: &Plan, line: &str) -> Result<()> {
     let mut words = line.split_whitespace();
     let program = words.next().unwrap_or_default();
-    Run::new(program).args(words).succeed().map(drop)
+    Run::new(program).building(&plan.lab).args(words).succeed().map(drop)
 }
 
 fn node_lines(plan: &Plan, node: u8) -> Vec<String> {

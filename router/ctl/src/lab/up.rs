@@ -124,6 +124,7 @@ fn attach(plan: &Plan, programs: &Programs, node: u8) -> Result<Vec<Pod>> {
     let attach = |pod| {
         interrupt::check()?;
         let request = cni::Request {
+            lab: &plan.lab,
             plugin: &programs.weft_cni,
             socket: &files.socket,
             state_dir: &files.state_dir,
