@@ -70,9 +70,18 @@ pub enum Device {
 /// What the worker noticed.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The device of this port is gone; the port was removed from the worker, its counters stay until
+    /// This port is out of service: it was removed from the worker, its counters stay until
     /// [`Router::remove_port`].
-    PortGone(PortId),
+    PortGone(PortId, PortEnd),
+}
+
+/// Why a port is out of service.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum PortEnd {
+    /// Its device is gone, with the namespace that it was in, or does not work any more.
+    Device,
+    /// The port's own code panicked: a bug.
+    Panic,
 }
 
 /// One port as the worker sees it.

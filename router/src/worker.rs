@@ -25,7 +25,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use crate::control::{Command, Device, Event, PortSnapshot, Removed, RouterConfig, RouterError, Snapshot};
+use crate::control::{Command, Device, Event, PortEnd, PortSnapshot, Removed, RouterConfig, RouterError, Snapshot};
 use crate::drop_reason::DropReason;
 use crate::forward::Forwarder;
 use crate::pool::Pool;
@@ -181,7 +181,7 @@ impl Worker {
         match received {
             Ok(Received::Drained) => {}
             Ok(Received::More) => self.mark_ready(id),
-            Err(_) => self.gone(id),
+            Err(why) => self.gone(id, why),
         }
         self.flush();
         worked
@@ -225,7 +225,7 @@ impl Worker {
                     self.busy.push(id);
                 }
             }
-            Err(_) => self.gone(id),
+            Err(why) => self.gone(id, why),
         }
     }
 
@@ -236,10 +236,10 @@ impl Worker {
         }
     }
 
-    /// Takes a port whose device is gone out of service.
-    fn gone(&mut self, id: PortId) {
+    /// Takes a port that does not work any more out of service.
+    fn gone(&mut self, id: PortId, why: PortEnd) {
         drop(self.retire(id));
-        let _ = self.events.send(Event::PortGone(id));
+        let _ = self.events.send(Event::PortGone(id, why));
     }
 
     /// Ends a port; its device, if closing that takes long, is for the asker to close.
@@ -352,8 +352,9 @@ impl Worker {
 }
 
 /// A port whose code panics is as good as gone.
-fn guarded<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| Err(io::Error::other("the port's code panicked")))
+fn guarded<T>(call: impl FnOnce() -> io::Result<T>) -> Result<T, PortEnd> {
+    let called = catch_unwind(AssertUnwindSafe(call)).map_err(|_| PortEnd::Panic)?;
+    called.map_err(|_| PortEnd::Device)
 }
 
 #[cfg(test)]
@@ -439,7 +440,7 @@ mod tests {
         worker.insert(B, Box::new(broken)).unwrap();
         inbox.borrow_mut().extend((0..3).map(|_| sample::udp4(100, 0).0));
         worker.run_dry();
-        assert_eq!(events.try_iter().collect::<Vec<_>>(), [Event::PortGone(B)]);
+        assert_eq!(events.try_iter().collect::<Vec<_>>(), [Event::PortGone(B, PortEnd::Device)]);
         let counted = worker.forwarder.stats().of(A);
         assert_eq!((counted.dropped[DropReason::PortDown as usize], counted.in_flight()), (3, 0));
         assert!(!worker.snapshot(true).ports.iter().any(|port| port.id == B && port.up));
@@ -520,7 +521,7 @@ mod tests {
         let (_, outbox) = worker.plug(MemoryPort::new(B), B);
         worker.insert(PortId(3), Box::new(Faulty)).unwrap();
         worker.run_dry();
-        assert_eq!(events.try_iter().collect::<Vec<_>>(), [Event::PortGone(PortId(3))]);
+        assert_eq!(events.try_iter().collect::<Vec<_>>(), [Event::PortGone(PortId(3), PortEnd::Panic)]);
         inbox.borrow_mut().push_back(sample::udp4(100, 0).0);
         worker.mark_ready(A);
         worker.run_dry();

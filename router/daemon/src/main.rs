@@ -198,7 +198,7 @@ fn watch_data_plane(node: &Arc<Node>) -> anyhow::Result<mpsc::Receiver<()>> {
         while let Ok(event) = events.recv() {
             let Some(node) = node.upgrade() else { break };
             match event {
-                Event::PortGone(port) => node.port_gone(port),
+                Event::PortGone(port, why) => node.port_gone(port, why),
             }
         }
     };

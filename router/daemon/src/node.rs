@@ -16,7 +16,7 @@ use weft_api::{AttachmentKey, Counters, Failure, code};
 use weft_ipam::Store;
 use weft_router::port::udp::Underlay;
 use weft_router::stats::PortStats;
-use weft_router::{Device, PortId, Router, RouterConfig, Snapshot};
+use weft_router::{Device, PortEnd, PortId, Router, RouterConfig, Snapshot};
 
 use crate::api::losses::{Sample, Samples};
 use crate::attach::pod::Interface;
@@ -186,8 +186,8 @@ impl Node {
         true
     }
 
-    /// The device of `port` is gone: its namespace was deleted. The lease stays until DEL or GC.
-    pub fn port_gone(&self, port: PortId) {
+    /// `port` is out of service, most often because its namespace was deleted. The lease stays until DEL or GC.
+    pub fn port_gone(&self, port: PortId, why: PortEnd) {
         // The number may have been given to another attachment since.
         let dead = self.router.snapshot(false).is_ok_and(|now| now.ports.iter().any(|p| p.id == port && !p.up));
         if !dead {
@@ -204,7 +204,15 @@ impl Node {
         };
         if let Some(key) = key {
             self.detach(&key);
-            tracing::info!(container = key.container, ifname = key.ifname, "the pod's network namespace is gone");
+            let (container, ifname) = (key.container, key.ifname);
+            match why {
+                PortEnd::Device => tracing::info!(container, ifname, "the pod's network namespace is gone"),
+                PortEnd::Panic => tracing::error!(
+                    container,
+                    ifname,
+                    "the pod is cut off, for its port's code panicked, see above: recreate the pod, and report this as a bug"
+                ),
+            }
         }
     }
 

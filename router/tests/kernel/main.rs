@@ -59,7 +59,7 @@ fn a_namespace_that_goes_away_is_reported_and_keeps_nobody_awake() {
     ping(&one, "10.244.1.3");
     drop(two);
     let event = node.router().events().recv_timeout(Duration::from_secs(5)).unwrap();
-    assert_eq!(event, Event::PortGone(weft_router::PortId(2)));
+    assert_eq!(event, Event::PortGone(weft_router::PortId(2), weft_router::PortEnd::Device));
     let before = worker_cpu();
     std::thread::sleep(Duration::from_secs(1));
     let spent = worker_cpu() - before;
