@@ -34,9 +34,11 @@ impl Namespace {
             return Err(refuse("it is not a namespace".into()));
         }
         let identity = identity(&fd).map_err(kernel)?;
-        for (whose, own) in [("weftd's own", "/proc/thread-self/ns/net"), ("that of process 1", "/proc/1/ns/net")] {
-            // Without permission to look at process 1 its namespace cannot be ours to configure either.
-            let other = std::fs::File::open(own).ok().and_then(|file| self::identity(&file.into()).ok());
+        let own =
+            of_process("thread-self").map_err(|error| refuse(format!("it cannot be told from weftd's: {error}")))?;
+        // Without permission to look at process 1 its namespace cannot be ours to configure either.
+        let first = of_process("1").ok();
+        for (whose, other) in [("weftd's own", Some(own)), ("that of process 1", first)] {
             if other.as_ref() == Some(&identity) {
                 return Err(refuse(format!("it is {whose}; a pod needs one of its own")));
             }
@@ -83,6 +85,12 @@ fn failure(path: &str, what: String) -> Failure {
         msg: format!("network namespace {path:?}: {what}"),
         details: "CNI_NETNS must name the network namespace of the pod's sandbox".into(),
     }
+}
+
+/// The identity of a process's network namespace.
+fn of_process(process: &str) -> io::Result<String> {
+    let file = std::fs::File::open(format!("/proc/{process}/ns/net"))?;
+    Ok(identity(&file.into())?)
 }
 
 fn identity(fd: &OwnedFd) -> rustix::io::Result<String> {
