@@ -98,6 +98,30 @@ impl TapPort {
         TapPort { tap, id, spare: None }
     }
 
+    /// Receives one batch.
+    fn drain(&mut self, pool: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received> {
+        let mut bytes = 0;
+        // Frames that could not be taken count against the batch as well, so that they cannot keep us here.
+        for _ in 0..BATCH {
+            if batch.is_full() || bytes >= BATCH_BYTES {
+                break;
+            }
+            match self.read(pool) {
+                Ok(Ok(frame)) => {
+                    bytes += frame.len();
+                    stats.received(&frame);
+                    batch.push(frame);
+                }
+                Ok(Err(reason)) => stats.lost(self.id, reason),
+                Err(Errno::INTR) => {}
+                Err(error) if is_broken(error) => return Err(error.into()),
+                // EIO is a link that is down, which is the pod's own doing.
+                Err(_) => return Ok(Received::Drained),
+            }
+        }
+        Ok(Received::More)
+    }
+
     /// Reads one frame, or learns why it could not be taken.
     fn read(&mut self, pool: &Pool) -> Result<Result<Frame, DropReason>, Errno> {
         let Some((mut chunk, start)) = pool.chunk() else { return self.discard() };
@@ -198,32 +222,6 @@ struct Parts {
     sent: u64,
     failed: u64,
     reason: DropReason,
-}
-
-impl TapPort {
-    /// Receives one batch.
-    fn drain(&mut self, pool: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received> {
-        let mut bytes = 0;
-        // Frames that could not be taken count against the batch as well, so that they cannot keep us here.
-        for _ in 0..BATCH {
-            if batch.is_full() || bytes >= BATCH_BYTES {
-                break;
-            }
-            match self.read(pool) {
-                Ok(Ok(frame)) => {
-                    bytes += frame.len();
-                    stats.received(&frame);
-                    batch.push(frame);
-                }
-                Ok(Err(reason)) => stats.lost(self.id, reason),
-                Err(Errno::INTR) => {}
-                Err(error) if is_broken(error) => return Err(error.into()),
-                // EIO is a link that is down, which is the pod's own doing.
-                Err(_) => return Ok(Received::Drained),
-            }
-        }
-        Ok(Received::More)
-    }
 }
 
 impl Port for TapPort {
