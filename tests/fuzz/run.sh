@@ -21,6 +21,7 @@ RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 for name in "$@"; do
+    [ -x "$target/$host/release/$name" ] || { echo "there is no target $name; see tests/fuzz/README.md" >&2; exit 2; }
     echo "== $name, $seconds s"
     mkdir -p "$work/$name" "artifacts/$name"
     log=$work/$name.log
