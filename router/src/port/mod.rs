@@ -25,6 +25,7 @@ mod software;
 pub mod sys;
 pub mod tap;
 pub mod udp;
+pub mod xdp;
 
 pub use outbox::Outbox;
 

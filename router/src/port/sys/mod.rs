@@ -4,5 +4,6 @@
 //! `socket2` is not here.
 
 pub mod arena;
+pub mod bpf;
 pub mod message;
 pub mod tun;
