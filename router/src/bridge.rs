@@ -2,23 +2,51 @@
 //!
 //! The forwarding database (FDB) learns the source MAC of each accepted frame that came through the tunnel. MACs of local pods and
 //! of the gateway are static: they stand in the tables, are never learned, and never move to the
-//! tunnel. A learned MAC is forgotten after a time without frames. The FDB holds a fixed number of entries; when it
-//! is full, a new MAC takes the place of the least recently seen of a few candidates, so that a flood of
+//! tunnel. A learned MAC is forgotten after a time without frames. The FDB holds a fixed number of entries; when
+//! there is no room, a new MAC takes the place of the least recently seen of a few candidates, so that a flood of
 //! made-up MACs costs the same as any other frame.
 //!
-//! Each MAC has a generation that grows when it moves, so that a flow that rests on it notices (see
-//! [`crate::conntrack`]) without the others being decided anew.
+//! All workers share one FDB, without locks. An entry is one word, the MAC and its node, so that it is read and replaced
+//! as a whole; when it was seen stands beside it. A MAC has a few slots, which are always looked at in the same order,
+//! and the first one that holds it counts. What may happen at once:
+//!
+//! * Two workers enter one MAC. Each looks again after it has written, and whoever sees both clears the later slot; as the
+//!   writes have one order for all (`SeqCst`), at least one sees both.
+//! * A MAC is seen while its slot is given away. The time lands on the successor, which is as new as that.
+//! * A MAC is cleared, by age or as a double, while it is seen. Its next frame enters it again.
+//!
+//! What rests on an entry remembers its word ([`Learned`]) and holds as long as the slot still has it. A decision
+//! that asks for less remembers [`Fdb::version`], which grows whenever an entry is replaced or cleared. To
+//! enter a MAC that was not known invalidates nothing, since no decision that rests on its absence is remembered.
 
+use std::hash::BuildHasher;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::Duration;
 
+use crossbeam::utils::CachePadded;
+use foldhash::fast::FixedState;
 use weft_encap::mac::Mac;
+use zerocopy::FromZeros;
 
 use crate::path::Learned;
-use crate::tables::{ExactMap, NodeId};
+use crate::tables::NodeId;
 use crate::time::Instant;
 
-/// How many entries are compared when one must go.
-const CANDIDATES: usize = 8;
+/// Slots of a bucket: their words fill one cache line, their times the next.
+const WAYS: usize = 8;
+
+/// Words and times of a bucket.
+const BUCKET: usize = 2 * WAYS;
+
+/// Last-seen times are written only when they are older than this, so that busy MACs are read by all workers and written by none.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// Least time between two searches for what is too old.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// How often a worker tries to enter a MAC while others are faster. Its next frame is another chance.
+const ATTEMPTS: usize = 8;
 
 /// One learned MAC, for people.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -27,179 +55,466 @@ pub struct FdbEntry {
     pub mac: Mac,
     /// Where it is.
     pub node: NodeId,
-    /// When it was last seen.
+    /// When it was last seen, to the second.
     pub last_seen: Instant,
 }
 
-#[derive(Copy, Clone)]
-struct Slot {
-    entry: Option<FdbEntry>,
-    generation: u32,
+/// The forwarding database. See the module's essay.
+pub struct Fdb {
+    /// Buckets, from `start` on, which is where a cache line begins.
+    cells: Vec<AtomicU64>,
+    start: usize,
+    buckets: usize,
+    hasher: FixedState,
+    age: Duration,
+    version: CachePadded<AtomicU64>,
+    counters: CachePadded<Counters>,
 }
 
-/// The forwarding database.
-pub struct Fdb {
-    index: ExactMap<Mac, u32>,
-    slots: Vec<Slot>,
-    free: Vec<u32>,
-    hand: usize,
-    limit: usize,
-    age: Duration,
-    evicted: u64,
+/// What is written when something is entered or cleared, and hence stands apart from what is only read.
+#[derive(Default)]
+struct Counters {
+    known: AtomicUsize,
+    moved: AtomicU64,
+    evicted: AtomicU64,
+    /// Before this time nothing can be too old; zero if that is not known.
+    next_sweep: AtomicU64,
 }
 
 impl Fdb {
-    /// Room for `limit` MACs, each kept for `age` after it was last seen.
-    pub fn new(limit: usize, age: Duration) -> Fdb {
-        let limit = limit.max(1);
-        Fdb { index: ExactMap::default(), slots: Vec::new(), free: Vec::new(), hand: 0, limit, age, evicted: 0 }
+    /// Room for `limit` MACs (rounded down to whole buckets, one at least), each kept for `age` after it was last seen.
+    /// `seed` keeps outsiders from choosing the bucket. Memory is touched only when used.
+    pub fn new(limit: usize, age: Duration, seed: u64) -> Fdb {
+        let buckets = (limit / WAYS).max(1);
+        let line = BUCKET / 2;
+        let cells = AtomicU64::new_vec_zeroed(buckets * BUCKET + line).expect("the limit fits into memory");
+        let start = cells.as_ptr().align_offset(line * size_of::<AtomicU64>()).min(line);
+        let hasher = FixedState::with_seed(seed);
+        Fdb { cells, start, buckets, hasher, age, version: CachePadded::default(), counters: CachePadded::default() }
+    }
+
+    /// Grows whenever an entry that a decision may rest on is replaced or cleared. To be read before [`Fdb::find`], so
+    /// that a change between the two is noticed.
+    pub fn version(&self) -> u64 {
+        self.version.load(Acquire)
     }
 
     /// Where a MAC is.
     pub fn find(&self, mac: Mac, now: Instant) -> Option<Learned> {
-        let slot = *self.index.get(&mac)?;
-        let found = &self.slots[slot as usize];
-        let entry = found.entry.as_ref()?;
-        (now.since(entry.last_seen) < self.age).then_some(Learned {
-            node: entry.node,
-            slot,
-            generation: found.generation,
-        })
+        let (slot, word) = self.slot_of(key(mac))?;
+        self.is_kept(slot, now).then_some(Learned { node: node(word), slot: slot as u32, word })
     }
 
     /// Whether an earlier look-up would still find the same.
     pub fn holds(&self, learned: &Learned, now: Instant) -> bool {
-        self.slots.get(learned.slot as usize).is_some_and(|slot| {
-            slot.generation == learned.generation
-                && slot.entry.is_some_and(|entry| now.since(entry.last_seen) < self.age)
-        })
+        let slot = learned.slot as usize;
+        slot < self.slots() && self.word(slot).load(Acquire) == learned.word && self.is_kept(slot, now)
     }
 
     /// A frame from this MAC came from this node.
-    pub fn learn(&mut self, mac: Mac, node: NodeId, now: Instant) {
-        if let Some(&slot) = self.index.get(&mac) {
-            let slot = &mut self.slots[slot as usize];
-            if slot.entry.is_some_and(|entry| entry.node != node) {
-                slot.generation = slot.generation.wrapping_add(1);
-            }
-            slot.entry = Some(FdbEntry { mac, node, last_seen: now });
-            return;
+    pub fn learn(&self, mac: Mac, node: NodeId, now: Instant) {
+        let (key, word) = (key(mac), key(mac) << 16 | u64::from(node.0));
+        if key == 0 {
+            return; // A word of zeros is an empty slot; no frame that was accepted comes from this MAC.
         }
-        let slot = self.vacant();
-        self.index.insert(mac, slot);
-        let slot = &mut self.slots[slot as usize];
-        slot.generation = slot.generation.wrapping_add(1);
-        slot.entry = Some(FdbEntry { mac, node, last_seen: now });
+        for _ in 0..ATTEMPTS {
+            let done = match self.slot_of(key) {
+                Some((slot, found)) if found == word => {
+                    self.touch(slot, now);
+                    true
+                }
+                Some((slot, found)) => self.replace(slot, found, word, now),
+                None => self.enter(key, word, now),
+            };
+            if done {
+                return;
+            }
+        }
     }
 
-    /// Forgets what was not seen for too long. Returns when to call again; `None` if nothing is left to age.
-    pub fn age(&mut self, now: Instant) -> Option<Instant> {
-        if self.index.is_empty() {
+    /// Forgets what was not seen for too long. Returns when to call again; `None` if nothing is left to age. Any number of workers
+    /// may call it, as often as they like; one of them does the work.
+    pub fn age(&self, now: Instant) -> Option<Instant> {
+        if self.is_empty() {
             return None;
         }
-        let mut next = None;
-        for (number, slot) in self.slots.iter_mut().enumerate() {
-            let Some(entry) = slot.entry else { continue };
-            if now.since(entry.last_seen) >= self.age {
-                slot.entry = None;
-                self.index.remove(&entry.mac);
-                self.free.push(number as u32);
+        let due = self.counters.next_sweep.load(Acquire);
+        if due > now.0 {
+            return Some(Instant(due));
+        }
+        let soon = now + SWEEP;
+        if self.counters.next_sweep.compare_exchange(due, soon.0, SeqCst, Relaxed).is_err() {
+            return Some(soon);
+        }
+        let mut next: Option<Instant> = None;
+        for (slot, word) in self.used() {
+            let due = Instant(self.seen(slot).load(Relaxed)) + self.age;
+            if due <= now {
+                self.clear(slot, word);
             } else {
-                let due = entry.last_seen + self.age;
-                next = Some(next.map_or(due, |next: Instant| next.min(due)));
+                next = Some(next.map_or(due, |next| next.min(due)));
             }
         }
+        let next = next.map(|next| next.max(soon));
+        self.counters.next_sweep.store(next.map_or(0, |next| next.0), Release);
         next
     }
 
     /// All learned MACs.
-    pub fn entries(&self) -> impl Iterator<Item = &FdbEntry> {
-        self.slots.iter().filter_map(|slot| slot.entry.as_ref())
+    pub fn entries(&self) -> impl Iterator<Item = FdbEntry> {
+        self.used().map(|(slot, word)| {
+            let [a, b, c, d, e, f, ..] = word.to_be_bytes();
+            let last_seen = Instant(self.seen(slot).load(Relaxed));
+            FdbEntry { mac: Mac([a, b, c, d, e, f]), node: node(word), last_seen }
+        })
     }
 
-    /// How many MACs are known.
+    /// How many MACs are known; exact while nobody writes.
     pub fn len(&self) -> usize {
-        self.index.len()
+        self.counters.known.load(Relaxed)
     }
 
     /// Whether none is known.
     pub fn is_empty(&self) -> bool {
-        self.index.is_empty()
+        self.len() == 0
     }
 
     /// How many MACs were given up for want of room.
     pub fn evicted(&self) -> u64 {
-        self.evicted
+        self.counters.evicted.load(Relaxed)
     }
 
-    fn vacant(&mut self) -> u32 {
-        if let Some(slot) = self.free.pop() {
-            return slot;
-        }
-        if self.slots.len() < self.limit {
-            self.slots.push(Slot { entry: None, generation: 0 });
-            return self.slots.len() as u32 - 1;
-        }
-        let len = self.slots.len();
-        let seen = |slot: usize| self.slots[slot].entry.map_or(Instant(0), |entry| entry.last_seen);
-        let oldest = (0..CANDIDATES.min(len))
-            .map(|step| (self.hand + step) % len)
-            .min_by_key(|&slot| seen(slot))
-            .expect("a full table has entries");
-        self.hand = (self.hand + CANDIDATES) % len;
-        if let Some(entry) = self.slots[oldest].entry.take() {
-            self.index.remove(&entry.mac);
-            self.evicted += 1;
-        }
-        oldest as u32
+    /// How often a MAC went from one node to another.
+    pub fn moved(&self) -> u64 {
+        self.counters.moved.load(Relaxed)
     }
+}
+
+// Writing. Whatever fails here fails because another worker was faster.
+impl Fdb {
+    fn touch(&self, slot: usize, now: Instant) {
+        let seen = self.seen(slot);
+        if now.since(Instant(seen.load(Relaxed))) >= FRESH {
+            seen.store(now.0, Relaxed);
+        }
+    }
+
+    /// Notes that the MAC in a slot moved.
+    fn replace(&self, slot: usize, old: u64, new: u64, now: Instant) -> bool {
+        let replaced = self.word(slot).compare_exchange(old, new, SeqCst, Relaxed).is_ok();
+        if replaced {
+            self.version.fetch_add(1, Release);
+            self.counters.moved.fetch_add(1, Relaxed);
+            self.touch(slot, now);
+        }
+        replaced
+    }
+
+    /// Enters a MAC in its first empty slot, else in the one that was not seen for longest.
+    fn enter(&self, key: u64, word: u64, now: Instant) -> bool {
+        let mut oldest = None;
+        let mut empty = None;
+        for slot in self.slots_of(key) {
+            let (word, seen) = (self.word(slot).load(Relaxed), self.seen(slot).load(Relaxed));
+            if word == 0 {
+                empty = Some(slot);
+                break;
+            }
+            if oldest.is_none_or(|(least, _, _)| seen < least) {
+                oldest = Some((seen, slot, word));
+            }
+        }
+        let slot = match (empty, oldest) {
+            (Some(slot), _) => slot,
+            (None, Some((_, slot, word))) => {
+                if !self.clear(slot, word) {
+                    return false;
+                }
+                self.counters.evicted.fetch_add(1, Relaxed);
+                slot
+            }
+            (None, None) => return false,
+        };
+        // Before the word, so that nobody finds the new MAC with the time of the old one and takes it for forgotten.
+        self.seen(slot).store(now.0, Relaxed);
+        self.counters.known.fetch_add(1, Relaxed);
+        let entered = self.word(slot).compare_exchange(0, word, SeqCst, Relaxed).is_ok();
+        if entered {
+            self.clear_doubles(key);
+        } else {
+            self.counters.known.fetch_sub(1, Relaxed);
+        }
+        entered
+    }
+
+    /// Leaves a MAC in the first of its slots only.
+    fn clear_doubles(&self, key: u64) {
+        let mut first = true;
+        for slot in self.slots_of(key) {
+            let mut word = self.word(slot).load(SeqCst);
+            if word >> 16 != key || std::mem::take(&mut first) {
+                continue;
+            }
+            // It may move meanwhile, which makes it no less a double.
+            while word >> 16 == key && !self.clear(slot, word) {
+                word = self.word(slot).load(SeqCst);
+            }
+        }
+    }
+
+    fn clear(&self, slot: usize, word: u64) -> bool {
+        let cleared = self.word(slot).compare_exchange(word, 0, SeqCst, Relaxed).is_ok();
+        if cleared {
+            self.version.fetch_add(1, Release);
+            self.counters.known.fetch_sub(1, Relaxed);
+        }
+        cleared
+    }
+}
+
+// Where things stand.
+impl Fdb {
+    fn slots(&self) -> usize {
+        self.buckets * WAYS
+    }
+
+    fn word(&self, slot: usize) -> &AtomicU64 {
+        &self.cells[self.start + slot / WAYS * BUCKET + slot % WAYS]
+    }
+
+    fn seen(&self, slot: usize) -> &AtomicU64 {
+        &self.cells[self.start + slot / WAYS * BUCKET + WAYS + slot % WAYS]
+    }
+
+    /// The slots in which a MAC may be, in the order that counts: those of two buckets, for with one of them some buckets would
+    /// be full long before the FDB is.
+    fn slots_of(&self, key: u64) -> impl Iterator<Item = usize> {
+        let hash = self.hasher.hash_one(key);
+        let bucket = |half: u64| (half * self.buckets as u64 >> 32) as usize;
+        let (first, second) = (bucket(hash >> 32), bucket(hash & 0xffff_ffff));
+        let second = if second == first { (first + 1) % self.buckets } else { second };
+        let others = if second == first { 0 } else { WAYS };
+        (0..WAYS).map(move |way| first * WAYS + way).chain((0..others).map(move |way| second * WAYS + way))
+    }
+
+    fn slot_of(&self, key: u64) -> Option<(usize, u64)> {
+        let words = self.slots_of(key).map(|slot| (slot, self.word(slot).load(Acquire)));
+        words.into_iter().find(|(_, word)| word >> 16 == key && *word != 0)
+    }
+
+    fn is_kept(&self, slot: usize, now: Instant) -> bool {
+        now.since(Instant(self.seen(slot).load(Relaxed))) < self.age
+    }
+
+    /// Slots that hold something, and what.
+    fn used(&self) -> impl Iterator<Item = (usize, u64)> {
+        (0..self.slots()).map(|slot| (slot, self.word(slot).load(Acquire))).filter(|(_, word)| *word != 0)
+    }
+}
+
+fn key(mac: Mac) -> u64 {
+    mac.0.iter().fold(0, |key, byte| key << 8 | u64::from(*byte))
+}
+
+fn node(word: u64) -> NodeId {
+    NodeId(word as u16)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashSet;
+    use std::sync::Barrier;
 
     const AGE: Duration = Duration::from_secs(300);
+    const SECOND: u64 = 1_000_000_000;
 
     fn mac(number: u32) -> Mac {
         let [a, b, c, d] = number.to_be_bytes();
         Mac([2, 0, a, b, c, d])
     }
 
+    fn fdb(limit: usize) -> Fdb {
+        Fdb::new(limit, AGE, 7)
+    }
+
+    /// What is there, with no MAC twice, and as many as are counted.
+    fn contents(fdb: &Fdb) -> Vec<FdbEntry> {
+        let entries: Vec<FdbEntry> = fdb.entries().collect();
+        let macs: HashSet<[u8; 6]> = entries.iter().map(|entry| entry.mac.0).collect();
+        assert_eq!((entries.len(), entries.len()), (macs.len(), fdb.len()));
+        entries
+    }
+
     #[test]
     fn a_mac_is_forgotten_after_its_age() {
-        let mut fdb = Fdb::new(16, AGE);
+        let fdb = fdb(16);
         fdb.learn(mac(1), NodeId(2), Instant(0));
-        assert_eq!(fdb.find(mac(1), Instant(AGE.as_nanos() as u64 - 1)).unwrap().node, NodeId(2));
+        let last = Instant(AGE.as_nanos() as u64 - 1);
+        let learned = fdb.find(mac(1), last).unwrap();
+        assert_eq!(learned.node, NodeId(2));
+        assert!(fdb.holds(&learned, last));
+        assert_eq!(fdb.age(last), Some(last + SWEEP));
         assert_eq!(fdb.find(mac(1), Instant(0) + AGE), None);
-        assert_eq!(fdb.age(Instant(0) + AGE), None);
-        assert!(fdb.is_empty());
+        assert!(!fdb.holds(&learned, Instant(0) + AGE));
+        let version = fdb.version();
+        assert_eq!(fdb.age(last + SWEEP), None);
+        assert!(fdb.is_empty() && fdb.version() > version);
+    }
+
+    #[test]
+    fn a_mac_that_is_seen_stays_and_its_time_is_exact_to_a_second() {
+        let fdb = fdb(16);
+        for tenth in 0..10 * 1000 {
+            let now = Instant(tenth * SECOND / 10);
+            fdb.learn(mac(1), NodeId(2), now);
+            fdb.age(now);
+            let entry = contents(&fdb)[0];
+            assert!(now.since(entry.last_seen) < FRESH);
+        }
+        assert_eq!((fdb.len(), fdb.evicted(), fdb.version()), (1, 0, 0));
     }
 
     #[test]
     fn a_move_is_noticed_by_what_rests_on_the_mac_and_by_nothing_else() {
-        let mut fdb = Fdb::new(16, AGE);
+        let fdb = fdb(16);
         let now = Instant(5);
         fdb.learn(mac(1), NodeId(1), now);
         fdb.learn(mac(2), NodeId(1), now);
         let (one, two) = (fdb.find(mac(1), now).unwrap(), fdb.find(mac(2), now).unwrap());
         fdb.learn(mac(1), NodeId(1), now);
         assert!(fdb.holds(&one, now));
+        assert_eq!(fdb.version(), 0, "nothing that rests on something changed");
         fdb.learn(mac(1), NodeId(3), now);
         assert!(!fdb.holds(&one, now));
         assert!(fdb.holds(&two, now));
+        assert_eq!((fdb.version(), fdb.moved()), (1, 1));
+        fdb.learn(mac(1), NodeId(1), now);
+        assert!(fdb.holds(&one, now), "it is where the decision says again");
+        assert_eq!(fdb.version(), 2, "but the version never goes back");
     }
 
     #[test]
     fn the_limit_is_exact_and_recent_macs_survive_a_flood() {
-        let mut fdb = Fdb::new(1000, AGE);
+        let fdb = fdb(1000);
         for number in 0..1_000_000u32 {
-            fdb.learn(mac(number + 10), NodeId(1), Instant(u64::from(number)));
-            fdb.learn(mac(1), NodeId(2), Instant(u64::from(number)));
+            let now = Instant(u64::from(number) * SECOND);
+            fdb.learn(mac(number + 10), NodeId(1), now);
+            fdb.learn(mac(1), NodeId(2), now);
             assert!(fdb.len() <= 1000);
         }
-        assert_eq!(fdb.len(), 1000);
-        assert_eq!(fdb.find(mac(1), Instant(1_000_000)).unwrap().node, NodeId(2));
+        assert_eq!(contents(&fdb).len(), 1000);
+        assert_eq!(fdb.find(mac(1), Instant(1_000_000 * SECOND)).unwrap().node, NodeId(2));
         assert_eq!(fdb.evicted(), 1_000_001 - 1000);
+        assert_eq!(fdb.version(), fdb.evicted());
+    }
+
+    #[test]
+    fn no_mac_is_given_up_before_three_quarters_of_the_room_are_used() {
+        let fdb = fdb(16_384);
+        (0..16_384 * 3 / 4).for_each(|number| fdb.learn(mac(number), NodeId(1), Instant(0)));
+        assert_eq!(fdb.evicted(), 0);
+        assert!((0..16_384 * 3 / 4).all(|number| fdb.find(mac(number), Instant(1)).is_some()));
+    }
+
+    #[test]
+    fn the_smallest_one_has_a_bucket_and_the_mac_of_zeros_is_nobodys() {
+        let fdb = fdb(0);
+        fdb.learn(Mac([0; 6]), NodeId(1), Instant(0));
+        assert!(fdb.is_empty());
+        (0..100).for_each(|number| fdb.learn(mac(number), NodeId(1), Instant(number.into())));
+        assert_eq!(contents(&fdb).len(), WAYS);
+    }
+
+    #[test]
+    fn a_look_up_of_another_fdb_holds_nowhere() {
+        let fdb = fdb(8);
+        let learned = Learned { node: NodeId(1), slot: u32::MAX, word: 1 };
+        assert!(!fdb.holds(&learned, Instant(0)));
+    }
+
+    #[test]
+    fn buckets_begin_with_a_cache_line() {
+        for limit in [1, 8, 100, 16_384] {
+            let fdb = fdb(limit);
+            assert_eq!(std::ptr::from_ref(fdb.word(0)).addr() % 64, 0);
+        }
+    }
+
+    /// Runs the same on a few threads at once, with the number of each.
+    fn at_once(threads: u16, work: impl Fn(u16) + Sync) {
+        let barrier = Barrier::new(threads.into());
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                let (barrier, work) = (&barrier, &work);
+                scope.spawn(move || {
+                    barrier.wait();
+                    work(thread);
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn workers_that_enter_one_mac_at_once_leave_one_entry() {
+        for round in 0..300 {
+            let fdb = Fdb::new(64, AGE, round);
+            // Few MACs and many moves: as many collisions as there can be.
+            at_once(4, |thread| {
+                for step in 0..200u32 {
+                    fdb.learn(mac(step % 7), NodeId(thread), Instant(1));
+                }
+            });
+            let entries = contents(&fdb);
+            assert_eq!(entries.len(), 7);
+            for entry in entries {
+                assert_eq!(fdb.find(entry.mac, Instant(1)).unwrap().node, entry.node);
+            }
+        }
+    }
+
+    #[test]
+    fn under_a_flood_from_all_workers_counts_stay_exact_and_no_entry_is_torn() {
+        for round in 0..20 {
+            let fdb = Fdb::new(128, AGE, round);
+            at_once(4, |thread| {
+                for step in 0..5_000u32 {
+                    // Each MAC is at the node of its own number, so an entry made of two would show.
+                    let number = step.wrapping_mul(0x9e37_79b1).rotate_left(thread.into()) % 1000;
+                    let now = Instant(u64::from(step) * SECOND);
+                    fdb.learn(mac(number), NodeId(number as u16), now);
+                    if let Some(learned) = fdb.find(mac(number / 2), now) {
+                        assert_eq!(learned.node, NodeId(number as u16 / 2));
+                    }
+                    if step % 50 == 0 {
+                        fdb.age(now);
+                    }
+                }
+            });
+            for entry in contents(&fdb) {
+                assert_eq!(mac(u32::from(entry.node.0)), entry.mac);
+            }
+            assert!(fdb.evicted() > 0 && fdb.moved() == 0);
+        }
+    }
+
+    #[test]
+    fn what_was_found_under_the_version_that_still_is_is_still_so() {
+        for round in 0..500 {
+            let fdb = Fdb::new(8, AGE, round);
+            fdb.learn(mac(1), NodeId(0), Instant(0));
+            let looked_up = std::sync::Mutex::new(Vec::new());
+            at_once(2, |thread| match thread {
+                0 => (1..=20).for_each(|node| fdb.learn(mac(1), NodeId(node), Instant(0))),
+                _ => {
+                    let once = |_| (fdb.version(), fdb.find(mac(1), Instant(0)));
+                    looked_up.lock().unwrap().extend((0..50).map(once));
+                }
+            });
+            let (version, found) = (fdb.version(), fdb.find(mac(1), Instant(0)));
+            assert_eq!((version, found.map(|found| found.node)), (20, Some(NodeId(20))));
+            let looked_up = looked_up.into_inner().unwrap();
+            assert!(looked_up.iter().filter(|(then, _)| *then == version).all(|(_, then)| *then == found));
+        }
     }
 }

@@ -4,6 +4,8 @@
 //! it go. Each step is a call into the module of the same name and yields a value or a [`DropReason`]. Then the frame is
 //! rewritten once, and emitted. Nothing here touches a device, a clock or the heap.
 
+use std::sync::Arc;
+
 use weft_encap::mac::Mac;
 
 use crate::bridge::{Fdb, FdbEntry};
@@ -27,7 +29,7 @@ use crate::{icmp, nat, neigh, policy, route, tunnel};
 /// What frames teach, and the counters.
 pub struct Forwarder {
     conntrack: ConnTrack,
-    fdb: Fdb,
+    fdb: Arc<Fdb>,
     gateway: Stack,
     flood_budget: Budgets,
     icmp_budget: Budgets,
@@ -343,9 +345,14 @@ impl Forwarder {
 impl Forwarder {
     /// A forwarder that knows nothing yet.
     pub fn new(config: &RouterConfig) -> Forwarder {
+        Forwarder::sharing(Arc::new(Fdb::new(config.fdb_limit, config.fdb_age, config.seed)), config)
+    }
+
+    /// One that learns MACs together with others.
+    pub fn sharing(fdb: Arc<Fdb>, config: &RouterConfig) -> Forwarder {
         Forwarder {
             conntrack: ConnTrack::new(config.flows, config.seed),
-            fdb: Fdb::new(config.fdb_limit, config.fdb_age),
+            fdb,
             gateway: Stack::new(config.seed),
             flood_budget: Budgets::new(config.flood_rate),
             icmp_budget: Budgets::new(config.icmp_rate),
@@ -358,6 +365,13 @@ impl Forwarder {
         self.fdb.age(now)
     }
 
+    /// A port begins anew, whose frames enter by so many workers: counters are zero, budgets are full.
+    pub fn open_port(&mut self, port: PortId, workers: u32) {
+        self.stats.reset(port);
+        self.flood_budget.open(port, workers);
+        self.icmp_budget.open(port, workers);
+    }
+
     /// The counters.
     pub fn stats(&mut self) -> &mut Stats {
         &mut self.stats
@@ -365,7 +379,7 @@ impl Forwarder {
 
     /// The learned MACs.
     pub fn fdb(&self) -> Vec<FdbEntry> {
-        self.fdb.entries().copied().collect()
+        self.fdb.entries().collect()
     }
 
     /// The flows that were seen within the last minutes.

@@ -110,8 +110,8 @@ pub struct Learned {
     pub node: NodeId,
     /// Its place in the FDB.
     pub(crate) slot: u32,
-    /// How often that place had changed hands.
-    pub(crate) generation: u32,
+    /// What stood there.
+    pub(crate) word: u64,
 }
 
 /// What is remembered of a flow's first packet.
