@@ -60,6 +60,11 @@ impl<'a> Cut<'a> {
         self.header_len() + self.segments.payload(index).len()
     }
 
+    /// Length of all segments together.
+    pub fn total(&self) -> usize {
+        self.count() * self.header_len() + self.frame.len() - self.header_len()
+    }
+
     /// Payload of a segment.
     pub fn payload(&self, index: usize) -> impl Iterator<Item = &'a [u8]> + use<'a> {
         let range = self.segments.payload(index);

@@ -205,7 +205,11 @@ impl<'a> Round<'a> {
             let full = match frame.offload.gso {
                 None => !self.datagram(frame, index, frame.len(), frame.slices(0..frame.len())),
                 Some(_) => match Cut::new(frame, TUNNEL_HEADER) {
-                    Ok(cut) => !self.cut(frame, index, &cut, &mut cursor.segment),
+                    Ok(cut) if cursor.segment == 0 && !self.has_headers(cut.count()) => return,
+                    Ok(cut) => {
+                        self.close_if_split(&cut);
+                        !self.cut(frame, index, &cut, &mut cursor.segment)
+                    }
                     Err(reason) => {
                         outcomes[index].fail(reason);
                         false
@@ -221,6 +225,20 @@ impl<'a> Round<'a> {
             }
             cursor.waiting &= cursor.waiting - 1;
             cursor.segment = 0;
+        }
+    }
+
+    /// Whether so many segments fit this round. A superframe that would fit the next one as a whole waits for it: what is sent by
+    /// two calls arrives as two trains, and nobody merges those again.
+    fn has_headers(&self, count: usize) -> bool {
+        self.owners.is_empty() || count > CUTS || count <= self.headers.len()
+    }
+
+    /// Lets no superframe begin in a message that cannot take all of it, for the same reason.
+    fn close_if_split(&mut self, cut: &Cut<'_>) {
+        if let Some(fill) = self.fill.last_mut() {
+            let fits = fill.datagrams + cut.count() <= SEGMENTS && fill.bytes + cut.total() <= MESSAGE_BYTES;
+            fill.open &= fits;
         }
     }
 
