@@ -4,18 +4,20 @@
 //! memory and outlive the process. A full bucket gives up its least recently used entry: a full table never stops
 //! forwarding, for a flow without an entry is merely decided anew.
 //!
-//! An entry holds as long as the tables' epoch in which it was made, and, if its path rests on a learned MAC, as
-//! long as that MAC stays where it was (its generation in the FDB). Whatever the decision rests on
-//! is part of the key: who sent the frame and to which MAC it is addressed, beside the five-tuple.
+//! An entry is two cache lines: what a frame is compared with, and what becomes of it. It holds as long as the tables' epoch in which it was
+//! made, and, if its path rests on a learned MAC, as long as that MAC stays where it was. The FDB's version answers that
+//! for all MACs at once; only when it has grown is the FDB itself asked.
 
-use std::hash::BuildHasher;
 use std::time::Duration;
 
-use foldhash::fast::FixedState;
 use weft_encap::mac::Mac;
+use zerocopy::{FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use crate::flow::FlowKey;
-use crate::path::{Sender, Verdict};
+use crate::flow::{FlowKey, Seed, Signature};
+use crate::frame::prefetch;
+use crate::path::{Hop, Learned, Macs, Path, Rewrite, Sender, Verdict};
+use crate::port::PortId;
+use crate::tables::NodeId;
 use crate::time::Instant;
 
 /// Entries of a bucket.
@@ -29,6 +31,8 @@ const RECENT: Duration = Duration::from_secs(120);
 pub struct FlowEntry {
     /// The five-tuple.
     pub key: FlowKey,
+    /// Who sends.
+    pub sender: Sender,
     /// What was decided.
     pub verdict: Verdict,
     /// Frames that went this way.
@@ -39,85 +43,247 @@ pub struct FlowEntry {
     pub last_seen: Instant,
 }
 
-/// What a look-up found.
+/// One flow, as it lies in the table.
+#[derive(Copy, Clone, Debug, FromZeros, IntoBytes, Immutable, KnownLayout)]
+#[repr(C, align(64))]
+pub struct Entry {
+    signature: Signature,
+    epoch: u64,
+    frames: u64,
+    bytes: u64,
+    last_seen: u64,
+    /// The FDB's version under which this was last found to hold.
+    fdb_version: u64,
+    /// The learned MAC that the path rests on, as the FDB has it; or when the FDB was last told where the sender is.
+    learned: u64,
+    /// Its place in the FDB.
+    learned_slot: u32,
+    mtu: u32,
+    dst_mac: [u8; 6],
+    src_mac: [u8; 6],
+    hop: u16,
+    flags: u16,
+}
+
+const _: () = assert!(size_of::<Entry>() == 128);
+
+/// The path leads to a node; otherwise to a port.
+const TO_NODE: u16 = 1;
+/// The packet is routed: MACs and TTL change.
+const ROUTED: u16 = 2;
+/// The path rests on a learned MAC.
+const RESTS: u16 = 4;
+/// Its frames teach the FDB where their source MAC is.
+const TEACHES: u16 = 8;
+
+/// Where frames of a known flow go.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub enum Found {
-    /// The entry in this slot; the caller still asks the FDB whether `learned` holds.
-    Hit(usize, Verdict),
-    /// Nothing, or nothing that still holds.
-    Miss,
+pub enum To {
+    /// A port.
+    Port(PortId),
+    /// A node, through the tunnel.
+    Node(NodeId),
+}
+
+impl Entry {
+    /// Epoch of the tables by which it was decided.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Where its frames go.
+    pub fn to(&self) -> To {
+        if self.flags & TO_NODE == 0 { To::Port(PortId(self.hop)) } else { To::Node(NodeId(self.hop)) }
+    }
+
+    /// Destination and source MAC to be written, if its packets are routed.
+    pub fn routed(&self) -> Option<Macs> {
+        (self.flags & ROUTED != 0).then_some(Macs { dst: Mac(self.dst_mac), src: Mac(self.src_mac) })
+    }
+
+    /// Largest packet in bytes, L3 header included, that may go this way.
+    pub fn mtu(&self) -> u32 {
+        self.mtu
+    }
+
+    /// The learned MAC that its path rests on.
+    pub fn learned(&self) -> Option<Learned> {
+        let To::Node(node) = self.to() else { return None };
+        (self.flags & RESTS != 0).then_some(Learned { node, slot: self.learned_slot, word: self.learned })
+    }
+
+    /// When the FDB was last told where the sender's MAC is, if its frames teach that.
+    pub fn taught(&self) -> Option<Instant> {
+        (self.flags & TEACHES != 0).then_some(Instant(self.learned))
+    }
+
+    /// Notes that the FDB has been told.
+    pub fn teach(&mut self, now: Instant) {
+        self.learned = now.0;
+    }
+
+    /// The FDB's version under which it was last found to hold.
+    pub fn fdb_version(&self) -> u64 {
+        self.fdb_version
+    }
+
+    /// Notes that it holds under this version of the FDB.
+    pub fn confirm(&mut self, fdb_version: u64) {
+        self.fdb_version = fdb_version;
+    }
+
+    /// A frame went this way.
+    pub fn seen(&mut self, bytes: usize, now: Instant) {
+        self.frames += 1;
+        self.bytes += bytes as u64;
+        self.last_seen = now.0;
+    }
+
+    /// The path, with the flow's hash for the outer source port.
+    fn path(&self, hash: u64) -> Path {
+        let hop = match self.to() {
+            To::Port(port) => Hop::Port(port),
+            To::Node(node) => Hop::Node(node),
+        };
+        Path { hop, rewrite: Rewrite { routed: self.routed(), mtu: self.mtu }, entropy: entropy(hash) }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.frames == 0
+    }
+}
+
+/// Which of the tunnel's outer source ports a flow has.
+pub fn entropy(hash: u64) -> u16 {
+    (hash >> 48) as u16
 }
 
 /// The cache.
 pub struct ConnTrack {
-    entries: Box<[Option<FlowEntry>]>,
-    hasher: FixedState,
+    entries: Vec<Entry>,
+    seed: Seed,
 }
 
 impl ConnTrack {
-    /// Room for `entries` flows, rounded up to a power of two. `seed` keeps outsiders from choosing the bucket.
+    /// Room for `entries` flows, rounded up to a power of two. Memory is touched only when used. `seed` keeps outsiders from
+    /// choosing the bucket.
     pub fn new(entries: usize, seed: u64) -> ConnTrack {
         let size = entries.max(WAYS).next_power_of_two();
-        ConnTrack { entries: vec![None; size].into_boxed_slice(), hasher: FixedState::with_seed(seed) }
+        let entries = Entry::new_vec_zeroed(size).expect("the number of flows fits into memory");
+        ConnTrack { entries, seed: Seed::new(seed) }
     }
 
     /// A hash of the flow: picks the bucket, and gives the tunnel's outer source port.
-    pub fn hash(&self, key: &FlowKey) -> u64 {
-        self.hasher.hash_one(key)
+    #[inline]
+    pub fn hash(&self, signature: &Signature) -> u64 {
+        signature.hash(&self.seed)
     }
 
-    /// Looks a flow up. `hash` is [`ConnTrack::hash`] of the key.
-    pub fn find(&self, key: &FlowKey, hash: u64, sender: Sender, addressed_to: Mac, epoch: u64) -> Found {
+    /// The slot of a flow, whether or not it still holds. `hash` is [`ConnTrack::hash`] of the signature.
+    #[inline]
+    pub fn find(&self, signature: &Signature, hash: u64) -> Option<usize> {
         let first = self.bucket(hash);
-        for slot in first..first + WAYS {
-            if let Some(entry) = &self.entries[slot]
-                && entry.key == *key
-                && entry.verdict.sender == sender
-                && entry.verdict.addressed_to == addressed_to
-            {
-                return if entry.verdict.epoch == epoch { Found::Hit(slot, entry.verdict) } else { Found::Miss };
-            }
-        }
-        Found::Miss
+        let bucket = &self.entries[first..first + WAYS];
+        bucket.iter().position(|entry| entry.signature == *signature).map(|way| first + way)
     }
 
-    /// A frame of a known flow went its way.
-    pub fn seen(&mut self, slot: usize, bytes: usize, now: Instant) {
-        if let Some(entry) = &mut self.entries[slot] {
-            entry.frames += 1;
-            entry.bytes += bytes as u64;
-            entry.last_seen = now;
-        }
+    /// The entry in a slot that [`ConnTrack::find`] gave.
+    pub fn entry(&self, slot: usize) -> &Entry {
+        &self.entries[slot]
     }
 
-    /// Enters a flow, in place of its stale entry if there is one, else of the bucket's least recently used.
-    pub fn open(&mut self, key: FlowKey, verdict: Verdict, bytes: usize, now: Instant) {
-        let first = self.bucket(self.hash(&key));
+    /// The same, to be changed.
+    pub fn entry_mut(&mut self, slot: usize) -> &mut Entry {
+        &mut self.entries[slot]
+    }
+
+    /// The path of the flow in a slot.
+    pub fn path(&self, slot: usize, hash: u64) -> Path {
+        self.entries[slot].path(hash)
+    }
+
+    /// Has the entry fetched that a flow is most likely in.
+    #[inline]
+    pub fn prefetch(&self, hash: u64) {
+        let first = &self.entries[self.bucket(hash)];
+        prefetch(&first.signature);
+        prefetch(&first.learned);
+    }
+
+    /// Enters a flow, in place of its stale entry if there is one, else of the bucket's least recently used. Only a path to a port
+    /// or a node can be remembered.
+    pub fn open(&mut self, signature: Signature, hash: u64, verdict: &Verdict, bytes: usize, now: Instant) {
+        let Some(mut new) = entry_of(signature, verdict, now) else { return };
+        let first = self.bucket(hash);
         let bucket = &mut self.entries[first..first + WAYS];
-        let same = |entry: &FlowEntry| {
-            entry.key == key
-                && entry.verdict.sender == verdict.sender
-                && entry.verdict.addressed_to == verdict.addressed_to
-        };
-        let rank = |entry: &Option<FlowEntry>| match entry {
-            Some(entry) if same(entry) => (0, Instant(0)),
-            None => (1, Instant(0)),
-            Some(entry) => (2, entry.last_seen),
+        let rank = |entry: &Entry| match entry {
+            entry if entry.signature == signature => (0, 0),
+            entry if entry.is_empty() => (1, 0),
+            entry => (2, entry.last_seen),
         };
         let slot = bucket.iter_mut().min_by_key(|entry| rank(entry)).expect("a bucket has entries");
-        let (frames, total) = match slot {
-            Some(entry) if same(entry) => (entry.frames, entry.bytes),
-            _ => (0, 0),
-        };
-        *slot = Some(FlowEntry { key, verdict, frames: frames + 1, bytes: total + bytes as u64, last_seen: now });
+        if slot.signature == signature {
+            (new.frames, new.bytes) = (slot.frames, slot.bytes);
+        }
+        new.seen(bytes, now);
+        *slot = new;
     }
 
     /// The flows that were seen lately.
-    pub fn entries(&self, now: Instant) -> impl Iterator<Item = &FlowEntry> {
-        self.entries.iter().flatten().filter(move |entry| now.since(entry.last_seen) < RECENT)
+    pub fn entries(&self, now: Instant) -> impl Iterator<Item = FlowEntry> {
+        let recent = self.entries.iter().filter(|entry| !entry.is_empty());
+        let recent = recent.filter(move |entry| now.since(Instant(entry.last_seen)) < RECENT);
+        recent.map(|entry| {
+            let signature = entry.signature;
+            let verdict = Verdict {
+                path: entry.path(self.hash(&signature)),
+                learned: entry.learned(),
+                teaches: entry.taught().is_some(),
+                epoch: entry.epoch,
+                fdb_version: entry.fdb_version,
+            };
+            let Entry { frames, bytes, last_seen, .. } = *entry;
+            let (key, sender) = (signature.flow(), signature.sender());
+            FlowEntry { key, sender, verdict, frames, bytes, last_seen: Instant(last_seen) }
+        })
     }
 
     fn bucket(&self, hash: u64) -> usize {
         (hash as usize & (self.entries.len() - 1)) & !(WAYS - 1)
     }
+}
+
+/// An entry that no frame has used; `None` for a path that is decided anew each time.
+fn entry_of(signature: Signature, verdict: &Verdict, now: Instant) -> Option<Entry> {
+    let (hop, to) = match verdict.path.hop {
+        Hop::Port(port) => (port.0, 0),
+        Hop::Node(node) => (node.0, TO_NODE),
+        Hop::Flood { .. } | Hop::Reply(_) | Hop::Gateway => return None,
+    };
+    let macs = verdict.path.rewrite.routed;
+    let mut entry = Entry {
+        signature,
+        epoch: verdict.epoch,
+        fdb_version: verdict.fdb_version,
+        mtu: verdict.path.rewrite.mtu,
+        hop,
+        flags: to,
+        ..Entry::new_zeroed()
+    };
+    if let Some(macs) = macs {
+        entry.flags |= ROUTED;
+        (entry.dst_mac, entry.src_mac) = (macs.dst.0, macs.src.0);
+    }
+    match verdict.learned {
+        Some(learned) => {
+            entry.flags |= RESTS;
+            (entry.learned, entry.learned_slot) = (learned.word, learned.slot);
+        }
+        None if verdict.teaches => {
+            entry.flags |= TEACHES;
+            entry.teach(now);
+        }
+        None => {}
+    }
+    Some(entry)
 }

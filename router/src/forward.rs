@@ -3,28 +3,39 @@
 //! Read [`Forwarder::forward`] from top to bottom: who sent it, is it for us, is it for everybody, is it known, where does
 //! it go. Each step is a call into the module of the same name and yields a value or a [`DropReason`]. Then the frame is
 //! rewritten once, and emitted. Nothing here touches a device, a clock or the heap.
+//!
+//! Most frames belong to a flow that took this way before. They are recognised by a look at their headers
+//! ([`crate::glimpse`]) and follow the path that the flow cache has for them; whatever is not recognised, for any
+//! reason, goes the whole way.
 
 use std::sync::Arc;
 
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+use std::vec::Drain;
+
+use arrayvec::ArrayVec;
 use weft_encap::mac::Mac;
+use weft_encap::vxlan::VXLAN_LEN;
 
 use crate::bridge::{Fdb, FdbEntry};
 use crate::budget::Budgets;
-use crate::conntrack::{ConnTrack, FlowEntry, Found};
+use crate::conntrack::{ConnTrack, FlowEntry, To};
 use crate::control::RouterConfig;
 use crate::drop_reason::DropReason;
-use crate::flow::FlowKey;
+use crate::flow::Signature;
 use crate::frame::Frame;
 use crate::gateway::Stack;
+use crate::glimpse::{Glimpse, glimpse};
 use crate::packet::{Ip, Packet};
 use crate::path::{Commit, FlowCommit, Hop, Learned, Macs, Path, Reply, Rewrite, Sender, Verdict};
 use crate::policy::Known;
 use crate::pool::Pool;
-use crate::port::{Outbox, PortId};
+use crate::port::{BATCH, Outbox, PortId};
 use crate::stats::Stats;
 use crate::tables::{Mode, NodeId, Role, Tables, Via};
 use crate::time::Instant;
-use crate::{icmp, nat, neigh, policy, route, tunnel};
+use crate::{conntrack, icmp, nat, neigh, policy, route, tunnel};
 
 /// What frames teach, and the counters.
 pub struct Forwarder {
@@ -34,7 +45,21 @@ pub struct Forwarder {
     flood_budget: Budgets,
     icmp_budget: Budgets,
     stats: Stats,
+    /// The node that a frame came from last, and by which tables.
+    last_member: (IpAddr, u64, NodeId),
+    /// The port of the frame that is on its way.
+    current: PortId,
 }
+
+/// A frame that was looked at, and the hash of its signature.
+#[derive(Copy, Clone)]
+struct Seen {
+    glimpse: Glimpse,
+    hash: u64,
+}
+
+/// How often the FDB is told of a MAC whose flow is known: it counts ages in seconds.
+const TEACH_EACH: Duration = Duration::from_secs(1);
 
 /// Whom a frame is addressed to, in its segment.
 enum AddressedTo {
@@ -51,7 +76,41 @@ type Way = (Hop, Rewrite, Option<Learned>);
 
 impl Forwarder {
     /// Takes one frame and leaves zero or more in `out`. Never blocks, never fails.
-    pub fn forward(&mut self, mut frame: Frame, tables: &Tables, now: Instant, pool: &Pool, out: &mut Outbox) {
+    pub fn forward(&mut self, frame: Frame, tables: &Tables, now: Instant, pool: &Pool, out: &mut Outbox) {
+        let seen = self.look(&frame, tables);
+        match seen.and_then(|seen| self.recognise(seen, tables, now)) {
+            Some(known) => self.follow(frame, &known, tables, now, out),
+            None => self.forward_thoroughly(frame, &Round { tables, now, pool }, out),
+        }
+    }
+
+    /// Takes the frames of a vector in their order, as [`Forwarder::forward`] does; all are looked at before the first one goes, so
+    /// that what the cache has about them is on its way from memory. If this panics, the frame at fault is gone from
+    /// `frames`, and came in by [`Forwarder::current`].
+    pub fn forward_all(
+        &mut self,
+        frames: &mut Drain<'_, Frame>,
+        tables: &Tables,
+        now: Instant,
+        pool: &Pool,
+        out: &mut Outbox,
+    ) {
+        let mut seen = ArrayVec::<Option<Seen>, BATCH>::new();
+        for frame in frames.as_slice().iter().take(BATCH) {
+            seen.push(self.look(frame, tables));
+        }
+        for (seen, frame) in seen.into_iter().chain(std::iter::repeat(None)).zip(frames) {
+            self.current = frame.ingress();
+            match seen.and_then(|seen| self.recognise(seen, tables, now)) {
+                Some(known) => self.follow(frame, &known, tables, now, out),
+                None => self.forward_thoroughly(frame, &Round { tables, now, pool }, out),
+            }
+        }
+    }
+
+    /// The whole way.
+    fn forward_thoroughly(&mut self, mut frame: Frame, round: &Round<'_>, out: &mut Outbox) {
+        let Round { tables, now, .. } = *round;
         let packet = match open(&mut frame, tables) {
             Ok(packet) => packet,
             Err(reason) => return self.stats.drop(frame, reason),
@@ -63,11 +122,10 @@ impl Forwarder {
             self.commit(commit, packet.sender, &frame, now); // flow, learned MAC, budget
             Ok(path)
         });
-        let round = Round { tables, now, pool };
         match outcome {
-            Ok(path) => self.emit(frame, &packet, path, &round, out),
+            Ok(path) => self.emit(frame, &packet, path, round, out),
             // Nothing was rewritten, so an ICMP error can quote the frame as it came.
-            Err(reason) => self.refuse(frame, &packet, reason, mtu, &round, out),
+            Err(reason) => self.refuse(frame, &packet, reason, mtu, round, out),
         }
     }
 
@@ -93,33 +151,32 @@ impl Forwarder {
         }
 
         // 4. Known flow: take the path that its first packet was given, if the tables and the MAC still hold.
-        let flow = packet.ip().map(FlowKey::of);
-        let hash = flow.map_or(0, |flow| self.conntrack.hash(&flow));
-        if let Some(flow) = &flow
-            && let Found::Hit(slot, verdict) = self.conntrack.find(flow, hash, packet.sender, packet.dst, tables.epoch)
-            && verdict.learned.is_none_or(|learned| self.fdb.holds(&learned, now))
+        let flow = Signature::of(packet).map(|signature| (signature, self.conntrack.hash(&signature)));
+        if let Some((signature, hash)) = &flow
+            && let Some(slot) = self.conntrack.find(signature, *hash)
+            && self.holds(slot, tables, now)
         {
-            return Ok((verdict.path, remember(0, FlowCommit::Seen(slot))));
+            return Ok((self.conntrack.path(slot, *hash), remember(0, FlowCommit::Seen(slot))));
         }
 
         // 5. First packet, or not IP and hence no flow: find the hop, by the FDB if it is addressed to a MAC of its segment, by the
         //    routes if to the router.
+        let fdb_version = self.fdb.version();
         let (hop, rewrite, learned) = self.find_hop(packet, &addressed_to, tables, now)?;
-        let path = Path { hop, rewrite, entropy: (hash >> 48) as u16 };
+        let path = Path { hop, rewrite, entropy: flow.map_or(0, |(_, hash)| conntrack::entropy(hash)) };
         if let Hop::Flood { .. } = hop {
             self.within_budget(packet, tables, now)?;
             return Ok((path, remember(receivers(hop, packet, tables), FlowCommit::None)));
         }
-        let verdict = Verdict { sender: packet.sender, addressed_to: packet.dst, path, learned, epoch: tables.epoch };
-        Ok((path, remember(0, flow.map_or(FlowCommit::None, |flow| FlowCommit::Open(flow, verdict)))))
+        let verdict = Verdict { path, learned, teaches: learn.is_some(), epoch: tables.epoch, fdb_version };
+        let open = |(signature, hash)| FlowCommit::Open(signature, hash, verdict);
+        Ok((path, remember(0, flow.map_or(FlowCommit::None, open))))
     }
 
     /// Remembers what a decision rested on and what it opened.
     fn commit(&mut self, commit: Commit, sender: Sender, frame: &Frame, now: Instant) {
         if let Sender::Node(id) = sender {
-            let node = self.stats.node(id);
-            node.received += 1;
-            node.last_seen = Some(now);
+            self.stats.node(id).heard(now);
         }
         if let Some((mac, node)) = commit.learn {
             self.fdb.learn(mac, node, now);
@@ -131,8 +188,10 @@ impl Forwarder {
         }
         match commit.flow {
             FlowCommit::None => {}
-            FlowCommit::Seen(slot) => self.conntrack.seen(slot, frame.len(), now),
-            FlowCommit::Open(flow, verdict) => self.conntrack.open(flow, verdict, frame.len(), now),
+            FlowCommit::Seen(slot) => self.conntrack.entry_mut(slot).seen(frame.len(), now),
+            FlowCommit::Open(signature, hash, verdict) => {
+                self.conntrack.open(signature, hash, &verdict, frame.len(), now);
+            }
         }
     }
 
@@ -170,6 +229,90 @@ impl Forwarder {
             }
         }
         self.stats.drop(frame, reason);
+    }
+}
+
+// The way of a frame whose flow is known.
+impl Forwarder {
+    /// Looks at a frame's headers, and has what the flow cache says about them fetched.
+    fn look(&mut self, frame: &Frame, tables: &Tables) -> Option<Seen> {
+        let (start, sender) = match frame.outer {
+            None => (0, Sender::Pod(frame.ingress())),
+            Some(outer) => (VXLAN_LEN, Sender::Node(self.member(outer.peer, tables)?)),
+        };
+        if start > 0 && !tunnel::is_plain(frame, tables) {
+            return None;
+        }
+        let glimpse = glimpse(frame, start, sender)?;
+        let hash = self.conntrack.hash(&glimpse.signature);
+        self.conntrack.prefetch(hash);
+        Some(Seen { glimpse, hash })
+    }
+
+    /// Vectors come from few nodes: the last one is remembered.
+    fn member(&mut self, peer: IpAddr, tables: &Tables) -> Option<NodeId> {
+        let (known, epoch, node) = self.last_member;
+        if known == peer && epoch == tables.epoch {
+            return Some(node);
+        }
+        let node = tunnel::member(peer, tables)?;
+        self.last_member = (peer, tables.epoch, node);
+        Some(node)
+    }
+
+    /// Finds the path of a flow, if this packet may take it.
+    fn recognise(&mut self, seen: Seen, tables: &Tables, now: Instant) -> Option<(Seen, usize)> {
+        let slot = self.conntrack.find(&seen.glimpse.signature, seen.hash)?;
+        let entry = self.conntrack.entry(slot);
+        let fits = seen.glimpse.wire_size <= entry.mtu() && (entry.routed().is_none() || seen.glimpse.ttl > 1);
+        if !fits || !self.holds(slot, tables, now) {
+            return None;
+        }
+        Some((seen, slot))
+    }
+
+    /// Whether what is known of a flow may still be used.
+    fn holds(&self, slot: usize, tables: &Tables, now: Instant) -> bool {
+        let entry = self.conntrack.entry(slot);
+        let unmoved = |learned| entry.fdb_version() == self.fdb.version() || self.fdb.holds(&learned, now);
+        entry.epoch() == tables.epoch && entry.learned().is_none_or(unmoved)
+    }
+
+    /// Sends a frame where its flow goes. Does what [`nat::rewrite`], [`Forwarder::commit`] and [`Forwarder::emit`] do, for the
+    /// few paths that the cache can hold.
+    fn follow(&mut self, mut frame: Frame, known: &(Seen, usize), tables: &Tables, now: Instant, out: &mut Outbox) {
+        let (Seen { glimpse, hash }, slot) = known;
+        frame.strip(glimpse.start.into(), glimpse.len as usize);
+        if let Some(gso) = &mut frame.offload.gso {
+            gso.header_len = glimpse.header_len;
+        }
+        if glimpse.start > 0 {
+            self.hear(glimpse, *slot, now);
+        }
+        let entry = self.conntrack.entry_mut(*slot);
+        entry.seen(frame.len(), now);
+        if let Some(macs) = entry.routed() {
+            nat::route(frame.head_mut(), macs, glimpse.v4);
+        }
+        match entry.to() {
+            To::Port(port) => self.push(port, frame, out),
+            To::Node(node) => self.send(node, frame, conntrack::entropy(*hash), tables, out),
+        }
+    }
+
+    /// A node sent a frame of a known flow: tells the FDB, if it may not know or is to be told again.
+    fn hear(&mut self, glimpse: &Glimpse, slot: usize, now: Instant) {
+        let Sender::Node(id) = glimpse.signature.sender() else { return };
+        self.stats.node(id).heard(now);
+        let entry = self.conntrack.entry_mut(slot);
+        let Some(taught) = entry.taught() else { return };
+        let version = self.fdb.version();
+        if entry.fdb_version() != version || now.since(taught) >= TEACH_EACH {
+            let (_, mac) = glimpse.signature.macs();
+            self.fdb.learn(mac, id, now);
+            entry.confirm(version);
+            entry.teach(now);
+        }
     }
 }
 
@@ -357,7 +500,14 @@ impl Forwarder {
             flood_budget: Budgets::new(config.flood_rate),
             icmp_budget: Budgets::new(config.icmp_rate),
             stats: Stats::default(),
+            last_member: (IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0, NodeId(0)),
+            current: PortId(0),
         }
+    }
+
+    /// The port by which the frame came in that [`Forwarder::forward_all`] has taken last.
+    pub fn current(&self) -> PortId {
+        self.current
     }
 
     /// Forgets what is too old. Returns when to call again; `None` if nothing is left that ages.
@@ -384,7 +534,7 @@ impl Forwarder {
 
     /// The flows that were seen within the last minutes.
     pub fn flows(&self, now: Instant) -> Vec<FlowEntry> {
-        self.conntrack.entries(now).copied().collect()
+        self.conntrack.entries(now).collect()
     }
 }
 

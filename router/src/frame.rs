@@ -16,6 +16,8 @@ use crate::pool::{CHUNK, Pool};
 use crate::port::PortId;
 use crate::port::sys::arena::{Chunk, Super};
 
+pub use crate::port::sys::prefetch::prefetch;
+
 /// What a frame from or for the underlay carries beside its bytes, which start at the tunnel header.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Outer {
@@ -195,6 +197,18 @@ impl Frame {
         self.start += count as u16;
         self.head -= count as u16;
         Some(())
+    }
+
+    /// Removes `count` bytes from the front (a tunnel header; none for a frame from a pod), and what lies behind `len` bytes after that.
+    /// The caller knows that the head holds the headers.
+    pub fn strip(&mut self, count: usize, len: usize) {
+        if count > 0 {
+            self.pull(count).expect("the tunnel header was read");
+            self.outer = None;
+        }
+        if len < self.len() {
+            self.truncate(len);
+        }
     }
 
     /// Adds `count` bytes at the front, for the caller to fill; `None`, with nothing changed, if the headroom is too small.

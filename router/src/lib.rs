@@ -8,7 +8,7 @@
 //! worker                                      one thread: poll → receive → forward → transmit → timers
 //! forward  + tables                           the way of a frame
 //! bridge budget neigh route policy conntrack nat tunnel icmp gateway     steps: they never import each other
-//! packet flow path drop_reason stats port
+//! packet glimpse flow path drop_reason stats port
 //! frame pool port/sys                         the only unsafe code
 //! ```
 //!
@@ -24,6 +24,7 @@ pub mod flow;
 pub mod forward;
 pub mod frame;
 pub mod gateway;
+pub mod glimpse;
 pub mod icmp;
 pub mod nat;
 pub mod neigh;

@@ -13,7 +13,7 @@ use weft_encap::zerocopy::byteorder::network_endian::U16;
 
 use crate::drop_reason::DropReason;
 use crate::frame::Frame;
-use crate::packet::{L3, Packet};
+use crate::packet::Packet;
 use crate::path::{Macs, Path};
 
 /// Rewrites a frame as its path says.
@@ -30,32 +30,28 @@ pub fn rewrite(frame: &mut Frame, packet: &Packet, path: &Path) -> Result<(), Dr
             return Err(DropReason::TtlExceeded);
         }
     }
-    if let Some(macs) = path.rewrite.routed {
-        readdress(frame.head_mut(), macs);
-        age(&mut frame.head_mut()[L3..], packet);
+    if let Some(macs) = path.rewrite.routed
+        && let Some(ip) = packet.ip()
+    {
+        route(frame.head_mut(), macs, ip.src.is_ipv4());
     }
     Ok(())
 }
 
-fn readdress(bytes: &mut [u8], macs: Macs) {
-    let (eth, _) = EthHeader::mut_from_prefix(bytes).expect("a packet has an Ethernet header");
+/// Rewrites the headers of a packet that is routed, whose TTL is known to be more than one.
+#[inline]
+pub fn route(bytes: &mut [u8], macs: Macs, v4: bool) {
+    let (eth, network) = EthHeader::mut_from_prefix(bytes).expect("a packet has an Ethernet header");
     eth.dst = macs.dst;
     eth.src = macs.src;
-}
-
-fn age(bytes: &mut [u8], packet: &Packet) {
-    match packet.ip() {
-        Some(ip) if ip.src.is_ipv4() => {
-            let (header, _) = Ipv4Header::mut_from_prefix(bytes).expect("the packet was parsed as IPv4");
-            let word = |ttl: u8| u16::from_be_bytes([ttl, header.protocol]);
-            let adjusted = checksum::adjust(header.checksum.get(), word(header.ttl), word(header.ttl - 1));
-            header.checksum = U16::new(adjusted);
-            header.ttl -= 1;
-        }
-        Some(_) => {
-            let (header, _) = Ipv6Header::mut_from_prefix(bytes).expect("the packet was parsed as IPv6");
-            header.hop_limit -= 1;
-        }
-        None => {}
+    if v4 {
+        let (header, _) = Ipv4Header::mut_from_prefix(network).expect("the packet was read as IPv4");
+        let word = |ttl: u8| u16::from_be_bytes([ttl, header.protocol]);
+        let adjusted = checksum::adjust(header.checksum.get(), word(header.ttl), word(header.ttl - 1));
+        header.checksum = U16::new(adjusted);
+        header.ttl -= 1;
+    } else {
+        let (header, _) = Ipv6Header::mut_from_prefix(network).expect("the packet was read as IPv6");
+        header.hop_limit -= 1;
     }
 }

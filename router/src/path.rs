@@ -7,7 +7,7 @@ use std::net::Ipv6Addr;
 
 use weft_encap::mac::Mac;
 
-use crate::flow::FlowKey;
+use crate::flow::Signature;
 use crate::port::PortId;
 use crate::tables::NodeId;
 
@@ -117,16 +117,16 @@ pub struct Learned {
 /// What is remembered of a flow's first packet.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// Who sent it.
-    pub sender: Sender,
-    /// To which MAC it was addressed.
-    pub addressed_to: Mac,
     /// Where it went.
     pub path: Path,
     /// The learned MAC that this rests on, if it does.
     pub learned: Option<Learned>,
+    /// Its frames teach the FDB where their source MAC is.
+    pub teaches: bool,
     /// Epoch of the tables by which it was decided.
     pub epoch: u64,
+    /// The FDB's version before it was asked.
+    pub fdb_version: u64,
 }
 
 /// What becomes of the flow cache.
@@ -137,6 +137,6 @@ pub enum FlowCommit {
     None,
     /// A known flow was seen again; the slot of its entry.
     Seen(usize),
-    /// A new flow, or one whose entry was stale.
-    Open(FlowKey, Verdict),
+    /// A new flow, or one whose entry was stale; with its hash.
+    Open(Signature, u64, Verdict),
 }

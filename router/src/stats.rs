@@ -87,6 +87,14 @@ pub struct NodeStats {
     pub last_seen: Option<Instant>,
 }
 
+impl NodeStats {
+    /// A frame came from it and was accepted.
+    pub fn heard(&mut self, now: Instant) {
+        self.received += 1;
+        self.last_seen = Some(now);
+    }
+}
+
 /// All counters of a worker.
 #[derive(Debug, Default)]
 pub struct Stats {

@@ -4,6 +4,8 @@
 //! node of this cluster and its tunnel header is exactly ours; that the inner source belongs to that node is
 //! [`crate::policy`]'s to check. The outer IP and UDP headers are the underlay port's.
 
+use std::net::IpAddr;
+
 use weft_encap::offload::Offload;
 use weft_encap::vxlan::{VXLAN_LEN, VxlanHeader};
 use weft_encap::zerocopy::IntoBytes;
@@ -18,7 +20,7 @@ use crate::tables::{Node, NodeId, Tables};
 /// # Errors
 /// `NotMember`, `TunnelHeader`, `WrongVni`; the frame is unchanged.
 pub fn open(frame: &mut Frame, outer: Outer, tables: &Tables) -> Result<Sender, DropReason> {
-    let node = member(outer, tables).ok_or(DropReason::NotMember)?;
+    let node = member(outer.peer, tables).ok_or(DropReason::NotMember)?;
     // RFC 7348, section 5, has reserved bits ignored on receipt; Linux drops the frame, and so do we.
     let vni = VxlanHeader::parse(frame.head()).map_err(|_| DropReason::TunnelHeader)?;
     if vni != tables.vni {
@@ -29,8 +31,15 @@ pub fn open(frame: &mut Frame, outer: Outer, tables: &Tables) -> Result<Sender, 
     Ok(Sender::Node(node))
 }
 
-fn member(outer: Outer, tables: &Tables) -> Option<NodeId> {
-    tables.members.get(&outer.peer.to_canonical()).copied()
+/// The node with this underlay address.
+pub fn member(peer: IpAddr, tables: &Tables) -> Option<NodeId> {
+    tables.members.get(&peer.to_canonical()).copied()
+}
+
+/// Whether a frame begins with the tunnel header that [`open`] accepts.
+#[inline]
+pub fn is_plain(frame: &Frame, tables: &Tables) -> bool {
+    frame.head().first_chunk() == Some(VxlanHeader::new(tables.vni).as_bytes().first_chunk::<VXLAN_LEN>().expect("its length"))
 }
 
 /// Wraps a frame for a node. Offsets in its offload metadata keep counting from the inner Ethernet header.

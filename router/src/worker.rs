@@ -87,6 +87,7 @@ struct Worker {
     forwarder: Forwarder,
     outbox: Outbox,
     next_tick: Option<Instant>,
+    batch: Batch,
 }
 
 impl Worker {
@@ -108,6 +109,7 @@ impl Worker {
             forwarder: Forwarder::new(config),
             outbox: Outbox::new(),
             next_tick: None,
+            batch: Batch::new(),
         })
     }
 
@@ -174,10 +176,9 @@ impl Worker {
         let Some(Some(slot)) = self.ports.get_mut(id.index()) else { return false };
         slot.ready = false;
         let Some(port) = &mut slot.port else { return false };
-        let mut batch = Batch::new();
-        let received = guarded(|| port.receive(&self.pool, &mut batch, self.forwarder.stats()));
-        let worked = !batch.is_empty();
-        self.forward(batch, tables);
+        let received = guarded(|| port.receive(&self.pool, &mut self.batch, self.forwarder.stats()));
+        let worked = !self.batch.is_empty();
+        self.forward(tables);
         match received {
             Ok(Received::Drained) => {}
             Ok(Received::More) => self.mark_ready(id),
@@ -187,21 +188,19 @@ impl Worker {
         worked
     }
 
-    fn forward(&mut self, mut batch: Batch, tables: &Tables) {
+    /// Forwards what was received.
+    fn forward(&mut self, tables: &Tables) {
         let now = Instant::boottime();
-        let mut frames = batch.drain(..);
-        let mut current = PortId(0);
+        let mut frames = self.batch.drain(..);
         loop {
             let forwarded = catch_unwind(AssertUnwindSafe(|| {
-                for frame in frames.by_ref() {
-                    current = frame.ingress();
-                    self.forwarder.forward(frame, tables, now, &self.pool, &mut self.outbox);
-                }
+                self.forwarder.forward_all(&mut frames, tables, now, &self.pool, &mut self.outbox);
             }));
-            match forwarded {
-                Ok(()) => return,
-                Err(_) => self.forwarder.stats().port(current).dropped[DropReason::RouterFault as usize] += 1,
+            if forwarded.is_ok() {
+                return;
             }
+            let at_fault = self.forwarder.current();
+            self.forwarder.stats().port(at_fault).dropped[DropReason::RouterFault as usize] += 1;
         }
     }
 

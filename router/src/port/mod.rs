@@ -7,9 +7,10 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::{Deref, RangeFull};
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::vec::Drain;
 
-use arrayvec::ArrayVec;
 use rustix::io::Errno;
 use weft_encap::offload::{GsoKind, Offload};
 
@@ -52,8 +53,54 @@ pub const BATCH: usize = 64;
 /// Most bytes in a vector; a vector of superframes ends earlier than one of small frames.
 pub const BATCH_BYTES: usize = 256 * 1024;
 
-/// Frames received together.
-pub type Batch = ArrayVec<Frame, BATCH>;
+/// Frames received together, at most [`BATCH`]. Its memory is made once and used again.
+#[derive(Default)]
+pub struct Batch {
+    frames: Vec<Frame>,
+}
+
+impl Batch {
+    /// An empty one.
+    pub fn new() -> Batch {
+        Batch { frames: Vec::with_capacity(BATCH) }
+    }
+
+    /// Appends a frame. Whoever fills a batch asks [`Batch::is_full`] before.
+    pub fn push(&mut self, frame: Frame) {
+        debug_assert!(!self.is_full());
+        self.frames.push(frame);
+    }
+
+    /// Whether no more frames shall be added.
+    pub fn is_full(&self) -> bool {
+        self.frames.len() >= BATCH
+    }
+
+    /// Takes all frames out, first to last.
+    pub fn drain(&mut self, all: RangeFull) -> Drain<'_, Frame> {
+        self.frames.drain(all)
+    }
+
+    /// Gives all frames back.
+    pub fn clear(&mut self) {
+        self.frames.clear();
+    }
+}
+
+impl IntoIterator for Batch {
+    type Item = Frame;
+    type IntoIter = std::vec::IntoIter<Frame>;
+    fn into_iter(self) -> Self::IntoIter {
+        self.frames.into_iter()
+    }
+}
+
+impl Deref for Batch {
+    type Target = [Frame];
+    fn deref(&self) -> &[Frame] {
+        &self.frames
+    }
+}
 
 /// Most frames that wait for a port within one round of the worker; what is over that is dropped as `QueueFull`.
 pub const QUEUE: usize = 1024;

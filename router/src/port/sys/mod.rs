@@ -6,4 +6,5 @@
 pub mod arena;
 pub mod bpf;
 pub mod message;
+pub mod prefetch;
 pub mod tun;

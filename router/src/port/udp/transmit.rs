@@ -19,7 +19,7 @@ use crate::drop_reason::DropReason;
 use crate::frame::Frame;
 use crate::port::software::{self, Cut, HEADERS};
 use crate::port::sys::message::{self, MESSAGES, Message};
-use crate::port::{BATCH, Batch, PortId, Queue, is_broken};
+use crate::port::{BATCH, PortId, Queue, is_broken};
 use crate::stats::Stats;
 
 /// Most datagrams in one message; kernels before 6.9 refuse more.
@@ -55,6 +55,9 @@ pub(super) struct Sender {
     sockets: Vec<Socket>,
     headers: Box<[u8]>,
 }
+
+/// Frames that are sent together.
+type Batch = ArrayVec<Frame, BATCH>;
 
 /// What became of the datagrams of a frame.
 #[derive(Copy, Clone)]
