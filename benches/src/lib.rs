@@ -6,5 +6,6 @@
 pub mod cpu_time;
 pub mod frames;
 pub mod node;
+pub mod ring;
 
 pub use cpu_time::CpuTime;

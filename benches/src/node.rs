@@ -10,15 +10,18 @@ use weft_encap::zerocopy::IntoBytes;
 use weft_router::forward::Forwarder;
 use weft_router::frame::{Frame, Outer};
 use weft_router::pool::Pool;
-use weft_router::port::{BATCH, Outbox, PortId};
+use weft_router::port::{Batch, Outbox, PortId};
 use weft_router::tables::{Gateway, Node, NodeId, Pod, Tables, Via};
 use weft_router::{Instant, RouterConfig};
 
 use crate::cpu_time::cpu_time;
 use crate::frames::Ends;
+use crate::ring::{self, RingPort, Worker};
 
 /// Pods of the node; ports 1 and up.
 pub const PODS: u16 = 100;
+/// Frames in the rings at once: what is measured together.
+pub const RING: u64 = 512;
 /// Other nodes of the cluster.
 pub const NODES: u16 = 500;
 
@@ -28,10 +31,9 @@ const VTEP: Mac = Mac([0x02, 0, 0, 0, 1, 0]);
 
 /// The node. See the module's essay.
 pub struct Bed {
-    forwarder: Forwarder,
+    worker: Worker,
+    ports: Vec<RingPort>,
     tables: Tables,
-    pool: Pool,
-    out: Outbox,
     now: Instant,
 }
 
@@ -79,9 +81,10 @@ impl Bed {
             let node = Node { underlay: node_underlay(number), vtep_mac: VTEP, ranges: vec![range] };
             tables.add_node(NodeId(number), node);
         }
-        let pool = Pool::new(1024, 128).expect("there is memory for buffers");
-        let forwarder = Forwarder::new(config);
-        Bed { forwarder, tables, pool, out: Outbox::new(), now: Instant(1 << 40) }
+        let pool = Pool::new(2 * RING as u32, 128).expect("there is memory for buffers");
+        let worker = Worker { forwarder: Forwarder::new(config), pool, out: Outbox::new(), batch: Batch::new() };
+        let ports = (0..=PODS).map(|id| RingPort::new(PortId(id))).collect();
+        Bed { worker, ports, tables, now: Instant(1 << 40) }
     }
 
     /// From one pod to another of this node, by MAC.
@@ -113,44 +116,40 @@ impl Bed {
         Template { bytes, offload, outer: Some(outer), ingress: UNDERLAY }
     }
 
-    /// CPU time of taking `count` frames from where a port would have put them to where a port would take them, and
-    /// freeing them. `template` says which frame is next.
+    /// CPU time of taking `count` frames from receive ring to transmit ring (see [`crate::ring`]), of which the rings hold
+    /// [`RING`] at once: those of `templates` in turn. Making the packets is not counted.
     ///
     /// # Panics
     /// If a frame is dropped: then something else was measured than meant. With `drops`, if one is not.
-    pub fn time<'t>(&mut self, count: u64, drops: bool, mut template: impl FnMut(u64) -> &'t Template) -> Duration {
+    pub fn time<'t>(
+        &mut self,
+        count: u64,
+        drops: bool,
+        mut templates: impl Iterator<Item = &'t Template>,
+    ) -> Duration {
         let mut spent = Duration::ZERO;
         let mut done = 0;
         while done < count {
-            let size = (count - done).min(BATCH as u64);
-            let batch: Vec<Frame> = (done..done + size).map(|number| self.frame(template(number))).collect();
+            let size = (count - done).min(RING);
+            for _ in 0..size {
+                let template = templates.next().expect("templates come without end");
+                let frame = self.frame(template);
+                self.ports[template.ingress.index()].rx.push_back(frame);
+            }
             let start = cpu_time();
-            let left = self.round(batch);
+            ring::run(&mut self.ports, &mut self.worker, &self.tables, self.now);
             spent += cpu_time() - start;
+            let left: u64 = self.ports.iter().map(|port| port.tx.len() as u64).sum();
             assert_eq!(left, if drops { 0 } else { size }, "frames that left, of {size}");
+            self.ports.iter_mut().for_each(|port| port.tx.clear());
             done += size;
         }
         spent
     }
 
-    /// Forwards a vector; returns how many frames left.
-    fn round(&mut self, batch: Vec<Frame>) -> u64 {
-        for frame in batch {
-            self.forwarder.stats().received(&frame);
-            self.forwarder.forward(frame, &self.tables, self.now, &self.pool, &mut self.out);
-        }
-        let mut left = 0;
-        while let Some(port) = self.out.touched() {
-            while let Some(frame) = self.out.queue(port).pop_front() {
-                self.forwarder.stats().sent(frame, port, 1);
-                left += 1;
-            }
-        }
-        left
-    }
-
     fn frame(&self, template: &Template) -> Frame {
-        let mut frame = Frame::from_bytes(&template.bytes, template.ingress, &self.pool).expect("a buffer is free");
+        let pool = &self.worker.pool;
+        let mut frame = Frame::from_bytes(&template.bytes, template.ingress, pool).expect("a buffer is free");
         frame.offload = template.offload;
         frame.outer = template.outer;
         frame

@@ -78,8 +78,8 @@ impl Forwarder {
     /// Takes one frame and leaves zero or more in `out`. Never blocks, never fails.
     pub fn forward(&mut self, frame: Frame, tables: &Tables, now: Instant, pool: &Pool, out: &mut Outbox) {
         let seen = self.look(&frame, tables);
-        match seen.and_then(|seen| self.recognise(seen, tables, now)) {
-            Some(known) => self.follow(frame, &known, tables, now, out),
+        match seen.as_ref().and_then(|seen| Some((seen, self.recognise(seen, tables, now)?))) {
+            Some((seen, slot)) => self.follow(frame, seen, slot, tables, now, out),
             None => self.forward_thoroughly(frame, &Round { tables, now, pool }, out),
         }
     }
@@ -99,10 +99,10 @@ impl Forwarder {
         for frame in frames.as_slice().iter().take(BATCH) {
             seen.push(self.look(frame, tables));
         }
-        for (seen, frame) in seen.into_iter().chain(std::iter::repeat(None)).zip(frames) {
+        for (seen, frame) in seen.iter().zip(frames) {
             self.current = frame.ingress();
-            match seen.and_then(|seen| self.recognise(seen, tables, now)) {
-                Some(known) => self.follow(frame, &known, tables, now, out),
+            match seen.as_ref().and_then(|seen| Some((seen, self.recognise(seen, tables, now)?))) {
+                Some((seen, slot)) => self.follow(frame, seen, slot, tables, now, out),
                 None => self.forward_thoroughly(frame, &Round { tables, now, pool }, out),
             }
         }
@@ -261,14 +261,11 @@ impl Forwarder {
     }
 
     /// Finds the path of a flow, if this packet may take it.
-    fn recognise(&mut self, seen: Seen, tables: &Tables, now: Instant) -> Option<(Seen, usize)> {
+    fn recognise(&self, seen: &Seen, tables: &Tables, now: Instant) -> Option<usize> {
         let slot = self.conntrack.find(&seen.glimpse.signature, seen.hash)?;
         let entry = self.conntrack.entry(slot);
         let fits = seen.glimpse.wire_size <= entry.mtu() && (entry.routed().is_none() || seen.glimpse.ttl > 1);
-        if !fits || !self.holds(slot, tables, now) {
-            return None;
-        }
-        Some((seen, slot))
+        (fits && self.holds(slot, tables, now)).then_some(slot)
     }
 
     /// Whether what is known of a flow may still be used.
@@ -280,16 +277,16 @@ impl Forwarder {
 
     /// Sends a frame where its flow goes. Does what [`nat::rewrite`], [`Forwarder::commit`] and [`Forwarder::emit`] do, for the
     /// few paths that the cache can hold.
-    fn follow(&mut self, mut frame: Frame, known: &(Seen, usize), tables: &Tables, now: Instant, out: &mut Outbox) {
-        let (Seen { glimpse, hash }, slot) = known;
+    fn follow(&mut self, mut frame: Frame, seen: &Seen, slot: usize, tables: &Tables, now: Instant, out: &mut Outbox) {
+        let Seen { glimpse, hash } = seen;
         frame.strip(glimpse.start.into(), glimpse.len as usize);
         if let Some(gso) = &mut frame.offload.gso {
             gso.header_len = glimpse.header_len;
         }
         if glimpse.start > 0 {
-            self.hear(glimpse, *slot, now);
+            self.hear(glimpse, slot, now);
         }
-        let entry = self.conntrack.entry_mut(*slot);
+        let entry = self.conntrack.entry_mut(slot);
         entry.seen(frame.len(), now);
         if let Some(macs) = entry.routed() {
             nat::route(frame.head_mut(), macs, glimpse.v4);

@@ -146,6 +146,24 @@ impl Stats {
         port.merged += merged;
     }
 
+    /// Counts frames taken in by one port of which none was merged.
+    pub fn received_plain(&mut self, by: PortId, frames: u64, bytes: u64) {
+        let port = self.port(by);
+        port.received += frames;
+        port.received_bytes += bytes;
+    }
+
+    /// Counts a frame that left by `by` as it was.
+    pub fn sent_whole(&mut self, frame: &Frame, by: PortId) {
+        let bytes = frame.len() as u64;
+        let from = self.port(frame.ingress());
+        from.sent += 1;
+        from.sent_bytes += bytes;
+        let out = self.port(by);
+        out.out += 1;
+        out.out_bytes += bytes;
+    }
+
     /// Counts a frame that left by `by` as `pieces` frames on the wire (more than one if the port segmented it).
     pub fn sent(&mut self, frame: Frame, by: PortId, pieces: u64) {
         let bytes = frame.len() as u64;
