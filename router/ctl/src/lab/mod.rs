@@ -84,6 +84,9 @@ pub struct Up {
     /// MTU of the underlay; pods have 50 less.
     #[arg(long, value_name = "BYTES", default_value_t = 1500, value_parser = clap::value_parser!(u32).range(i64::from(plan::MIN_MTU)..=i64::from(plan::MAX_MTU)))]
     mtu: u32,
+    /// Workers of each node's weftd; as many as it chooses unless given.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(plan::MAX_WORKERS)))]
+    workers: Option<u8>,
     /// Print the cluster as JSON.
     #[arg(long)]
     json: bool,
@@ -173,6 +176,7 @@ pub fn run_peer(command: PeerCommand) -> Result<()> {
 
 fn up(args: &Up) -> Result<()> {
     let plan = plan::Plan::new(&args.name.name, args.nodes, args.pods, args.mode, args.mtu)?;
+    let plan = plan::Plan { workers: args.workers, ..plan };
     let programs = up::Programs::find(args.binaries.bin_dir.as_deref())?;
     let cluster = up::up(&plan, &programs, args.keep)?;
     if args.json { output::print_json(&cluster) } else { output::print(&up::summary(&plan, &cluster, Style::stdout())) }
