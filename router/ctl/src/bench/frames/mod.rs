@@ -173,11 +173,9 @@ pub fn search(ends: &Ends, mix: Mix, limits: &Limits) -> Result<Rate> {
     Ok(rate)
 }
 
-/// Makes a single trial: at `asked` frames a second, or as many as can be.
-///
-/// # Errors
-/// As for [`search`].
-pub fn offer(ends: &Ends, mix: Mix, asked: Option<f64>, length: Duration) -> Result<Trial> {
+/// A single trial: at `asked` frames a second, or as many as can be.
+#[cfg(test)]
+fn offer(ends: &Ends, mix: Mix, asked: Option<f64>, length: Duration) -> Result<Trial> {
     let mut stream = Stream::prepare(ends, mix)?;
     let trial = stream.trial(asked, length)?;
     stream.finish()?;
