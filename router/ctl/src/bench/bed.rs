@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use super::contender::{Contender, Kind};
 use super::iperf::Server;
 use super::task::{Layout, Links};
-use super::{ovs, programs};
+use super::{frames, ovs, programs};
 use crate::lab::command::Run;
 use crate::lab::plan::{self, Mode, Plan};
 use crate::lab::process::Process;
@@ -111,6 +111,14 @@ impl Bed {
         Ends { from: end(1, 1), to }
     }
 
+    /// The same for frames that are made by hand, which must be addressed to the MAC that the pod's kernel would take.
+    pub fn frame_ends(&self, layout: Layout) -> Result<frames::Ends> {
+        let Ends { from, to } = self.ends(layout);
+        let gateway = next_hop(&from, to.address)?;
+        let end = |end: End| frames::End { netns: end.netns, device: IFNAME.to_owned(), address: end.address };
+        Ok(frames::Ends { from: end(from), to: end(to), gateway, cpu: None })
+    }
+
     /// The programs that forward in a layout.
     pub fn pids(&self, layout: Layout) -> Vec<u32> {
         self.routers.iter().take(nodes(layout)).map(|process| process.pid).collect()
@@ -147,7 +155,8 @@ impl Bed {
         self.take_down()
     }
 
-    fn check(&self, layout: Layout) -> Result<()> {
+    /// Sends a few datagrams both ways; an error if they do not come back.
+    pub fn check(&self, layout: Layout) -> Result<()> {
         const BRIEF: Duration = Duration::from_millis(5);
         let Ends { from, to } = self.ends(layout);
         let (_server, address) = programs::serve(&to.netns, "echo", to.address, BRIEF)?;
@@ -202,6 +211,26 @@ impl Drop for Bed {
     }
 }
 
+/// The MAC of the gateway by which a pod reaches an address; none if it reaches it directly.
+fn next_hop(from: &End, to: Ipv4Addr) -> Result<Option<[u8; 6]>> {
+    let said = Run::ip(&format!("-n {} route get {to}", from.netns)).succeed()?;
+    let route = String::from_utf8_lossy(&said).into_owned();
+    let Some(gateway) = word_after(&route, "via") else { return Ok(None) };
+    let said = Run::ip(&format!("-n {} neigh show to {gateway} dev {IFNAME}", from.netns)).succeed()?;
+    let neighbour = String::from_utf8_lossy(&said).into_owned();
+    let mac = word_after(&neighbour, "lladdr").and_then(parse_mac);
+    Ok(Some(mac.with_context(|| format!("{} does not know the MAC of its gateway {gateway}", from.netns))?))
+}
+
+fn word_after<'a>(text: &'a str, word: &str) -> Option<&'a str> {
+    text.split_whitespace().skip_while(|next| *next != word).nth(1)
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let bytes: Vec<u8> = text.split(':').map(|byte| u8::from_str_radix(byte, 16).ok()).collect::<Option<_>>()?;
+    bytes.try_into().ok()
+}
+
 /// The name of a data path's lab.
 pub fn lab_name(name: &str, contender: &Contender) -> String {
     format!("{name}-{}", contender.id)
@@ -222,5 +251,22 @@ fn nodes(layout: Layout) -> usize {
     match layout {
         Layout::Same => 1,
         Layout::Two => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gateways_mac_is_read_as_ip_prints_it() {
+        let route = "10.244.2.2 via 10.244.1.1 dev eth0 src 10.244.1.2 uid 0 \n    cache \n";
+        assert_eq!(word_after(route, "via"), Some("10.244.1.1"));
+        assert_eq!(word_after("10.244.1.3 dev eth0 src 10.244.1.2", "via"), None);
+        let neighbour = "10.244.1.1 lladdr 02:0a:00:00:00:ff STALE";
+        assert_eq!(word_after(neighbour, "lladdr").and_then(parse_mac), Some([2, 10, 0, 0, 0, 255]));
+        for bad in ["", "02:00", "02:00:00:00:00:00:00", "02:00:00:00:00:zz"] {
+            assert_eq!(parse_mac(bad), None, "{bad}");
+        }
     }
 }

@@ -12,15 +12,15 @@ use super::report::short;
 use super::task::Layout;
 
 const WIDTH: f64 = 1000.0;
-const LEFT: f64 = 290.0;
+const LEFT: f64 = 330.0;
 const RIGHT: f64 = 60.0;
 const TOP: f64 = 120.0;
 const BAR: f64 = 11.0;
 const GAP: f64 = 9.0;
 const HEADING: f64 = 34.0;
-/// How far the scale reaches at least and at most, as powers of two.
+/// How far the scale reaches to each side at least and at most, as powers of two. A bar that reaches further is cut.
 const LEAST: f64 = 1.0;
-const MOST: f64 = 7.0;
+const MOST: f64 = 5.0;
 /// Told apart by people who do not tell red from green (Okabe and Ito's palette).
 const COLOURS: [&str; 6] = ["#0072b2", "#e69f00", "#cc79a7", "#009e73", "#56b4e9", "#d55e00"];
 
@@ -38,8 +38,11 @@ struct Bar<'a> {
 pub fn render(outcome: &Outcome) -> String {
     let paths: Vec<&Path> = compared(outcome);
     let groups: Vec<(&Row, Vec<Bar>)> = outcome.rows.iter().filter_map(|row| group(outcome, &paths, row)).collect();
-    let reach = groups.iter().flat_map(|(_, bars)| bars).map(|bar| bar.better.log2().abs()).fold(LEAST, f64::max);
-    let scale = Scale { reach: reach.ceil().min(MOST) };
+    let reach = |side: f64| {
+        let powers = groups.iter().flat_map(|(_, bars)| bars).map(|bar| bar.better.log2() * side);
+        powers.fold(LEAST, f64::max).ceil().min(MOST)
+    };
+    let scale = Scale { worse: reach(-1.0), better: reach(1.0) };
     let mut body = String::new();
     let mut y = TOP;
     for layout in [Layout::Same, Layout::Two] {
@@ -90,7 +93,7 @@ fn group<'a>(outcome: &Outcome, paths: &[&'a Path], row: &'a Row) -> Option<(&'a
 fn draw_group(body: &mut String, row: &Row, bars: &[Bar], scale: Scale, y: f64) -> f64 {
     let height = bars.len() as f64 * BAR + GAP;
     let middle = y + (height - GAP) / 2.0 + 4.0;
-    let _ = writeln!(body, r#"<text class="l" x="{:.1}" y="{middle:.1}">{}</text>"#, LEFT - 14.0, escape(&row.label));
+    let _ = writeln!(body, r#"<text class="l" x="{:.1}" y="{middle:.1}">{}</text>"#, LEFT - 40.0, escape(&row.label));
     for (place, bar) in bars.iter().enumerate() {
         let (from, to) = (scale.x(1.0), scale.x(bar.better));
         let top = y + place as f64 * BAR;
@@ -105,7 +108,9 @@ fn draw_group(body: &mut String, row: &Row, bars: &[Bar], scale: Scale, y: f64) 
             escape(&bar.value),
             bar.better,
         );
-        let (x, anchor) = if to < from { (to - 3.0, "end") } else { (to + 3.0, "start") };
+        // There is no room beside a bar that was cut, but inside.
+        let is_cut = bar.better.log2() < -scale.worse;
+        let (x, anchor) = if to < from && !is_cut { (to - 3.0, "end") } else { (to + 3.0, "start") };
         let baseline = top + BAR - 2.5;
         let _ = writeln!(
             body,
@@ -149,20 +154,21 @@ fn legend(paths: &[&Path]) -> String {
 
 #[derive(Clone, Copy)]
 struct Scale {
-    /// The powers of two to each side.
-    reach: f64,
+    /// Powers of two to the left of the kernel's line.
+    worse: f64,
+    /// And to the right.
+    better: f64,
 }
 
 impl Scale {
     fn x(self, better: f64) -> f64 {
-        let share = (better.log2() / self.reach).clamp(-1.0, 1.0);
-        LEFT + (WIDTH - LEFT - RIGHT) * (share + 1.0) / 2.0
+        let power = better.log2().clamp(-self.worse, self.better);
+        LEFT + (WIDTH - LEFT - RIGHT) * (power + self.worse) / (self.worse + self.better)
     }
 
     fn grid(self, bottom: f64) -> String {
         let mut text = String::new();
-        let reach = self.reach as i32;
-        for power in -reach..=reach {
+        for power in -(self.worse as i32)..=self.better as i32 {
             let better = 2_f64.powi(power);
             let x = self.x(better);
             let class = if power == 0 { "k" } else { "g" };
@@ -174,7 +180,7 @@ impl Scale {
             let name = if power < 0 { format!("1/{}", 1 << -power) } else { format!("{}", 1 << power) };
             let _ = writeln!(text, r#"<text class="a" x="{x:.1}" y="{:.1}">{name}</text>"#, TOP - 10.0);
         }
-        let (left, right) = (self.x(2_f64.powf(-self.reach)), self.x(2_f64.powf(self.reach)));
+        let (left, right) = (self.x(2_f64.powf(-self.worse)), self.x(2_f64.powf(self.better)));
         let y = TOP - 26.0;
         let _ = writeln!(text, r#"<text class="a" x="{left:.1}" y="{y:.1}">← worse</text>"#);
         let _ = writeln!(text, r#"<text class="a" x="{right:.1}" y="{y:.1}">better →</text>"#);
@@ -193,7 +199,7 @@ mod tests {
 
     #[test]
     fn a_worse_path_has_its_bar_left_of_the_kernels_line() {
-        let scale = Scale { reach: 2.0 };
+        let scale = Scale { worse: 2.0, better: 3.0 };
         assert!(scale.x(0.5) < scale.x(1.0) && scale.x(1.0) < scale.x(2.0));
         assert!((scale.x(1.0) - scale.x(0.5) - (scale.x(2.0) - scale.x(1.0))).abs() < 1e-9);
         assert!((scale.x(1000.0) - (WIDTH - RIGHT)).abs() < 1e-9, "what is beyond the scale ends at its edge");

@@ -3,6 +3,7 @@
 //! Congestion control is cubic on both sides, whatever the machine prefers; others behave differently on the paths
 //! that are compared. A server stays in each receiving pod, and is killed when it is dropped.
 
+use std::io::Read;
 use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -97,9 +98,11 @@ impl Bulk {
         Duration::from_secs(u64::from(self.seconds.unwrap_or(1)))
     }
 
-    /// The program, to be run beside something else.
-    pub fn start(self, from: &End, to: &End) -> Result<Child> {
-        Run::inside(&from.netns, "iperf3").args(self.args(to)).spawn(Stdio::null())
+    /// Starts it, to run beside something else.
+    pub fn start(self, from: &End, to: &End) -> Result<Running> {
+        // The server may still be busy with the run before; a few bytes tell.
+        Bulk { seconds: None, ..self }.run(from, to)?;
+        Ok(Running(Run::inside(&from.netns, "iperf3").args(self.args(to)).spawn(Stdio::null())?))
     }
 
     /// Runs it to its end.
@@ -115,6 +118,34 @@ impl Bulk {
                 Err(error) => return Err(error).with_context(shown),
             }
         }
+    }
+}
+
+/// A run in the background; it is killed when this is dropped.
+#[derive(Debug)]
+pub struct Running(Child);
+
+impl Running {
+    /// Whether it goes on.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.0.try_wait()?.is_none())
+    }
+
+    /// Waits for its end. Its report is far smaller than a pipe, so it does not wait for us.
+    pub fn end(mut self) -> Result<Arrived> {
+        let mut report = Vec::new();
+        if let Some(stdout) = &mut self.0.stdout {
+            stdout.read_to_end(&mut report)?;
+        }
+        self.0.wait()?;
+        read(&report)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

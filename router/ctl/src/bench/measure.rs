@@ -6,9 +6,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::bed::{Bed, Ends};
+use super::frames::{self, Mix};
 use super::iperf::Bulk;
 use super::programs::{self, Connected, RoundTrips};
-use super::task::{Lengths, Pace, Task, What};
+use super::task::{Lengths, Pace, Sizes, Task, What};
 use super::usage::{self, Usage};
 use crate::lab::peer::Peer;
 
@@ -33,6 +34,7 @@ pub fn measure(task: &Task, bed: &Bed, lengths: &Lengths) -> Result<Figures> {
         What::RoundTrip(Pace::Paused) => paused(&[(bed, task)], lengths).pop().unwrap_or_else(|| bail!("no bed")),
         What::RoundTrip(Pace::UnderLoad) => under_load(&ends, lengths.round),
         What::Connections => connections(&ends, lengths.round),
+        What::Frames(sizes) => frames(bed, task, sizes, &lengths.search),
         What::Memory => memory(bed, task),
     }
 }
@@ -95,14 +97,11 @@ fn under_load(ends: &Ends, length: Duration) -> Result<Figures> {
     let mut load = bulk.start(&ends.from, &ends.to)?;
     thread::sleep(LOAD_FIRST);
     let figures = PingPong::start(ends, length, None).and_then(PingPong::figures);
-    let was_there = load.try_wait()?.is_none();
-    if figures.is_err() {
-        let _ = load.kill();
-    }
-    let status = load.wait()?;
+    let was_there = load.is_running()?;
     let figures = figures?;
-    if !was_there || !status.success() {
-        bail!("the stream that was to run beside it did not run all the time ({status})");
+    load.end().context("the stream that was to run beside it")?;
+    if !was_there {
+        bail!("the stream that was to run beside it ended too early");
     }
     Ok(figures)
 }
@@ -112,6 +111,20 @@ fn connections(ends: &Ends, length: Duration) -> Result<Figures> {
     let mut client = programs::client(&ends.from.netns, "connect", to, &[("seconds", length)])?;
     let connected: Connected = client.hear(programs::deadline(length))?;
     Ok(vec![Some(connected.connections as f64 / connected.seconds)])
+}
+
+fn frames(bed: &Bed, task: &Task, sizes: Sizes, limits: &frames::Limits) -> Result<Figures> {
+    // Whatever is learned on the way is learned by this, and neighbours are resolved.
+    bed.check(task.layout)?;
+    let mix = match sizes {
+        Sizes::Small => Mix::SMALL,
+        Sizes::Imix => Mix::Imix,
+    };
+    let rate = frames::search(&bed.frame_ends(task.layout)?, mix, limits)?;
+    // What carries all carries nearly all, whichever of the two searches was cut short.
+    let pdr_pps = rate.pdr_pps.max(rate.ndr_pps);
+    let millions = [rate.ndr_pps, pdr_pps, rate.offered_max_pps].map(|pps| Some(pps / 1e6));
+    Ok(millions.into_iter().chain([Some(rate.reordered as f64)]).collect())
 }
 
 fn memory(bed: &Bed, task: &Task) -> Result<Figures> {

@@ -13,6 +13,9 @@ use super::machine::Machine;
 use super::measure::Figures;
 use super::task::{Figure, Mode, Task};
 
+/// Why a path has no figure of its own though its task was done.
+const NO_ROUTER: &str = "it has no process of its own";
+
 /// The version of the file.
 pub const VERSION: u32 = 1;
 
@@ -67,6 +70,8 @@ pub struct Row {
     pub ratios: Vec<Ratio>,
     #[serde(skip)]
     pub figure: Figure,
+    #[serde(skip)]
+    pub task: String,
 }
 
 /// A figure on a data path.
@@ -168,7 +173,7 @@ impl Samples {
             let summary = turns(index).and_then(|turns| Summary::of(turns.values().copied().collect()));
             let reason = || {
                 let told = path.not_measured.as_ref().or_else(|| self.reasons.get(&(task_number, index)));
-                told.cloned().unwrap_or_else(|| "it has no such figure".to_owned())
+                told.cloned().unwrap_or_else(|| NO_ROUTER.to_owned())
             };
             let not_measured = summary.is_none().then(reason);
             Measured { path: path.id, summary, not_measured }
@@ -193,6 +198,7 @@ impl Samples {
             results: paths.iter().enumerate().map(measured).collect(),
             ratios,
             figure: *figure,
+            task: task.name(),
         }
     }
 }
@@ -278,7 +284,7 @@ pub mod tests {
         let reason = |row: usize, path: usize| outcome.rows[row].results[path].not_measured.as_deref();
         assert_eq!(reason(0, 0), None);
         assert_eq!(reason(0, 2), Some("there is no OVS: install it"));
-        assert_eq!(reason(2, 1), Some("it has no such figure"));
+        assert_eq!(reason(2, 1), Some(NO_ROUTER));
     }
 
     #[test]

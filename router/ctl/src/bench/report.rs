@@ -65,7 +65,17 @@ fn gaps(outcome: &Outcome, style: Style) -> String {
     for row in &outcome.rows {
         for (path, result) in outcome.paths.iter().zip(&row.results) {
             if let (None, Some(reason)) = (&path.not_measured, &result.not_measured) {
-                reasons.entry((path.label, reason)).or_default().push(&row.name);
+                let names = reasons.entry((path.label, reason)).or_default();
+                // A task that was not done is named once, a figure that it did not yield by its own name.
+                let is_whole = outcome
+                    .rows
+                    .iter()
+                    .zip(place(outcome, path.id))
+                    .all(|(other, there)| other.task != row.task || !there);
+                let name = if is_whole { &row.task } else { &row.name };
+                if names.last() != Some(&name.as_str()) {
+                    names.push(name);
+                }
             }
         }
     }
@@ -73,6 +83,12 @@ fn gaps(outcome: &Outcome, style: Style) -> String {
         let _ = writeln!(text, "\nnot measured on {path} ({reason}): {}", names.join(" "));
     }
     text
+}
+
+/// Of each row, whether a path has a value there.
+fn place<'a>(outcome: &'a Outcome, path: &'a str) -> impl Iterator<Item = bool> + 'a {
+    let has = move |row: &Row| row.results.iter().any(|result| result.path == path && result.summary.is_some());
+    outcome.rows.iter().map(has)
 }
 
 fn spread(summary: Option<&Summary>) -> String {
@@ -113,7 +129,10 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("not measured: OVS AF_XDP: there is no OVS: install it"), "{text}");
-        assert!(text.contains("not measured on kernel (it has no such figure): same-tcp-1-router-cpu"), "{text}");
+        assert!(
+            text.contains("not measured on kernel (it has no process of its own): same-tcp-1-router-cpu"),
+            "{text}"
+        );
         assert!(!text.contains("pods of two nodes"), "{text}");
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 
 use super::contender::{Contender, Kind};
+use super::frames;
 
 /// One thing to do on a data path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,8 +36,19 @@ pub enum What {
     RoundTrip(Pace),
     /// TCP connections, one after the other.
     Connections,
+    /// Frames a second, without loss and with little.
+    Frames(Sizes),
     /// What the data path's own processes hold in memory.
     Memory,
+}
+
+/// How long frames are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sizes {
+    /// 64 bytes.
+    Small,
+    /// A mix of small, middling and long ones.
+    Imix,
 }
 
 /// When the next request of a ping-pong is sent.
@@ -107,6 +119,8 @@ pub struct Lengths {
     pub paused_count: u32,
     /// The pause.
     pub pause: Duration,
+    /// A search for a rate of frames.
+    pub search: frames::Limits,
 }
 
 impl Mode {
@@ -123,12 +137,27 @@ impl Mode {
     pub fn lengths(self, task: &Task) -> Lengths {
         let millis = Duration::from_millis;
         match self {
-            Mode::Smoke => Lengths { tcp_seconds: None, round: millis(50), paused_count: 3, pause: millis(20) },
-            Mode::Short => Lengths { tcp_seconds: Some(1), round: millis(500), paused_count: 20, pause: millis(100) },
-            Mode::Full => {
-                let seconds = if task.is_judged() { 2 } else { 1 };
-                Lengths { tcp_seconds: Some(seconds), round: millis(1000), paused_count: 8, pause: millis(1000) }
-            }
+            Mode::Smoke => Lengths {
+                tcp_seconds: None,
+                round: millis(50),
+                paused_count: 3,
+                pause: millis(20),
+                search: frames::Limits { trial: millis(20), trials: 3, ..frames::Limits::SHORT },
+            },
+            Mode::Short => Lengths {
+                tcp_seconds: Some(1),
+                round: millis(500),
+                paused_count: 20,
+                pause: millis(100),
+                search: frames::Limits { trial: millis(200), trials: 12, ..frames::Limits::SHORT },
+            },
+            Mode::Full => Lengths {
+                tcp_seconds: Some(if task.is_judged() { 2 } else { 1 }),
+                round: millis(1000),
+                paused_count: 8,
+                pause: millis(1000),
+                search: frames::Limits { trial: millis(300), trials: 16, ..frames::Limits::FULL },
+            },
         }
     }
 
@@ -168,6 +197,7 @@ impl Task {
             let whole = |what| Task { what, layout, links: Links::Whole };
             all.extend(what.map(whole));
             all.push(whole(What::Connections));
+            all.extend([Sizes::Small, Sizes::Imix].map(What::Frames).map(whole));
         }
         all.push(Task { what: What::Memory, layout: Layout::Same, links: Links::Whole });
         all
@@ -181,6 +211,8 @@ impl Task {
             What::RoundTrip(Pace::Paused) => "rtt-paused".to_owned(),
             What::RoundTrip(Pace::UnderLoad) => "rtt-load".to_owned(),
             What::Connections => "connections".to_owned(),
+            What::Frames(Sizes::Small) => "frames-64".to_owned(),
+            What::Frames(Sizes::Imix) => "frames-imix".to_owned(),
             What::Memory => return "memory".to_owned(),
         };
         let links = if self.links == Links::Plain { "-plain" } else { "" };
@@ -200,6 +232,8 @@ impl Task {
             What::RoundTrip(Pace::Paused) => "round trip after a pause".to_owned(),
             What::RoundTrip(Pace::UnderLoad) => "round trip beside a stream".to_owned(),
             What::Connections => "TCP connections".to_owned(),
+            What::Frames(Sizes::Small) => "frames of 64 bytes".to_owned(),
+            What::Frames(Sizes::Imix) => "frames, IMIX".to_owned(),
             What::Memory => "memory of a node's router".to_owned(),
         }
     }
@@ -211,6 +245,7 @@ impl Task {
             What::Tcp { .. } => &TCP,
             What::RoundTrip(_) => &ROUND_TRIP,
             What::Connections => &CONNECTIONS,
+            What::Frames(_) => &FRAMES,
             What::Memory => &MEMORY,
         }
     }
@@ -218,7 +253,7 @@ impl Task {
     /// Whether it has a meaning on a data path; else why it has none.
     pub fn applies_to(&self, contender: &Contender) -> Result<(), &'static str> {
         match contender.kind {
-            Kind::Kernel if self.what == What::Memory => Err("the kernel's path has no process of its own"),
+            Kind::Kernel if self.what == What::Memory => Err("it has no process of its own"),
             Kind::Ovs(_) if self.links == Links::Plain => Err("its ports take no superframes in any case"),
             _ => Ok(()),
         }
@@ -229,13 +264,14 @@ impl Task {
         match self.what {
             What::Tcp { streams, reverse } => streams <= 4 && !reverse,
             What::RoundTrip(pace) => self.layout == Layout::Same && pace != Pace::UnderLoad,
+            What::Frames(sizes) => self.layout == Layout::Same && sizes == Sizes::Small,
             What::Connections | What::Memory => false,
         }
     }
 
     /// Whether the short mode has it.
     fn is_short(&self) -> bool {
-        self.is_judged() || self.links == Links::Whole
+        self.is_judged() || (self.links == Links::Whole && !matches!(self.what, What::Frames(_)))
     }
 }
 
@@ -277,5 +313,12 @@ static ROUND_TRIP: [Figure; 4] = [
 ];
 
 static CONNECTIONS: [Figure; 1] = [figure("", "", "/s", true)];
+
+static FRAMES: [Figure; 4] = [
+    figure("-ndr", "without loss", "Mpps", true),
+    Figure { is_charted: false, ..figure("-pdr", "loss under 0.5 %", "Mpps", true) },
+    Figure { is_shown: false, is_charted: false, ..figure("-offered", "offered at most", "Mpps", true) },
+    Figure { is_shown: false, is_charted: false, ..figure("-reordered", "out of order", "frames", false) },
+];
 
 static MEMORY: [Figure; 1] = [Figure { is_charted: false, ..figure("", "", "MiB", false) }];
