@@ -290,7 +290,7 @@ impl Fdb {
     /// be full long before the FDB is.
     fn slots_of(&self, key: u64) -> impl Iterator<Item = usize> {
         let hash = self.hasher.hash_one(key);
-        let bucket = |half: u64| (half * self.buckets as u64 >> 32) as usize;
+        let bucket = |half: u64| ((half * self.buckets as u64) >> 32) as usize;
         let (first, second) = (bucket(hash >> 32), bucket(hash & 0xffff_ffff));
         let second = if second == first { (first + 1) % self.buckets } else { second };
         let others = if second == first { 0 } else { WAYS };

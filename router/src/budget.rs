@@ -84,7 +84,7 @@ mod tests {
     #[test]
     fn parts_of_a_budget_add_up_to_it_and_a_number_used_again_begins_anew() {
         let mut budgets = Budgets::new(100);
-        let mut spend = |budgets: &mut Budgets| {
+        let spend = |budgets: &mut Budgets| {
             let mut passed = 0;
             while budgets.allows(PortId(0), Instant(7)) && passed < 1000 {
                 budgets.charge(PortId(0), 1, Instant(7));

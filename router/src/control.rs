@@ -1,44 +1,55 @@
 //! The router from the outside: starting it, giving it ports and tables, asking it.
 //!
-//! [`Router`] is the daemon's handle. Commands go to the worker through a channel and are answered in
-//! order; tables are swapped as one `Arc`. What the worker notices by itself (a port whose namespace went
-//! away) comes back as an [`Event`].
+//! [`Router`] is the daemon's handle. It runs one or more workers ([`crate::worker`]), which share the tables, swapped as one
+//! `Arc`, and the FDB, and nothing else: frames and buffers never move between them. Each device is received from by one worker, which
+//! [`workers::Workers`] chooses, and the underlay by all, each with a socket of its own; all workers send by all devices. Commands
+//! go to each worker through a channel and are answered in order; what they answer is added up. What a worker notices by
+//! itself (a port whose namespace went away) comes back as an [`Event`].
+//!
+//! A worker that ends by itself, which takes a bug, leaves the others running: the daemon hears of it as an
+//! event, and has them receive from its devices ([`Router::take_over`]).
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use crossbeam::channel::{self, Receiver, Sender};
 
-use crate::bridge::FdbEntry;
+use crate::bridge::{Fdb, FdbEntry};
 use crate::conntrack::FlowEntry;
 use crate::port::tap::Tap;
-use crate::port::udp::Underlay;
+use crate::port::udp::{Sockets, Underlay};
 use crate::port::{Capabilities, PortId};
 use crate::stats::{NodeStats, PortStats};
 use crate::tables::Tables;
 use crate::time::Instant;
-use crate::worker;
 
-/// Sizes and limits of the worker. The defaults suit a node with some hundred pods.
+mod merge;
+mod workers;
+
+use workers::Workers;
+
+/// Sizes and limits. The defaults suit a node with some hundred pods.
 #[derive(Copy, Clone, Debug)]
 pub struct RouterConfig {
-    /// Small buffers (2 KiB each, touched only when used).
+    /// Worker threads; one at least.
+    pub workers: usize,
+    /// Small buffers of each worker (2 KiB each, touched only when used).
     pub chunks: u32,
-    /// Large buffers (64 KiB each, touched only when used).
+    /// Large buffers of each worker (64 KiB each, touched only when used).
     pub supers: u32,
     /// Learned MACs that the node keeps at most.
     pub fdb_limit: usize,
     /// How long a learned MAC is kept after it was last seen.
     pub fdb_age: Duration,
-    /// Flows that the cache holds; rounded up to a power of two.
+    /// Flows that the caches hold, in equal parts for each worker; rounded up to a power of two.
     pub flows: usize,
-    /// Broadcast and multicast copies per second and port.
+    /// Broadcast and multicast copies per second and port. What enters by several workers has an equal part in each.
     pub flood_rate: u32,
-    /// ICMP errors per second and port.
+    /// ICMP errors per second and port, likewise.
     pub icmp_rate: u32,
     /// Keeps outsiders from predicting hashes; the daemon passes a random one, tests a fixed one.
     pub seed: u64,
@@ -47,6 +58,7 @@ pub struct RouterConfig {
 impl Default for RouterConfig {
     fn default() -> Self {
         RouterConfig {
+            workers: 1,
             chunks: 8192,
             supers: 256,
             fdb_limit: 16_384,
@@ -63,16 +75,17 @@ impl Default for RouterConfig {
 pub enum Device {
     /// A pod's TAP, offloads negotiated.
     Tap(Tap),
-    /// The UDP underlay.
+    /// The UDP underlay, with sockets for each worker.
     Underlay(Underlay),
 }
 
-/// What the worker noticed.
+/// What a worker noticed.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// This port is out of service: it was removed from the worker, its counters stay until
-    /// [`Router::remove_port`].
+    /// This port is out of service, which is told once: its counters stay until [`Router::remove_port`].
     PortGone(PortId, PortEnd),
+    /// The worker of this number ended by itself, which is a bug: [`Router::take_over`] moves its devices to others.
+    WorkerEnded(usize),
 }
 
 /// Why a port is out of service.
@@ -84,28 +97,32 @@ pub enum PortEnd {
     Panic,
 }
 
-/// One port as the worker sees it.
+/// One port, as all workers see it together.
 #[derive(Clone, Debug)]
 pub struct PortSnapshot {
     /// Its number.
     pub id: PortId,
     /// `tap`, `udp`, `memory`.
     pub kind: &'static str,
-    /// Whether its device works.
+    /// Whether its device works, for all workers.
     pub up: bool,
+    /// Which worker receives from it; `None` if all do.
+    pub worker: Option<usize>,
     /// What its device takes.
     pub capabilities: Capabilities,
     /// Its counters.
     pub stats: PortStats,
 }
 
-/// The worker's state at one moment.
+/// The state of all workers together, each at one moment between two of its batches.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     /// When.
     pub now: Instant,
-    /// Epoch of the tables in use.
+    /// Epoch of the tables in use by all workers.
     pub epoch: u64,
+    /// Workers that run.
+    pub workers: usize,
     /// All ports, by number.
     pub ports: Vec<PortSnapshot>,
     /// Counters per node, indexed by `NodeId`.
@@ -121,7 +138,7 @@ pub struct Snapshot {
 /// Why the router could not do something.
 #[derive(Debug)]
 pub enum RouterError {
-    /// The worker thread is gone (it ended, or never started).
+    /// No worker runs.
     Stopped,
     /// The device could not be made a port.
     Device(io::Error),
@@ -130,54 +147,83 @@ pub enum RouterError {
 impl std::fmt::Display for RouterError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            RouterError::Stopped => f.write_str("the data-plane worker has stopped"),
-            RouterError::Device(error) => write!(f, "the worker cannot use the device: {error}"),
+            RouterError::Stopped => f.write_str("the data plane has stopped"),
+            RouterError::Device(error) => write!(f, "the data plane cannot use the device: {error}"),
         }
     }
 }
 
 impl std::error::Error for RouterError {}
 
+/// What one worker gets of a device.
+pub(crate) enum Half {
+    Tap { tap: Arc<Tap>, receives: bool },
+    Underlay(Sockets),
+}
+
+/// A port for one worker.
+pub(crate) struct NewPort {
+    pub(crate) id: PortId,
+    pub(crate) half: Half,
+    pub(crate) shared: Shared,
+}
+
+/// What the workers' ports of one device have in common.
+#[derive(Clone)]
+pub(crate) struct Shared {
+    /// By how many workers its frames enter.
+    pub(crate) receivers: u32,
+    /// Whether one of them has told that it is gone.
+    pub(crate) told: Arc<AtomicBool>,
+}
+
 /// What is left of a port that was taken away.
 pub(crate) struct Removed {
     pub(crate) stats: PortStats,
-    /// Closed by the asker, since it takes the kernel some milliseconds that the worker does not have.
+    /// From the worker that was the last to let go. Closed by the asker, since it takes the kernel some milliseconds that
+    /// the worker does not have.
     pub(crate) device: Option<OwnedFd>,
 }
 
 pub(crate) enum Command {
-    AddPort(PortId, Device, Sender<Result<(), RouterError>>),
+    AddPort(NewPort, Sender<Result<(), RouterError>>),
     RemovePort(PortId, Sender<Option<Removed>>),
-    Snapshot { flows: bool, answer: Sender<Snapshot> },
+    /// Receive from this port, too.
+    Receive(PortId),
+    Snapshot {
+        flows: bool,
+        answer: Sender<Snapshot>,
+    },
     Stop,
+    #[cfg(test)]
+    Panic,
 }
 
 /// The running data plane.
 pub struct Router {
-    commands: Sender<Command>,
-    waker: Arc<mio::Waker>,
+    workers: Workers,
     tables: Arc<ArcSwap<Tables>>,
+    fdb: Arc<Fdb>,
     events: Receiver<Event>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl Router {
-    /// Starts the worker thread.
+    /// Starts the worker threads.
     ///
     /// # Errors
-    /// The kernel's, if there is no memory or no descriptor for it.
+    /// The kernel's, if there is no memory or no descriptor for them.
     pub fn start(config: RouterConfig, tables: Tables) -> io::Result<Router> {
-        let (commands, inbox) = channel::unbounded();
         let (outbox, events) = channel::unbounded();
         let tables = Arc::new(ArcSwap::from_pointee(tables));
-        let (waker, thread) = worker::spawn(config, Arc::clone(&tables), inbox, outbox)?;
-        Ok(Router { commands, waker, tables, events, thread: Some(thread) })
+        let fdb = Arc::new(Fdb::new(config.fdb_limit, config.fdb_age, config.seed));
+        let workers = Workers::start(config, &tables, &fdb, &outbox)?;
+        Ok(Router { workers, tables, fdb, events })
     }
 
-    /// Puts new tables in force; the worker uses them from its next batch on. Without loss.
+    /// Puts new tables in force; each worker uses them from its next batch on. Without loss.
     pub fn set_tables(&self, tables: Tables) {
         self.tables.store(Arc::new(tables));
-        let _ = self.waker.wake();
+        self.workers.wake();
     }
 
     /// The tables in force.
@@ -185,53 +231,43 @@ impl Router {
         self.tables.load_full()
     }
 
-    /// Gives the worker a port. It forwards nothing until the tables say who is behind it.
+    /// How many workers were started.
+    pub fn workers(&self) -> usize {
+        self.workers.count()
+    }
+
+    /// Gives the workers a port. It forwards nothing until the tables say who is behind it.
     ///
     /// # Errors
-    /// The device cannot be polled, or the worker is gone.
+    /// The device cannot be polled, the underlay has sockets for another number of workers, or no worker runs.
     pub fn add_port(&self, id: PortId, device: Device) -> Result<(), RouterError> {
-        self.ask(|answer| Command::AddPort(id, device, answer))?
+        self.workers.add_port(id, device)
     }
 
-    /// Takes a port away and closes its device. Returns its last counters; `None` if there was no such port.
+    /// Takes a port away from all workers and closes its device. Returns its last counters; `None` if there was no such port.
     ///
     /// # Errors
-    /// The worker is gone.
+    /// No worker runs.
     pub fn remove_port(&self, id: PortId) -> Result<Option<PortStats>, RouterError> {
-        let removed = self.ask(|answer| Command::RemovePort(id, answer))?;
-        Ok(removed.map(|Removed { stats, device }| {
-            drop(device);
-            stats
-        }))
+        self.workers.remove_port(id)
     }
 
-    /// The worker's state, between two batches. Flows are copied only if asked for.
+    /// The workers' state. Flows are copied only if asked for.
     ///
     /// # Errors
-    /// The worker is gone.
+    /// No worker runs.
     pub fn snapshot(&self, flows: bool) -> Result<Snapshot, RouterError> {
-        self.ask(|answer| Command::Snapshot { flows, answer })
+        let snapshot = self.workers.snapshot(flows)?;
+        Ok(Snapshot { fdb: self.fdb.entries().collect(), ..snapshot })
     }
 
-    /// What the worker noticed by itself, in order.
+    /// Has others receive from the devices of a worker that ended. Returns from how many.
+    pub fn take_over(&self, worker: usize) -> usize {
+        self.workers.take_over(worker)
+    }
+
+    /// What the workers noticed by themselves, in the order of each.
     pub fn events(&self) -> &Receiver<Event> {
         &self.events
-    }
-
-    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<T, RouterError> {
-        let (answer, reply) = channel::bounded(1);
-        self.commands.send(command(answer)).map_err(|_| RouterError::Stopped)?;
-        self.waker.wake().map_err(|_| RouterError::Stopped)?;
-        reply.recv().map_err(|_| RouterError::Stopped)
-    }
-}
-
-impl Drop for Router {
-    fn drop(&mut self) {
-        let _ = self.commands.send(Command::Stop);
-        let _ = self.waker.wake();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
     }
 }

@@ -1,4 +1,4 @@
-//! The data-plane thread: poll, receive, forward, transmit, timers.
+//! A data-plane thread: poll, receive, forward, transmit, timers.
 //!
 //! One round serves each port that is ready with one batch, bounded in frames and bytes, and sends what came of it at once. Polling is
 //! edge-triggered: a port that was not drained stays in the worker's own ready list, and while that list is not empty polling does
@@ -6,11 +6,12 @@
 //! while something can age.
 //!
 //! A port whose device is gone leaves the poller at once, so that it cannot keep the thread awake; what waited for it
-//! is dropped by name, and the daemon hears of it as an [`Event`].
+//! is dropped by name, and the daemon hears of it as an [`Event`]. All workers have a port of each device, and notice its end each by
+//! itself; the first one tells.
 //!
 //! A panic ends one frame, counted as [`DropReason::RouterFault`], or one port, if the port's own code
 //! panicked; the thread goes on. Whatever was counted for that frame before the panic stays counted, so
-//! conservation is not exact after it.
+//! conservation is not exact after it. A panic anywhere else ends the thread, and its counters with it; the daemon hears of that, too.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -24,8 +25,13 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::control::{Command, Device, Event, PortEnd, PortSnapshot, Removed, RouterConfig, RouterError, Snapshot};
+use crate::bridge::Fdb;
+use crate::control;
+use crate::control::{
+    Command, Event, Half, NewPort, PortEnd, PortSnapshot, Removed, RouterConfig, RouterError, Snapshot,
+};
 use crate::drop_reason::DropReason;
 use crate::forward::Forwarder;
 use crate::pool::Pool;
@@ -41,27 +47,60 @@ const WAKER: Token = Token(usize::MAX);
 /// How soon a port that was busy is tried again.
 const BUSY_RETRY: Duration = Duration::from_millis(1);
 
-/// Starts the thread. Returns what wakes it up after a command was sent.
+/// What all workers share.
+#[derive(Clone)]
+pub(crate) struct Shared {
+    pub(crate) tables: Arc<ArcSwap<Tables>>,
+    pub(crate) fdb: Arc<Fdb>,
+    pub(crate) events: Sender<Event>,
+}
+
+/// Starts the thread of worker `number`. Returns what wakes it up after a command was sent; `ended` is set when nobody will
+/// answer any more.
 pub(crate) fn spawn(
+    number: usize,
     config: RouterConfig,
-    tables: Arc<ArcSwap<Tables>>,
+    shared: Shared,
     inbox: Receiver<Command>,
-    events: Sender<Event>,
+    ended: Arc<AtomicBool>,
 ) -> io::Result<(Arc<Waker>, JoinHandle<()>)> {
     let poll = Poll::new()?;
     let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
     let (started, start) = channel::bounded(1);
     // Buffers belong to their thread, so the worker is made on it.
-    let run = move || match Worker::new(&config, poll, tables, events) {
-        Ok(mut worker) => {
-            let _ = started.send(Ok(()));
-            worker.run(&inbox);
+    let run = move || {
+        // Told last of all, when the worker's sockets are closed and its commands answered by nobody.
+        let mut farewell = Farewell { number, events: shared.events.clone(), ended, expected: true };
+        let inbox = inbox;
+        match Worker::new(&config, poll, shared) {
+            Ok(mut worker) => {
+                let _ = started.send(Ok(()));
+                farewell.expected = false;
+                farewell.expected = worker.run(&inbox);
+            }
+            Err(error) => drop(started.send(Err(error))),
         }
-        Err(error) => drop(started.send(Err(error))),
     };
-    let thread = Builder::new().name("weft-worker".to_owned()).spawn(run)?;
-    start.recv().unwrap_or_else(|_| Err(io::Error::other("the worker thread ended while starting")))?;
+    let thread = Builder::new().name(format!("weft-worker-{number}")).spawn(run)?;
+    start.recv().unwrap_or_else(|_| Err(io::Error::other("a worker thread ended while starting")))?;
     Ok((waker, thread))
+}
+
+/// Tells of the end of a worker that nobody asked for, also when it panics.
+struct Farewell {
+    number: usize,
+    events: Sender<Event>,
+    ended: Arc<AtomicBool>,
+    expected: bool,
+}
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Release);
+        if !self.expected {
+            let _ = self.events.send(Event::WorkerEnded(self.number));
+        }
+    }
 }
 
 /// A port's place. It stays when the device is gone, until the daemon removes the port.
@@ -69,6 +108,7 @@ struct Slot {
     port: Option<Box<dyn Port>>,
     kind: &'static str,
     capabilities: Capabilities,
+    shared: control::Shared,
     ready: bool,
     busy: bool,
 }
@@ -91,36 +131,32 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(
-        config: &RouterConfig,
-        poll: Poll,
-        tables: Arc<ArcSwap<Tables>>,
-        events: Sender<Event>,
-    ) -> io::Result<Worker> {
+    fn new(config: &RouterConfig, poll: Poll, shared: Shared) -> io::Result<Worker> {
         Ok(Worker {
             poll,
-            events,
-            tables: Cache::new(tables),
+            events: shared.events,
+            tables: Cache::new(shared.tables),
             tunnel_mtu: 0,
             ports: Vec::new(),
             ready: VecDeque::new(),
             busy: Vec::new(),
             pool: Pool::new(config.chunks, config.supers)?,
-            forwarder: Forwarder::new(config),
+            forwarder: Forwarder::sharing(shared.fdb, config),
             outbox: Outbox::new(),
             next_tick: None,
             batch: Batch::new(),
         })
     }
 
-    fn run(&mut self, inbox: &Receiver<Command>) {
+    /// Runs until it is told to stop; `false` if it ends for another reason.
+    fn run(&mut self, inbox: &Receiver<Command>) -> bool {
         let mut ready = Events::with_capacity(256);
         loop {
             match self.poll.poll(&mut ready, self.patience()) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // The poller itself is broken, which only a bug can do: the daemon sees the thread end.
-                Err(_) => return,
+                // The poller itself is broken, which only a bug can do.
+                Err(_) => return false,
             }
             for event in &ready {
                 if event.token() != WAKER {
@@ -129,7 +165,7 @@ impl Worker {
             }
             // Commands need no event of their own: looking costs nothing beside the poll.
             if !self.obey(inbox) {
-                return;
+                return true;
             }
             self.round();
         }
@@ -238,7 +274,10 @@ impl Worker {
     /// Takes a port that does not work any more out of service.
     fn gone(&mut self, id: PortId, why: PortEnd) {
         drop(self.retire(id));
-        let _ = self.events.send(Event::PortGone(id, why));
+        let slot = self.ports.get(id.index()).and_then(Option::as_ref);
+        if slot.is_some_and(|slot| !slot.shared.told.swap(true, Ordering::Relaxed)) {
+            let _ = self.events.send(Event::PortGone(id, why));
+        }
     }
 
     /// Ends a port; its device, if closing that takes long, is for the asker to close.
@@ -285,8 +324,11 @@ impl Worker {
         loop {
             // An asker that is gone needs no answer.
             match inbox.try_recv() {
-                Ok(Command::AddPort(id, device, answer)) => drop(answer.send(self.add(id, device))),
+                Ok(Command::AddPort(port, answer)) => drop(answer.send(self.add(port))),
+                Ok(Command::Receive(id)) => self.receive(id),
                 Ok(Command::RemovePort(id, answer)) => drop(answer.send(self.remove(id))),
+                #[cfg(test)]
+                Ok(Command::Panic) => panic!("a worker with a bug"),
                 Ok(Command::Snapshot { flows, answer }) => drop(answer.send(self.snapshot(flows))),
                 Err(TryRecvError::Empty) => return true,
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
@@ -294,16 +336,17 @@ impl Worker {
         }
     }
 
-    fn add(&mut self, id: PortId, device: Device) -> Result<(), RouterError> {
+    fn add(&mut self, new: NewPort) -> Result<(), RouterError> {
+        let NewPort { id, half, shared } = new;
         let tunnel_mtu = self.tables.load().tunnel_mtu;
-        let port: Box<dyn Port> = match device {
-            Device::Tap(tap) => Box::new(TapPort::new(tap, id)),
-            Device::Underlay(underlay) => Box::new(UdpPort::new(underlay, id, tunnel_mtu)),
+        let port: Box<dyn Port> = match half {
+            Half::Tap { tap, receives } => Box::new(TapPort::new(tap, id, receives)),
+            Half::Underlay(sockets) => Box::new(UdpPort::new(sockets, id, tunnel_mtu)),
         };
-        self.insert(id, port).map_err(RouterError::Device)
+        self.insert(id, port, shared).map_err(RouterError::Device)
     }
 
-    fn insert(&mut self, id: PortId, port: Box<dyn Port>) -> io::Result<()> {
+    fn insert(&mut self, id: PortId, port: Box<dyn Port>, shared: control::Shared) -> io::Result<()> {
         if self.ports.len() <= id.index() {
             self.ports.resize_with(id.index() + 1, || None);
         }
@@ -311,15 +354,23 @@ impl Worker {
         if slot.as_ref().is_some_and(|slot| slot.port.is_some()) {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, format!("port {id} is in use")));
         }
-        if let Some(fd) = port.readable() {
-            let token = Token(id.index());
-            self.poll.registry().register(&mut SourceFd(&fd.as_raw_fd()), token, Interest::READABLE)?;
-        }
+        watch(&self.poll, id, &*port)?;
         let (kind, capabilities) = (port.kind(), port.capabilities());
-        *slot = Some(Slot { port: Some(port), kind, capabilities, ready: false, busy: false });
-        self.forwarder.stats().reset(id);
+        self.forwarder.open_port(id, shared.receivers);
+        *slot = Some(Slot { port: Some(port), kind, capabilities, shared, ready: false, busy: false });
         self.mark_ready(id);
         Ok(())
+    }
+
+    /// Receives from a port by which this worker only sent so far.
+    fn receive(&mut self, id: PortId) {
+        let slot = self.ports.get_mut(id.index()).and_then(Option::as_mut);
+        let Some(port) = slot.and_then(|slot| slot.port.as_mut()) else { return };
+        port.receive_too();
+        match watch(&self.poll, id, &**port) {
+            Ok(()) => self.mark_ready(id),
+            Err(_) => self.gone(id, PortEnd::Device),
+        }
     }
 
     fn remove(&mut self, id: PortId) -> Option<Removed> {
@@ -335,19 +386,28 @@ impl Worker {
         let ports = self.ports.iter().enumerate().filter_map(|(index, slot)| {
             let (id, slot) = (PortId(index as u16), slot.as_ref()?);
             let capabilities = slot.port.as_ref().map_or(slot.capabilities, |port| port.capabilities());
-            Some(PortSnapshot { id, kind: slot.kind, up: slot.port.is_some(), capabilities, stats: stats.of(id) })
+            let (kind, up, stats) = (slot.kind, slot.port.is_some(), stats.of(id));
+            Some(PortSnapshot { id, kind, up, worker: None, capabilities, stats })
         });
         let (ports, nodes) = (ports.collect(), stats.nodes().to_vec());
         Snapshot {
             now,
             epoch: self.tables.load().epoch,
+            workers: 1,
             ports,
             nodes,
-            fdb: self.forwarder.fdb(),
+            // All workers have the same one.
+            fdb: Vec::new(),
             flows: if flows { self.forwarder.flows(now) } else { Vec::new() },
             free: self.pool.free(),
         }
     }
+}
+
+/// Has the poller tell when a port can be received from.
+fn watch(poll: &Poll, id: PortId, port: &dyn Port) -> io::Result<()> {
+    let Some(fd) = port.readable() else { return Ok(()) };
+    poll.registry().register(&mut SourceFd(&fd.as_raw_fd()), Token(id.index()), Interest::READABLE)
 }
 
 /// A port whose code panics is as good as gone.
@@ -379,18 +439,29 @@ mod tests {
         tables
     }
 
-    /// A worker without a thread, and what it reports.
-    fn worker() -> (Worker, Receiver<Event>) {
+    fn shared() -> (Shared, Receiver<Event>) {
         let (sender, events) = channel::unbounded();
         let tables = Arc::new(ArcSwap::from_pointee(tables()));
+        let fdb = Arc::new(Fdb::new(64, Duration::from_secs(300), 1));
+        (Shared { tables, fdb, events: sender }, events)
+    }
+
+    /// A port that no other worker has.
+    fn alone() -> control::Shared {
+        control::Shared { receivers: 1, told: Arc::default() }
+    }
+
+    /// A worker without a thread, and what it reports.
+    fn worker() -> (Worker, Receiver<Event>) {
+        let (shared, events) = shared();
         let config = RouterConfig { chunks: 2048, supers: 16, ..RouterConfig::default() };
-        (Worker::new(&config, Poll::new().unwrap(), tables, sender).unwrap(), events)
+        (Worker::new(&config, Poll::new().unwrap(), shared).unwrap(), events)
     }
 
     impl Worker {
         fn plug(&mut self, port: MemoryPort, id: PortId) -> (Wire, Wire) {
             let wires = (port.inbox(), port.outbox());
-            self.insert(id, Box::new(port)).unwrap();
+            self.insert(id, Box::new(port), alone()).unwrap();
             wires
         }
 
@@ -436,7 +507,7 @@ mod tests {
         let (inbox, _) = worker.plug(MemoryPort::new(A), A);
         let mut broken = MemoryPort::new(B);
         broken.break_down();
-        worker.insert(B, Box::new(broken)).unwrap();
+        worker.insert(B, Box::new(broken), alone()).unwrap();
         inbox.borrow_mut().extend((0..3).map(|_| sample::udp4(100, 0).0));
         worker.run_dry();
         assert_eq!(events.try_iter().collect::<Vec<_>>(), [Event::PortGone(B, PortEnd::Device)]);
@@ -471,7 +542,7 @@ mod tests {
         let (inbox, _) = worker.plug(MemoryPort::new(A), A);
         inbox.borrow_mut().push_back(sample::udp4(100, 0).0);
         worker.run_dry();
-        let error = worker.insert(A, Box::new(MemoryPort::new(A))).unwrap_err();
+        let error = worker.insert(A, Box::new(MemoryPort::new(A)), alone()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
         assert_eq!(worker.remove(A).unwrap().stats.received, 1);
         worker.plug(MemoryPort::new(A), A);
@@ -518,7 +589,7 @@ mod tests {
         let (mut worker, events) = worker();
         let (inbox, _) = worker.plug(MemoryPort::new(A), A);
         let (_, outbox) = worker.plug(MemoryPort::new(B), B);
-        worker.insert(PortId(3), Box::new(Faulty)).unwrap();
+        worker.insert(PortId(3), Box::new(Faulty), alone()).unwrap();
         worker.run_dry();
         assert_eq!(events.try_iter().collect::<Vec<_>>(), [Event::PortGone(PortId(3), PortEnd::Panic)]);
         inbox.borrow_mut().push_back(sample::udp4(100, 0).0);
@@ -530,9 +601,8 @@ mod tests {
     #[test]
     fn the_thread_answers_commands_in_order_and_ends_when_it_is_told_to() {
         let (commands, inbox) = channel::unbounded();
-        let (sender, _events) = channel::unbounded();
-        let tables = Arc::new(ArcSwap::from_pointee(tables()));
-        let (waker, thread) = spawn(RouterConfig::default(), tables, inbox, sender).unwrap();
+        let (shared, events) = shared();
+        let (waker, thread) = spawn(3, RouterConfig::default(), shared, inbox, Arc::default()).unwrap();
         let (answer, snapshot) = channel::bounded(1);
         commands.send(Command::Snapshot { flows: true, answer }).unwrap();
         waker.wake().unwrap();
@@ -543,5 +613,35 @@ mod tests {
         waker.wake().unwrap();
         assert!(removed.recv().unwrap().is_none());
         thread.join().unwrap();
+        assert!(events.is_empty());
+    }
+
+    #[test]
+    fn a_thread_that_panics_is_told_of_after_its_commands_end() {
+        let (commands, inbox) = channel::unbounded();
+        let (shared, events) = shared();
+        let (waker, thread) = spawn(3, RouterConfig::default(), shared, inbox, Arc::default()).unwrap();
+        commands.send(Command::Panic).unwrap();
+        waker.wake().unwrap();
+        assert_eq!(events.recv().unwrap(), Event::WorkerEnded(3));
+        assert!(commands.send(Command::Stop).is_err());
+        assert!(thread.join().is_err());
+        assert!(events.recv().is_err());
+    }
+
+    #[test]
+    fn the_end_of_a_device_is_told_by_one_of_its_workers() {
+        let common = alone();
+        let mut told = 0;
+        for _ in 0..2 {
+            let (mut worker, events) = worker();
+            let mut broken = MemoryPort::new(B);
+            broken.break_down();
+            worker.insert(B, Box::new(broken), common.clone()).unwrap();
+            worker.run_dry();
+            assert!(worker.snapshot(false).ports.iter().all(|port| !port.up));
+            told += events.try_iter().count();
+        }
+        assert_eq!(told, 1);
     }
 }

@@ -279,6 +279,9 @@ pub struct Status {
     pub underlay: String,
     /// What the underlay uses and why, e.g. `udp with UDP_SEGMENT and UDP_GRO`.
     pub underlay_kind: String,
+    /// Threads of the data plane; 0 if weftd is too old to say.
+    #[serde(default)]
+    pub workers: usize,
     /// VXLAN network identifier.
     pub vni: u32,
     /// MTU of pods in bytes.
@@ -308,7 +311,7 @@ pub struct RangeUse {
     pub size: u64,
 }
 
-/// The conservation of frames: `received + created = sent + dropped + merged`, exactly, once the worker is idle.
+/// The conservation of frames: `received + created = sent + dropped + merged`, exactly, once the workers are idle.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
     /// Frames that came in.
@@ -348,6 +351,9 @@ pub struct PortInfo {
     pub addresses: Vec<IpAddr>,
     /// Offloads in use, e.g. `csum tso4 tso6 uso`.
     pub offloads: String,
+    /// The worker that receives from it, counted from 0; absent if all do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<usize>,
     /// What entered by this port and what became of it.
     pub counters: Counters,
     /// Frames written out by this port, whoever sent them.

@@ -7,6 +7,7 @@
 //! Results go to stdout, progress and errors to stderr. The exit code is 0 if all went well, 1 if not, 2 if the
 //! command line was wrong, and 3 if `weft status` succeeded but weftd reported problems.
 
+mod bench;
 mod interrupt;
 mod lab;
 mod output;
@@ -66,6 +67,11 @@ enum Command {
     /// What the lab runs inside its namespaces.
     #[command(subcommand, hide = true)]
     LabPeer(lab::PeerCommand),
+    /// Weft beside the kernel's own data path and others, measured on this machine in one run.
+    Bench(bench::Bench),
+    /// What the benchmark runs inside pods.
+    #[command(subcommand, hide = true)]
+    BenchPeer(bench::Program),
 }
 
 #[derive(Args)]
@@ -101,6 +107,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Reload => return show::reload(&cli.socket).map(|()| 0),
         Command::Lab(command) => return lab::run(command).map(|()| 0),
         Command::LabPeer(command) => return lab::run_peer(command).map(|()| 0),
+        Command::Bench(args) => return bench::run(&args).map(|()| 0),
+        Command::BenchPeer(program) => return bench::run_program(program).map(|()| 0),
     };
     let found_problems = show::show(view, &cli.socket, format.json)?;
     Ok(if found_problems { EXIT_PROBLEMS } else { 0 })

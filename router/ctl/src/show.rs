@@ -112,6 +112,7 @@ fn status(status: &Status, style: Style) -> String {
     let lines = [
         ("node", format!("{} ({} mode)", status.node, status.mode)),
         ("weftd", format!("version {}, pid {}, up {}", status.version, status.pid, duration(status.uptime))),
+        ("workers", status.workers.to_string()),
         ("pods", format!("{} attached, MTU {}", status.pods, status.mtu)),
         ("peers", status.peers.to_string()),
         ("ranges", status.ranges.join(" ")),
@@ -153,6 +154,7 @@ fn ports(mut list: Vec<PortInfo>, style: Style) -> String {
         "role",
         "kind",
         "state",
+        ">worker",
         "name",
         "mac",
         "addresses",
@@ -171,6 +173,7 @@ fn ports(mut list: Vec<PortInfo>, style: Style) -> String {
             port.role,
             port.kind,
             port.state,
+            port.worker.map_or("all".to_owned(), |worker| worker.to_string()),
             name,
             port.mac,
             addresses(&port.addresses),
@@ -345,6 +348,7 @@ mod tests {
             vtep_mac: "02:00:00:00:00:02".into(),
             underlay: "10.200.0.1:8472".into(),
             underlay_kind: "udp".into(),
+            workers: 2,
             vni: 1,
             mtu: 1450,
             underlay_mtu: 1500,
@@ -368,7 +372,7 @@ mod tests {
         let text = status(&answer, Style::PLAIN);
         assert!(text.starts_with("PROBLEM  peer n2 is silent"), "{text}");
         assert!(!text.contains("all is well"));
-        assert!(text.contains("weftd    version 0.1.0, pid 7, up 3m07s"), "{text}");
+        assert!(text.contains("weftd    version 0.1.0, pid 7, up 3m07s\nworkers  2\n"), "{text}");
     }
 
     #[test]
@@ -413,6 +417,7 @@ mod tests {
             mac: String::new(),
             addresses: vec![],
             offloads: String::new(),
+            worker: Some(0),
             counters: Counters::default(),
             out: 0,
             out_bytes: 0,

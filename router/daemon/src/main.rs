@@ -1,7 +1,7 @@
 //! `weftd`: the node daemon.
 //!
 //! A control plane (tokio, one thread: signals and accepting clients; a thread for each client) around the data plane,
-//! which is a thread of its own in `weft-router`. Read [`control`] for how a file becomes tables, [`attach`] for how a
+//! which has threads of its own in `weft-router`. Read [`control`] for how a file becomes tables, [`attach`] for how a
 //! pod gets its interface, [`api`] for how it is asked.
 
 mod api;
@@ -199,6 +199,7 @@ fn watch_data_plane(node: &Arc<Node>) -> anyhow::Result<mpsc::Receiver<()>> {
             let Some(node) = node.upgrade() else { break };
             match event {
                 Event::PortGone(port, why) => node.port_gone(port, why),
+                Event::WorkerEnded(worker) => node.worker_ended(worker),
             }
         }
     };

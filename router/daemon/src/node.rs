@@ -23,13 +23,14 @@ use crate::attach::pod::Interface;
 use crate::attach::turn::Turns;
 use crate::control::compile::compile;
 use crate::control::config::reader::{Problem, decode};
-use crate::control::config::{Checked, Config};
+use crate::control::config::{Checked, Config, default_workers};
 use crate::control::desired::{DesiredState, UNDERLAY};
 use crate::control::host::Host;
 use crate::log::LogLevel;
 use crate::netlink::Netlink;
 
-/// Sockets that send to other nodes, each from a source port of its own, so that flows spread over paths and queues.
+/// Sockets of each worker that send to other nodes, each from a source port of its own, so that flows spread over paths, queues and
+/// the other node's workers.
 const TRANSMIT_SOCKETS: usize = 16;
 /// Folder of the lease store below the state folder.
 const LEASES: &str = "leases";
@@ -114,7 +115,8 @@ impl Node {
             tracing::warn!("{recovery}; it was cut off");
         }
         let local = SocketAddr::new(config.underlay.address, config.underlay.port);
-        let underlay = Underlay::open(local, TRANSMIT_SOCKETS).with_context(|| {
+        let workers = config.workers.unwrap_or_else(|| default_workers(cpus()));
+        let underlay = Underlay::open_for(workers, local, TRANSMIT_SOCKETS).with_context(|| {
             format!(
                 "cannot open the underlay at {local}: the address must be this machine's (underlay.address), and no \
                  VXLAN device or other program may use the port (ss -ulnp; underlay.port)"
@@ -122,7 +124,7 @@ impl Node {
         })?;
         let desired = DesiredState::new(Arc::new(config));
         let epoch = 1;
-        let sizes = RouterConfig { seed: random_seed()?, ..desired.config.limits.into() };
+        let sizes = RouterConfig { workers, seed: random_seed()?, ..desired.config.limits.into() };
         let router = Router::start(sizes, compile(&desired, epoch))
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
         router.add_port(UNDERLAY, Device::Underlay(underlay)).context("the data plane cannot use the underlay")?;
@@ -216,6 +218,17 @@ impl Node {
         }
     }
 
+    /// A worker of the data plane ended by itself.
+    pub fn worker_ended(&self, worker: usize) {
+        let pods = self.router.take_over(worker);
+        tracing::error!(
+            worker,
+            pods,
+            "a worker of the data plane panicked, see above: the others go on, and receive from its pods; restart weftd, and report \
+             this as a bug"
+        );
+    }
+
     /// Reads the configuration again. If it is wrong the old one stays.
     ///
     /// # Errors
@@ -275,6 +288,11 @@ impl Node {
         self.router.set_tables(compile(&desired, state.epoch));
         state.desired = desired;
     }
+}
+
+/// CPUs that weftd may use.
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 /// What keeps outsiders from choosing buckets and sequence numbers: unknown to them, and another one after each start.

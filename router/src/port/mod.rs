@@ -174,6 +174,9 @@ pub trait Port {
     /// by whoever drives it.
     fn readable(&self) -> Option<BorrowedFd<'_>>;
 
+    /// Has a port that only sent receive, too: the worker that received from this device is gone.
+    fn receive_too(&mut self) {}
+
     /// What it takes on transmit.
     fn capabilities(&self) -> Capabilities;
 

@@ -2,7 +2,8 @@
 //!
 //! [`Tap`] is the device, made by the daemon in its own namespace and moved into the pod's afterwards: a descriptor opened
 //! *inside* the pod's namespace would keep that namespace alive after its deletion. [`TapPort`] is the
-//! device as a port of the worker.
+//! device as a port of a worker. Each worker has one and may write by it; one of them reads, since two readers would reorder
+//! a flow. The device is closed by whoever lets go of it last.
 //!
 //! One read takes one frame: its first bytes go to a chunk, the rest, if any, to a super buffer that the port keeps
 //! at hand and gives away only if it was needed. One write sends one frame. What the kernel said about a frame comes from
@@ -10,6 +11,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 use rustix::io::{Errno, readv, writev};
@@ -87,15 +89,17 @@ fn negotiate(fd: &OwnedFd) -> Capabilities {
 
 /// A [`Tap`] as a port.
 pub struct TapPort {
-    tap: Tap,
+    tap: Arc<Tap>,
     id: PortId,
+    receives: bool,
     spare: Option<Super>,
 }
 
 impl TapPort {
-    /// A port of that number.
-    pub fn new(tap: Tap, id: PortId) -> TapPort {
-        TapPort { tap, id, spare: None }
+    /// A port of that number. It sends; whether it also receives is up to the caller, who sees to it that one port of a
+    /// device does.
+    pub fn new(tap: Arc<Tap>, id: PortId, receives: bool) -> TapPort {
+        TapPort { tap, id, receives, spare: None }
     }
 
     /// Receives one batch.
@@ -226,6 +230,9 @@ struct Parts {
 
 impl Port for TapPort {
     fn receive(&mut self, pool: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received> {
+        if !self.receives {
+            return Ok(Received::Drained);
+        }
         let received = self.drain(pool, batch, stats);
         // An idle port keeps no buffer from the others.
         self.spare = None;
@@ -246,7 +253,11 @@ impl Port for TapPort {
     }
 
     fn readable(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.tap.fd.as_fd())
+        self.receives.then(|| self.tap.as_fd())
+    }
+
+    fn receive_too(&mut self) {
+        self.receives = true;
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -255,7 +266,7 @@ impl Port for TapPort {
 
     fn retire(self: Box<Self>) -> Option<OwnedFd> {
         // Closing it takes the device away, for which the kernel waits until no CPU looks at it any more.
-        Some(self.tap.fd)
+        Arc::into_inner(self.tap).map(|tap| tap.fd)
     }
 
     fn kind(&self) -> &'static str {
@@ -282,31 +293,36 @@ fn refusal(error: Errno) -> DropReason {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::pool::Pool;
     use crate::port::memory::Packet;
     use crate::port::sample;
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
 
-    const ALL: Capabilities = Capabilities { partial_checksum: true, tcp4: true, tcp6: true, udp: true };
+    pub(crate) const ALL: Capabilities = Capabilities { partial_checksum: true, tcp4: true, tcp6: true, udp: true };
 
-    /// A port over a socket that keeps message boundaries, as a TAP does, and its other end.
-    fn stand_in(capabilities: Capabilities) -> (TapPort, OwnedFd) {
+    /// A socket that keeps message boundaries, as a TAP does, and its other end.
+    pub(crate) fn tap(capabilities: Capabilities) -> (Tap, OwnedFd) {
         let (fd, other) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None).unwrap();
         for fd in [&fd, &other] {
             sockopt::set_socket_send_buffer_size(fd, 1 << 20).unwrap();
         }
-        (TapPort::new(Tap { fd, name: "stand-in".to_owned(), capabilities }, PortId(1)), other)
+        (Tap { fd, name: "stand-in".to_owned(), capabilities }, other)
     }
 
-    fn give(other: &OwnedFd, packet: &Packet) {
+    fn stand_in(capabilities: Capabilities) -> (TapPort, OwnedFd) {
+        let (tap, other) = tap(capabilities);
+        (TapPort::new(Arc::new(tap), PortId(1), true), other)
+    }
+
+    pub(crate) fn give(other: &OwnedFd, packet: &Packet) {
         let mut header = [0; virtio::LEN];
         virtio::write(&packet.offload, &mut header);
         rustix::io::write(other, &[&header[..], &packet.bytes].concat()).unwrap();
     }
 
-    fn take(other: &OwnedFd) -> Packet {
+    pub(crate) fn take(other: &OwnedFd) -> Packet {
         let mut bytes = vec![0; 70_000];
         let len = rustix::io::read(other, &mut bytes).unwrap();
         let offload = virtio::parse(bytes.first_chunk().unwrap(), len - virtio::LEN).unwrap();
@@ -336,6 +352,28 @@ mod tests {
         assert_eq!((counted.received, counted.sent, counted.out, counted.in_flight()), (3, 3, 3, 0));
         drop(port);
         assert_eq!(pool.free(), (8, 8));
+    }
+
+    #[test]
+    fn of_two_ports_of_a_device_one_receives_and_both_send() {
+        let pool = Pool::new(8, 8).unwrap();
+        let (mut first, other) = stand_in(ALL);
+        let mut second = TapPort::new(Arc::clone(&first.tap), PortId(1), false);
+        let (packet, mut stats) = (sample::udp4(10, 0).0, Stats::default());
+        assert!(first.readable().is_some() && second.readable().is_none());
+        give(&other, &packet);
+        let mut batch = Batch::new();
+        assert_eq!(second.receive(&pool, &mut batch, &mut stats).unwrap(), Received::Drained);
+        assert!(batch.is_empty());
+        first.receive(&pool, &mut batch, &mut stats).unwrap();
+        second.transmit(&mut batch.drain(..).collect(), &mut stats).unwrap();
+        assert_eq!(take(&other), packet);
+        assert!(Box::new(first).retire().is_none(), "the device is still in use");
+        second.receive_too();
+        give(&other, &packet);
+        second.receive(&pool, &mut batch, &mut stats).unwrap();
+        assert_eq!(batch.len(), 1);
+        assert!(Box::new(second).retire().is_some());
     }
 
     #[test]

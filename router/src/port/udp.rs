@@ -1,8 +1,10 @@
 //! The UDP underlay: tunnel packets through sockets of the host's kernel, superframes included.
 //!
-//! [`Underlay`] is the sockets: one that receives on the tunnel's port, and several that send, each from a source port of
-//! its own, so that flows spread over the paths and queues of the network between nodes. [`UdpPort`] is
-//! the underlay as a port of the worker. Frames carry [`crate::frame::Outer`], and their bytes begin at the tunnel header.
+//! [`Underlay`] is the [`Sockets`] of all workers: for each of them one that receives on the tunnel's port, and several that
+//! send, each from a source port of its own, so that flows spread over the paths and queues of the network between nodes. Among
+//! the sockets that receive, the kernel chooses by addresses and ports (`SO_REUSEPORT`), so a flow stays with one worker; for that they
+//! must all be there before the first packet. [`UdpPort`] is one worker's sockets as a port. Frames carry [`crate::frame::Outer`], and their
+//! bytes begin at the tunnel header.
 //!
 //! * In: one call takes one datagram or a train of up to 128 that the kernel merged (`UDP_GRO`). Trains are
 //!   parted into runs that TCP's and UDP's own rules allow to be merged, each of which becomes one superframe without
@@ -38,37 +40,71 @@ const SOCKET_BUFFER: usize = 16 << 20;
 #[derive(Debug)]
 pub struct Underlay {
     local: SocketAddr,
+    sockets: Vec<Sockets>,
+}
+
+/// One worker's sockets of the underlay.
+#[derive(Debug)]
+pub struct Sockets {
+    peer_port: u16,
     receive: OwnedFd,
     transmit: Vec<OwnedFd>,
 }
 
 impl Underlay {
-    /// Opens, in the current namespace, the socket that receives at `local` and as many that send from its address.
+    /// Opens, in the current namespace, the socket that receives at `local` and as many that send from its address, for one worker.
     ///
     /// # Errors
     /// The kernel's: `EADDRINUSE` if the port is taken (by a VXLAN device, for example), `EADDRNOTAVAIL` if the address is not
     /// this node's, `ENOPROTOOPT` if the kernel does not know `UDP_GRO`.
     pub fn open(local: SocketAddr, transmit_sockets: usize) -> io::Result<Underlay> {
-        let receive = open(local)?;
-        message::set_receive_options(&receive)?;
-        match local {
-            SocketAddr::V4(_) => receive.set_recv_tos_v4(true)?,
-            SocketAddr::V6(_) => receive.set_recv_tclass_v6(true)?,
+        Underlay::open_for(1, local, transmit_sockets)
+    }
+
+    /// The same for several workers.
+    ///
+    /// # Errors
+    /// As for [`Underlay::open`].
+    pub fn open_for(workers: usize, local: SocketAddr, transmit_sockets: usize) -> io::Result<Underlay> {
+        let first = open_receive(local, false)?;
+        let local = first.local_addr()?.as_socket().unwrap_or(local);
+        if workers > 1 {
+            // Only after the first has bound: among those that allow it from the beginning would also be another weftd's.
+            first.set_reuse_port(true)?;
         }
-        force_receive_buffer(&receive)?;
-        let bound = receive.local_addr()?.as_socket().unwrap_or(local);
-        let transmit = (0..transmit_sockets.max(1)).map(|_| open_transmit(local).map(OwnedFd::from));
-        let transmit = transmit.collect::<io::Result<_>>()?;
-        Ok(Underlay { local: bound, receive: receive.into(), transmit })
+        let others = (1..workers).map(|_| open_receive(local, true));
+        let sockets = std::iter::once(Ok(first)).chain(others).map(|receive| {
+            let receive = receive?.into();
+            let transmit = (0..transmit_sockets.max(1)).map(|_| open_transmit(local).map(OwnedFd::from));
+            Ok(Sockets { peer_port: local.port(), receive, transmit: transmit.collect::<io::Result<_>>()? })
+        });
+        Ok(Underlay { local, sockets: sockets.collect::<io::Result<_>>()? })
     }
 
     /// Where it receives. Peers are reached at the same port.
     pub fn local(&self) -> SocketAddr {
         self.local
     }
+
+    /// The sockets, for one worker each.
+    pub fn into_sockets(self) -> Vec<Sockets> {
+        self.sockets
+    }
 }
 
-fn open(local: SocketAddr) -> io::Result<Socket> {
+/// A socket that receives at `local`, alone or beside others.
+fn open_receive(local: SocketAddr, shared: bool) -> io::Result<Socket> {
+    let socket = open(local, shared)?;
+    message::set_receive_options(&socket)?;
+    match local {
+        SocketAddr::V4(_) => socket.set_recv_tos_v4(true)?,
+        SocketAddr::V6(_) => socket.set_recv_tclass_v6(true)?,
+    }
+    force_receive_buffer(&socket)?;
+    Ok(socket)
+}
+
+fn open(local: SocketAddr, shared: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(local), Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
     // "Probe" neither fragments, which the default does silently, nor believes a path MTU that anyone may have claimed.
     match local {
@@ -78,6 +114,7 @@ fn open(local: SocketAddr) -> io::Result<Socket> {
             sockopt::set_ipv6_mtu_discover(&socket, sockopt::Ipv6PathMtuDiscovery::PROBE)?;
         }
     }
+    socket.set_reuse_port(shared)?;
     socket.bind(&SockAddr::from(local))?;
     Ok(socket)
 }
@@ -85,7 +122,7 @@ fn open(local: SocketAddr) -> io::Result<Socket> {
 /// A socket with a source port of the kernel's choice, that takes nothing in.
 fn open_transmit(mut local: SocketAddr) -> io::Result<Socket> {
     local.set_port(0);
-    let socket = open(local)?;
+    let socket = open(local, false)?;
     let drop_all = SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
     socket.attach_filter(&[drop_all])?;
     let forced = sockopt::set_socket_send_buffer_size_force(&socket, SOCKET_BUFFER);
@@ -99,7 +136,7 @@ fn force_receive_buffer(socket: &Socket) -> Result<(), Errno> {
         .or_else(|_| sockopt::set_socket_recv_buffer_size(socket, SOCKET_BUFFER))
 }
 
-/// An [`Underlay`] as a port.
+/// One worker's [`Sockets`] as a port.
 pub struct UdpPort {
     socket: OwnedFd,
     receiver: receive::Receiver,
@@ -109,12 +146,12 @@ pub struct UdpPort {
 impl UdpPort {
     /// A port of that number. A packet inside the tunnel has at most `tunnel_mtu` bytes, its Ethernet header not
     /// counted.
-    pub fn new(underlay: Underlay, id: PortId, tunnel_mtu: u32) -> UdpPort {
-        let Underlay { local, receive, transmit } = underlay;
+    pub fn new(sockets: Sockets, id: PortId, tunnel_mtu: u32) -> UdpPort {
+        let Sockets { peer_port, receive, transmit } = sockets;
         UdpPort {
             socket: receive,
             receiver: receive::Receiver::new(id, tunnel_mtu),
-            sender: transmit::Sender::new(id, local.port(), transmit),
+            sender: transmit::Sender::new(id, peer_port, transmit),
         }
     }
 }
@@ -176,8 +213,8 @@ mod tests {
         let other = Underlay::open(SocketAddr::new(to, underlay.local().port()), 4).unwrap();
         Nodes {
             pool: Pool::new(512, 64).unwrap(),
-            sender: UdpPort::new(underlay, SENDER, 1450),
-            receiver: UdpPort::new(other, RECEIVER, 1450),
+            sender: UdpPort::new(underlay.into_sockets().remove(0), SENDER, 1450),
+            receiver: UdpPort::new(other.into_sockets().remove(0), RECEIVER, 1450),
             to,
             stats: Stats::default(),
             queue: Queue::new(),
@@ -211,6 +248,49 @@ mod tests {
                 frames.extend(batch);
             }
             frames
+        }
+    }
+
+    #[test]
+    fn flows_spread_over_workers_and_each_stays_with_one() {
+        const FLOWS: u16 = 64;
+        let mut nodes = nodes();
+        let at = SocketAddr::new("127.0.0.4".parse().unwrap(), nodes.sender.sender.peer_port());
+        let workers = Underlay::open_for(2, at, 1).unwrap().into_sockets();
+        let mut workers: Vec<UdpPort> = workers.into_iter().map(|half| UdpPort::new(half, RECEIVER, 1450)).collect();
+        let sockets = Underlay::open("127.0.0.1:0".parse().unwrap(), FLOWS.into()).unwrap().into_sockets().remove(0);
+        nodes.sender = UdpPort::new(Sockets { peer_port: at.port(), ..sockets }, SENDER, 1450);
+        nodes.to = at.ip();
+        let mut worker_of: Vec<Vec<usize>> = vec![Vec::new(); FLOWS.into()];
+        for _ in 0..3 {
+            (0..FLOWS).for_each(|flow| nodes.push(&sample::udp4(100 + usize::from(flow), 0).0, flow));
+            nodes.transmit();
+        }
+        let (mut arrived, started) = (0, Instant::now());
+        while arrived < 3 * u32::from(FLOWS) {
+            assert!(started.elapsed() < Duration::from_secs(5), "only {arrived} arrived");
+            for (number, worker) in workers.iter_mut().enumerate() {
+                let mut batch = Batch::new();
+                worker.receive(&nodes.pool, &mut batch, &mut nodes.stats).unwrap();
+                for frame in batch {
+                    let len = sample::verified_payload(&frame.to_vec()[TUNNEL_HEADER..]).len();
+                    worker_of[len - 100].push(number);
+                    arrived += 1;
+                }
+            }
+        }
+        assert!(worker_of.iter().all(|seen| seen.len() == 3 && seen.iter().all(|worker| *worker == seen[0])));
+        // All 64 with one of them is as likely as winning the lottery twice.
+        assert!((0..2).all(|worker| worker_of.iter().any(|seen| seen[0] == worker)));
+    }
+
+    #[test]
+    fn a_port_in_use_is_refused_also_for_several_workers() {
+        let at = "127.0.0.5:0".parse().unwrap();
+        for (first, second) in [(1, 1), (1, 2), (2, 1), (2, 2)] {
+            let underlay = Underlay::open_for(first, at, 1).unwrap();
+            let error = Underlay::open_for(second, underlay.local(), 1).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{first} {second}");
         }
     }
 

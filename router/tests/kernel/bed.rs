@@ -285,7 +285,7 @@ pub fn worker_cpu() -> Duration {
     for task in std::fs::read_dir("/proc/self/task").unwrap() {
         let path = task.unwrap().path();
         let read = |file| std::fs::read_to_string(path.join(file)).unwrap_or_default();
-        if read("comm").trim() == "weft-worker" {
+        if read("comm").starts_with("weft-worker") {
             // schedstat(proc): time on a CPU in nanoseconds comes first.
             total += read("schedstat").split(' ').next().and_then(|field| field.parse::<u64>().ok()).unwrap_or(0);
         }

@@ -15,3 +15,4 @@ mod labs;
 mod lifecycle;
 mod reach;
 mod throughput;
+mod workers;

@@ -89,6 +89,12 @@ impl Run {
         self
     }
 
+    /// Adds a variable to the program's environment.
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Run {
+        self.env.push((name.into(), value.as_ref().to_owned()));
+        self
+    }
+
     /// Marks the program as part of building a lab, and whatever it starts.
     pub fn building(mut self, lab: &str) -> Run {
         self.lab = Some(lab.to_owned());

@@ -57,6 +57,8 @@ impl Files {
 struct Config {
     node: String,
     mode: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    workers: Option<u8>,
     vni: u32,
     mtu: u32,
     socket: PathBuf,
@@ -148,6 +150,7 @@ fn config_text(plan: &Plan, node: u8, files: &Files) -> Result<String> {
     let config = Config {
         node: plan::node_name(node),
         mode: plan.mode.name(),
+        workers: plan.workers,
         vni: plan::VNI,
         mtu: plan.pod_mtu(),
         socket: files.socket.clone(),

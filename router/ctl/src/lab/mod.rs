@@ -8,19 +8,19 @@
 
 mod check;
 mod cni;
-mod command;
-mod daemon;
+pub mod command;
+pub mod daemon;
 mod demo;
-mod down;
-mod net;
-mod peer;
+pub mod down;
+pub mod net;
+pub mod peer;
 mod ping;
-mod plan;
-mod process;
-mod record;
+pub mod plan;
+pub mod process;
+pub mod record;
 mod transfer;
-mod twin;
-mod up;
+pub mod twin;
+pub mod up;
 
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -69,6 +69,13 @@ pub struct Binaries {
     bin_dir: Option<PathBuf>,
 }
 
+impl Binaries {
+    /// Finds them.
+    pub fn find(&self) -> Result<up::Programs> {
+        up::Programs::find(self.bin_dir.as_deref())
+    }
+}
+
 /// The lab to build.
 #[derive(Debug, Args)]
 pub struct Up {
@@ -84,6 +91,9 @@ pub struct Up {
     /// MTU of the underlay; pods have 50 less.
     #[arg(long, value_name = "BYTES", default_value_t = 1500, value_parser = clap::value_parser!(u32).range(i64::from(plan::MIN_MTU)..=i64::from(plan::MAX_MTU)))]
     mtu: u32,
+    /// Workers of each node's weftd; as many as it chooses unless given.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(plan::MAX_WORKERS)))]
+    workers: Option<u8>,
     /// Print the cluster as JSON.
     #[arg(long)]
     json: bool,
@@ -157,7 +167,7 @@ pub fn run(command: Command) -> Result<()> {
         }
         Command::Demo(binaries) => {
             prepare()?;
-            demo::run(&up::Programs::find(binaries.bin_dir.as_deref())?)
+            demo::run(&binaries.find()?)
         }
     }
 }
@@ -173,7 +183,8 @@ pub fn run_peer(command: PeerCommand) -> Result<()> {
 
 fn up(args: &Up) -> Result<()> {
     let plan = plan::Plan::new(&args.name.name, args.nodes, args.pods, args.mode, args.mtu)?;
-    let programs = up::Programs::find(args.binaries.bin_dir.as_deref())?;
+    let plan = plan::Plan { workers: args.workers, ..plan };
+    let programs = args.binaries.find()?;
     let cluster = up::up(&plan, &programs, args.keep)?;
     if args.json { output::print_json(&cluster) } else { output::print(&up::summary(&plan, &cluster, Style::stdout())) }
 }
@@ -201,7 +212,7 @@ fn ls(json: bool) -> Result<()> {
     }
     let mut table = Table::new(&["lab", "data path", "mode", ">nodes", ">pods", "state"]);
     for lab in labs {
-        let kind = lab.kind.map_or("", |kind| if kind == record::Kind::Weft { "weft" } else { "kernel" });
+        let kind = lab.kind.map_or("", record::Kind::name);
         let mode = lab.mode.map_or("", plan::Mode::name);
         let cells =
             [lab.name, kind.into(), mode.into(), lab.nodes.to_string(), lab.pods.to_string(), lab.state.clone()];
@@ -261,7 +272,7 @@ fn exec(args: &Exec) -> Result<()> {
 }
 
 /// What every command that makes something needs.
-fn prepare() -> Result<()> {
+pub fn prepare() -> Result<()> {
     require_root()?;
     command::Run::ip("-V").succeed()?;
     interrupt::listen()

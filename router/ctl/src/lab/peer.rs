@@ -31,7 +31,12 @@ pub struct Peer {
 impl Peer {
     /// Starts `weft lab-peer` with these arguments and this input in a namespace.
     pub fn start(netns: &str, args: &[String], input: &[u8]) -> Result<Peer> {
-        let run = Run::inside(netns, own_path()?).arg("lab-peer").args(args).input(input);
+        Peer::start_as("lab-peer", netns, args, input)
+    }
+
+    /// Starts another of the hidden subcommands.
+    pub fn start_as(subcommand: &str, netns: &str, args: &[String], input: &[u8]) -> Result<Peer> {
+        let run = Run::inside(netns, own_path()?).arg(subcommand).args(args).input(input);
         let mut child = run.spawn(Stdio::piped())?;
         let (lines_in, lines) = channel();
         let (complaints_in, complaints) = channel();

@@ -19,6 +19,8 @@ pub const MAX_NODES: u8 = 16;
 pub const MAX_PODS: u8 = 64;
 /// What VXLAN over IPv4 adds to a pod's packet: inner Ethernet, VXLAN, UDP, IPv4.
 pub const OVERHEAD: u32 = 14 + 8 + 8 + 20;
+/// Most workers of a weftd.
+pub const MAX_WORKERS: u8 = 64;
 /// Smallest MTU of the underlay: a pod's must be at least what IPv6 demands (RFC 8200, section 5).
 pub const MIN_MTU: u32 = 1280 + OVERHEAD;
 /// Largest MTU of the underlay.
@@ -65,6 +67,8 @@ pub struct Plan {
     pub mode: Mode,
     /// MTU of the underlay.
     pub mtu: u32,
+    /// Workers of each weftd; as many as it chooses unless given.
+    pub workers: Option<u8>,
     /// Whether the process that builds it ends it as well.
     pub is_passing: bool,
 }
@@ -82,7 +86,7 @@ impl Plan {
         if !(MIN_MTU..=MAX_MTU).contains(&mtu) {
             bail!("the underlay's MTU must be between {MIN_MTU} and {MAX_MTU}, not {mtu}");
         }
-        Ok(Plan { lab: lab.to_owned(), nodes, pods, mode, mtu, is_passing: false })
+        Ok(Plan { lab: lab.to_owned(), nodes, pods, mode, mtu, workers: None, is_passing: false })
     }
 
     /// Nodes count from 1.

@@ -61,6 +61,14 @@ impl Process {
     pub fn is_alive(&self) -> bool {
         start_time(self.pid) == Some(self.start_time)
     }
+
+    /// Sends it a signal, and nobody else.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        match open(self.pid).filter(|_| self.is_alive()) {
+            Some(fd) => send(self.pid, &fd, signal),
+            None => bail!("{} (pid {}) has ended", self.what, self.pid),
+        }
+    }
 }
 
 /// Ends processes of ours: asks, waits, kills, waits.
@@ -138,7 +146,7 @@ fn end(find: impl Fn() -> Vec<(u32, OwnedFd)>) -> Result<()> {
 fn send(pid: u32, fd: &OwnedFd, signal: Signal) -> Result<()> {
     match pidfd_send_signal(fd, signal) {
         Ok(()) | Err(Errno::SRCH) => Ok(()),
-        Err(errno) => Err(errno).with_context(|| format!("cannot end process {pid}")),
+        Err(errno) => Err(errno).with_context(|| format!("cannot signal process {pid}")),
     }
 }
 

@@ -29,6 +29,19 @@ pub enum Kind {
     Weft,
     /// The kernel: the twin to compare with.
     Kernel,
+    /// Open vSwitch's userspace datapath: another to compare with.
+    Ovs,
+}
+
+impl Kind {
+    /// As a list of labs has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Weft => "weft",
+            Kind::Kernel => "kernel",
+            Kind::Ovs => "ovs",
+        }
+    }
 }
 
 /// What a lab consists of.

@@ -42,6 +42,7 @@ pub fn ports(node: &Node) -> Result<Vec<PortInfo>, Failure> {
             mac: interface.map(|interface| interface.mac.to_string()).unwrap_or_default(),
             addresses: interface.map(|i| i.addresses.iter().map(|(net, _)| net.addr()).collect()).unwrap_or_default(),
             offloads: port.capabilities.to_string(),
+            worker: port.worker,
             counters: counters(&port.stats),
             out: port.stats.out,
             out_bytes: port.stats.out_bytes,

@@ -58,6 +58,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     }
     let kind = snapshot.ports.iter().find(|port| port.id == UNDERLAY);
     let mut problems = problems(&state, &snapshot, host.as_ref());
+    problems.extend(worker_problem(snapshot.workers, node.router.workers()));
     problems.extend(state.samples.problems(&sample, node.started, config));
     Ok(Status {
         problems,
@@ -75,6 +76,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         vtep_mac: config.vtep_mac.to_string(),
         underlay: SocketAddr::new(config.underlay.address, config.underlay.port).to_string(),
         underlay_kind: kind.map(|port| format!("{}, offloads: {}", port.kind, port.capabilities)).unwrap_or_default(),
+        workers: node.router.workers(),
         vni: config.vni.get(),
         mtu: config.mtu,
         underlay_mtu: device.map_or(config.underlay.mtu, |device| device.mtu),
@@ -137,6 +139,15 @@ fn underlay_problem(snapshot: &Snapshot, config: &Config, host: Option<&Host>) -
         }
         Some(_) => None,
     }
+}
+
+fn worker_problem(running: usize, started: usize) -> Option<String> {
+    (running < started).then(|| {
+        format!(
+            "{} of the {started} workers of the data plane stopped, which is a bug: weftd's log says why; restart weftd",
+            started - running
+        )
+    })
 }
 
 fn mtu_problem(config: &Config, host: &Host) -> Option<String> {
@@ -206,6 +217,12 @@ mod tests {
         assert!(!nearly_full(Usage { leased: 9, size: 10 }));
         assert!(nearly_full(Usage { leased: 10, size: 10 }));
         assert!(!nearly_full(Usage { leased: 3, size: u64::MAX }));
+    }
+
+    #[test]
+    fn workers_that_stopped_are_a_problem() {
+        assert_eq!(worker_problem(2, 2), None);
+        assert!(worker_problem(1, 4).unwrap().starts_with("3 of the 4 workers "));
     }
 
     #[test]

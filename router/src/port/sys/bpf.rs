@@ -10,6 +10,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use zerocopy::{Immutable, IntoBytes};
 
@@ -306,14 +307,15 @@ impl Program {
     }
 
     /// Runs it `repeat` times, `batch` at a time, each time on a real frame that begins as a copy of `frame`; what it
-    /// redirects is sent. Devices are those of the calling thread's network namespace. Not before Linux 5.18.
+    /// redirects is sent. Devices are those of the calling thread's network namespace. Not before Linux 5.18. Returns how
+    /// long one run took on the average, with all that the kernel did for it.
     ///
     /// A frame's memory is used again for later ones and keeps what was written to it, so the program has to write all
     /// that may have changed.
     ///
     /// # Errors
     /// [`BpfError::Refused`]; `EINTR` after a signal, when some runs may have happened.
-    pub fn run_live(&self, frame: &[u8], repeat: u32, batch: u32) -> Result<(), BpfError> {
+    pub fn run_live(&self, frame: &[u8], repeat: u32, batch: u32) -> Result<Duration, BpfError> {
         let mut attributes = TestRun {
             program: self.fd.as_raw_fd() as u32,
             data_size_in: frame.len() as u32,
@@ -325,7 +327,7 @@ impl Program {
         };
         call_mut(Command::ProgramTestRun, &mut attributes)
             .map_err(|source| refused(format!("run the program {} on live frames", self.name), source))?;
-        Ok(())
+        Ok(Duration::from_nanos(attributes.duration.into()))
     }
 }
 

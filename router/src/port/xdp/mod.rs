@@ -4,4 +4,4 @@
 
 pub mod assembler;
 
-pub use assembler::{Assembler, Label, Register, Size, Verdict, When};
+pub use assembler::{Assembler, Helper, Label, Operation, Register, Size, Verdict, When};

@@ -47,6 +47,7 @@ pub fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Conf
         Some(Config {
             node: node.value.clone(),
             mode,
+            workers: draft.workers.as_ref().map(|workers| workers.value),
             vni: Vni::new(draft.vni.as_ref().map_or(1, |vni| vni.value))?,
             mtu,
             socket: draft.socket.as_ref().map_or(PathBuf::from(weft_api::SOCKET), |path| path.value.clone()),

@@ -17,7 +17,7 @@
 //! ranges = ["10.244.2.0/24", "fd00:10:244:2::/64"]
 //! ```
 //!
-//! Optional: `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
+//! Optional: `workers` (by the number of CPUs, see [`default_workers`]), `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
 //! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
 //! `underlay.device`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[log]`.
@@ -44,6 +44,15 @@ const DEFAULT_PORT: u16 = 8472;
 /// Where leases are kept unless configured.
 const DEFAULT_STATE_DIR: &str = "/var/lib/weft";
 
+/// Most workers. Beyond this, a node's frames would be spread thinner than any gain.
+const MAX_WORKERS: usize = 64;
+
+/// How many workers a node with so many CPUs has unless configured: one, or a quarter of them and up to eight. The pods' own work, which
+/// is the larger part, needs the others.
+pub fn default_workers(cpus: usize) -> usize {
+    (cpus / 4).clamp(1, 8)
+}
+
 /// A valid configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -51,6 +60,8 @@ pub struct Config {
     pub node: String,
     /// How pods of different nodes see each other.
     pub mode: Mode,
+    /// Threads of the data plane; by the number of CPUs unless given.
+    pub workers: Option<usize>,
     /// VXLAN network identifier.
     pub vni: Vni,
     /// MTU of pods in bytes.
@@ -169,6 +180,7 @@ impl Config {
         let fixed = [
             ("node", self.node != new.node),
             ("mode", self.mode != new.mode),
+            ("workers", self.workers != new.workers),
             ("vni", self.vni != new.vni),
             ("socket", self.socket != new.socket),
             ("state_dir", self.state_dir != new.state_dir),
@@ -222,6 +234,7 @@ const MAC: &str = "a MAC address such as 0a:00:00:12:34:56";
 struct Draft {
     node: Option<At<String>>,
     mode: Option<At<String>>,
+    workers: Option<At<usize>>,
     vni: Option<At<u32>>,
     mtu: Option<At<u32>>,
     socket: Option<At<PathBuf>>,
@@ -257,6 +270,7 @@ impl Draft {
         let draft = Draft {
             node: reader.parsed(&mut root, "node", TEXT),
             mode: reader.parsed(&mut root, "mode", TEXT),
+            workers: reader.number(&mut root, "workers", 1..=MAX_WORKERS),
             vni: reader.number(&mut root, "vni", 0..=Vni::MAX.get()),
             mtu: reader.number(&mut root, "mtu", 0..=u32::from(u16::MAX)),
             socket: reader.parsed(&mut root, "socket", "a path"),

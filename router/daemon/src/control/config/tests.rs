@@ -227,10 +227,25 @@ fn what_cannot_change_while_running_is_named() {
     let free = with("\"n3\"", "\"n4\"").replace("[underlay]", "mtu = 1400\n[log]\nlevel = \"debug\"\n[underlay]");
     let free = Config::read(&free, &host()).unwrap().config;
     assert_eq!(old.fixed_differences(&free), Vec::<&str>::new());
-    let text = with("node = \"n1\"", "node = \"n9\"\nvni = 2\nsocket = \"/s\"\nstate_dir = \"/d\"")
+    let text = with("node = \"n1\"", "node = \"n9\"\nworkers = 2\nvni = 2\nsocket = \"/s\"\nstate_dir = \"/d\"")
         .replace("address = \"10.200.0.1\"", "address = \"10.200.0.1\"\nport = 4789");
     let fixed = Config::read(&text, &host()).unwrap().config;
-    assert_eq!(old.fixed_differences(&fixed), ["node", "vni", "socket", "state_dir", "vtep_mac", "underlay.port"]);
+    assert_eq!(
+        old.fixed_differences(&fixed),
+        ["node", "workers", "vni", "socket", "state_dir", "vtep_mac", "underlay.port"]
+    );
+}
+
+#[test]
+fn workers_are_counted_or_follow_from_the_cpus() {
+    assert_eq!(Config::read(GOOD, &host()).unwrap().config.workers, None);
+    let text = |count: &str| with("node = \"n1\"", &format!("node = \"n1\"\nworkers = {count}"));
+    assert_eq!(Config::read(&text("64"), &host()).unwrap().config.workers, Some(64));
+    for wrong in ["0", "65", "-1", "\"two\""] {
+        assert_eq!(problems(&text(wrong)), ["line 2: workers: must be a whole number from 1 to 64"]);
+    }
+    let defaults = [1, 2, 3, 4, 7, 8, 31, 32, 33, 1000].map(default_workers);
+    assert_eq!(defaults, [1, 1, 1, 1, 1, 2, 7, 8, 8, 8]);
 }
 
 #[test]

@@ -1,0 +1,201 @@
+//! `weft bench`: Weft beside other data paths, on the same machine in the same run.
+//!
+//! Each data path ([`contender`]) is built in namespaces in the same layout, two nodes with two pods each and the same
+//! MTUs ([`bed`]; the kernel's and Weft's by the lab, Open vSwitch's by [`ovs`]). Each task ([`task`]) is done on one
+//! after the other, in turns ([`schedule`], [`measure`]), by `iperf3` for bulk ([`iperf`]) and by programs of our own for
+//! round trips and connections ([`programs`]), and by programs in the kernel for single frames ([`frames`]). What comes of it are medians, spreads and, above all, ratios within the
+//! run ([`outcome`]), as a table ([`report`]), a file and a picture ([`chart`]).
+//!
+//! A path that cannot be built here is named, with the reason and what helps. Nothing is left behind, however the run
+//! ends; if it is killed, the next run removes what it left.
+
+mod bed;
+mod chart;
+mod contender;
+mod frames;
+mod iperf;
+mod machine;
+mod measure;
+mod outcome;
+mod ovs;
+mod programs;
+mod report;
+mod schedule;
+mod task;
+mod usage;
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::lab::up::Programs;
+use crate::lab::{self, plan};
+use crate::output::{self, Style};
+use bed::Bed;
+use contender::{CONTENDERS, Contender, Kind};
+use machine::Machine;
+use outcome::{Outcome, Path};
+use schedule::Run;
+use task::{Mode, Task};
+
+pub use programs::{Program, run as run_program};
+
+/// What to measure.
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// All rows, five turns of each, in under twenty minutes; otherwise those that matter most, in under three.
+    #[arg(long)]
+    full: bool,
+    /// Each row once and as briefly as can be, to see that it works; the figures mean nothing.
+    #[arg(long, hide = true, conflicts_with = "full")]
+    smoke: bool,
+    /// Only rows whose name contains one of these, e.g. same-tcp.
+    #[arg(long, value_name = "ROW", num_args = 1.., value_delimiter = ',')]
+    only: Vec<String>,
+    /// Only these data paths.
+    #[arg(long, value_name = "PATH", num_args = 1.., value_delimiter = ',', value_parser = path_names())]
+    paths: Vec<String>,
+    /// Write everything that was measured to this file, as JSON; `-` is the standard output, then without a table.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw a chart into this file.
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// What the names of the labs that are built begin with.
+    #[arg(long, hide = true, default_value = "bench")]
+    name: String,
+    #[command(flatten)]
+    binaries: lab::Binaries,
+}
+
+/// Measures, and shows what came of it.
+pub fn run(args: &Bench) -> Result<()> {
+    let started = Instant::now();
+    lab::prepare()?;
+    for program in ["iperf3", "ethtool"] {
+        if !is_installed(program) {
+            bail!("the program `{program}` is missing; install it with `apt-get install {program}`");
+        }
+    }
+    let tasks = args.tasks()?;
+    let programs = args.binaries.find()?;
+    plan::check_name(&args.name)?;
+    let machine = Machine::look()?;
+    if let Some(warning) = machine.warning() {
+        output::complain(&warning);
+    }
+    let (paths, beds) = build_all(&args.contenders(), &args.name, &programs)?;
+    let mut run = Run::new(args.mode(), &tasks, &paths, beds, started);
+    run.all()?;
+    let (samples, beds) = run.finish();
+    let removed: Vec<Result<()>> = beds.into_iter().map(Bed::remove).collect();
+    let rows = samples.rows(&tasks, &paths);
+    let outcome = Outcome::new(args.mode(), machine, started.elapsed().as_secs_f64(), paths, rows);
+    show(args, &outcome)?;
+    removed.into_iter().collect::<Result<()>>()?;
+    complain_about_failures(&outcome)
+}
+
+impl Bench {
+    fn mode(&self) -> Mode {
+        match (self.full, self.smoke) {
+            (true, _) => Mode::Full,
+            (_, true) => Mode::Smoke,
+            _ => Mode::Short,
+        }
+    }
+
+    fn contenders(&self) -> Vec<&'static Contender> {
+        let is_meant =
+            |contender: &&Contender| self.paths.is_empty() || self.paths.iter().any(|path| path == contender.id);
+        CONTENDERS.iter().filter(is_meant).collect()
+    }
+
+    fn tasks(&self) -> Result<Vec<Task>> {
+        let names = |task: &Task| -> Vec<String> {
+            task.figures().iter().map(|figure| format!("{}{}", task.name(), figure.suffix)).collect()
+        };
+        let is_meant = |task: &Task| {
+            self.only.is_empty() || names(task).iter().any(|name| self.only.iter().any(|only| name.contains(only)))
+        };
+        let tasks: Vec<Task> = Task::all().into_iter().filter(is_meant).collect();
+        if tasks.is_empty() {
+            let all: Vec<String> = Task::all().iter().map(Task::name).collect();
+            bail!("no row has {} in its name; there are {}", self.only.join(" or "), all.join(" "));
+        }
+        Ok(tasks)
+    }
+}
+
+/// Builds what can be built; says of each other path why it cannot.
+fn build_all(
+    contenders: &[&'static Contender],
+    name: &str,
+    programs: &Programs,
+) -> Result<(Vec<Path>, Vec<Option<Bed>>)> {
+    for contender in contenders {
+        bed::remove_abandoned(&bed::lab_name(name, contender))?;
+    }
+    let (mut paths, mut beds) = (Vec::new(), Vec::new());
+    for contender in contenders {
+        let missing = matches!(contender.kind, Kind::Ovs(_)).then(ovs::missing).flatten();
+        let (bed, reason) = match missing {
+            Some(reason) => (None, Some(reason)),
+            None => {
+                output::progress(&format!("building: {}", contender.label));
+                match Bed::build(contender, name, programs) {
+                    Ok(bed) => (Some(bed), None),
+                    // Without the kernel's or our own path there is nothing to compare.
+                    Err(error) if matches!(contender.kind, Kind::Ovs(_)) => {
+                        crate::interrupt::check()?;
+                        (None, Some(format!("{error:#}")))
+                    }
+                    Err(error) => return Err(error).with_context(|| format!("cannot build {}", contender.label)),
+                }
+            }
+        };
+        beds.push(bed);
+        paths.push(Path { id: contender.id, label: contender.label, not_measured: reason, contender });
+    }
+    Ok((paths, beds))
+}
+
+fn show(args: &Bench, outcome: &Outcome) -> Result<()> {
+    let write = |path: &PathBuf, text: String| {
+        fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    };
+    if let Some(path) = &args.svg {
+        write(path, chart::render(outcome))?;
+    }
+    match &args.json {
+        Some(path) if path.as_os_str() == "-" => return output::print_json(outcome),
+        Some(path) => write(path, serde_json::to_string_pretty(outcome)? + "\n")?,
+        None => {}
+    }
+    output::print(&report::render(outcome, Style::stdout()))
+}
+
+/// A measurement that failed on a path that was built is an error, after all others were shown.
+fn complain_about_failures(outcome: &Outcome) -> Result<()> {
+    let results = outcome.rows.iter().flat_map(|row| row.results.iter().map(move |result| (row, result)));
+    let failed = results
+        .filter(|(_, result)| result.not_measured.as_deref().is_some_and(|reason| reason.starts_with("failed: ")));
+    let failed: Vec<String> = failed.map(|(row, result)| format!("{} on {}", row.name, result.path)).collect();
+    if !failed.is_empty() {
+        bail!("these could not be measured, see above: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+/// Whether a program is where programs are looked for.
+fn is_installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
+fn path_names() -> clap::builder::PossibleValuesParser {
+    CONTENDERS.map(|contender| contender.id).into()
+}

@@ -1,0 +1,138 @@
+//! The outcome as text: a table for each layout, and what was not measured.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use super::outcome::{Outcome, Row, Summary};
+use super::task::Layout;
+use crate::output::Style;
+use crate::table::Table;
+
+/// All of it.
+pub fn render(outcome: &Outcome, style: Style) -> String {
+    let mut text = format!("{}\n", outcome.machine.line());
+    for layout in [Layout::Same, Layout::Two] {
+        let rows: Vec<&Row> =
+            outcome.rows.iter().filter(|row| row.layout == layout.name() && row.figure.is_shown).collect();
+        if !rows.is_empty() {
+            let _ = writeln!(text, "\n{}", style.strong(&format!("── {}", layout.label())));
+            text.push_str(&table(outcome, &rows, style));
+        }
+    }
+    text.push_str(&gaps(outcome, style));
+    let turns = outcome.rows.iter().flat_map(|row| &row.results).filter_map(|result| result.summary.as_ref());
+    let turns = turns.map(|summary| summary.values.len()).max().unwrap_or(0);
+    let _ = writeln!(
+        text,
+        "\nMedians of up to {turns} turns, least–greatest in brackets; ratios are formed within a turn. {:.0} s, {} mode.",
+        outcome.seconds, outcome.mode
+    );
+    text
+}
+
+fn table(outcome: &Outcome, rows: &[&Row], style: Style) -> String {
+    let shown: Vec<_> = outcome.paths.iter().enumerate().filter(|(_, path)| path.not_measured.is_none()).collect();
+    let pairs: Vec<_> = shown
+        .iter()
+        .filter(|(_, path)| path.contender.is_weft())
+        .flat_map(|(_, weft)| shown.iter().filter(|(_, to)| !to.contender.is_weft()).map(|(_, to)| (weft.id, *to)))
+        .collect();
+    let mut headings = vec!["", "unit"];
+    headings.extend(shown.iter().map(|(_, path)| path.label));
+    headings.extend(pairs.iter().map(|(_, to)| to.contender.divided));
+    let mut table = Table::new(&headings);
+    for row in rows {
+        let mut cells = vec![row.label.clone(), row.unit.to_owned()];
+        cells.extend(shown.iter().map(|(index, _)| spread(row.results[*index].summary.as_ref())));
+        cells.extend(pairs.iter().map(|(weft, to)| {
+            let ratio = row.ratios.iter().find(|ratio| ratio.path == *weft && ratio.to == to.id);
+            ratio.map_or("–".to_owned(), |ratio| format!("{:.2}", ratio.summary.median))
+        }));
+        table.push(cells, false);
+    }
+    table.render(style, "nothing")
+}
+
+/// Every reason once, with what it is about.
+fn gaps(outcome: &Outcome, style: Style) -> String {
+    let mut text = String::new();
+    for path in &outcome.paths {
+        if let Some(reason) = &path.not_measured {
+            let _ = writeln!(text, "\n{} {}: {reason}", style.bad("not measured:"), path.label);
+        }
+    }
+    let mut reasons: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
+    for row in &outcome.rows {
+        for (path, result) in outcome.paths.iter().zip(&row.results) {
+            if let (None, Some(reason)) = (&path.not_measured, &result.not_measured) {
+                let names = reasons.entry((path.label, reason)).or_default();
+                // A task that was not done is named once, a figure that it did not yield by its own name.
+                let is_whole = outcome
+                    .rows
+                    .iter()
+                    .zip(place(outcome, path.id))
+                    .all(|(other, there)| other.task != row.task || !there);
+                let name = if is_whole { &row.task } else { &row.name };
+                if names.last() != Some(&name.as_str()) {
+                    names.push(name);
+                }
+            }
+        }
+    }
+    for ((path, reason), names) in reasons {
+        let _ = writeln!(text, "\nnot measured on {path} ({reason}): {}", names.join(" "));
+    }
+    text
+}
+
+/// Of each row, whether a path has a value there.
+fn place<'a>(outcome: &'a Outcome, path: &'a str) -> impl Iterator<Item = bool> + 'a {
+    let has = move |row: &Row| row.results.iter().any(|result| result.path == path && result.summary.is_some());
+    outcome.rows.iter().map(has)
+}
+
+fn spread(summary: Option<&Summary>) -> String {
+    match summary {
+        None => "–".to_owned(),
+        Some(summary) if summary.values.len() == 1 => short(summary.median),
+        Some(summary) => format!("{} ({}–{})", short(summary.median), short(summary.low), short(summary.high)),
+    }
+}
+
+/// Three digits that mean something.
+pub fn short(value: f64) -> String {
+    match value.abs() {
+        size if size >= 99.95 => format!("{value:.0}"),
+        size if size >= 9.995 => format!("{value:.1}"),
+        size if size >= 0.9995 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::outcome::tests::example;
+    use super::*;
+
+    #[test]
+    fn numbers_have_three_digits() {
+        let shown: Vec<String> = [12345.6, 99.97, 9.996, 1.0, 0.05].into_iter().map(short).collect();
+        assert_eq!(shown, ["12346", "100", "10.0", "1.00", "0.050"]);
+    }
+
+    #[test]
+    fn the_table_has_median_spread_and_ratio_and_names_what_is_not_there() {
+        let text = render(&example(), Style::PLAIN);
+        let line = text.lines().find(|line| line.starts_with("TCP, 1 stream ")).unwrap();
+        assert!(
+            line.contains("10.0 (9.00–30.0)") && line.contains("20.0 (10.0–40.0)") && line.ends_with("0.75"),
+            "{text}"
+        );
+        assert!(text.contains("not measured: OVS AF_XDP: there is no OVS: install it"), "{text}");
+        assert!(
+            text.contains("not measured on kernel (it has no process of its own): same-tcp-1-router-cpu"),
+            "{text}"
+        );
+        assert!(!text.contains("pods of two nodes"), "{text}");
+    }
+}

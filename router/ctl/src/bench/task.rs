@@ -1,0 +1,324 @@
+//! What is measured, how often and how long: the rows.
+//!
+//! A *task* is one thing that is done on a data path; what comes of it are one or more *figures*, each a row of the
+//! result with a name of its own (`same-tcp-1`, `same-tcp-1-cpu`). Names are an interface: `--only` takes them, files
+//! hold them.
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+
+use super::contender::{Contender, Kind};
+use super::frames;
+
+/// One thing to do on a data path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Task {
+    /// What.
+    pub what: What,
+    /// Between which pods.
+    pub layout: Layout,
+    /// Over what links.
+    pub links: Links,
+}
+
+/// What is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum What {
+    /// Bulk TCP.
+    Tcp {
+        /// Streams at a time.
+        streams: u8,
+        /// Towards the pod that opens the connection.
+        reverse: bool,
+    },
+    /// Ping-pong of small datagrams.
+    RoundTrip(Pace),
+    /// TCP connections, one after the other.
+    Connections,
+    /// Frames a second, without loss and with little.
+    Frames(Sizes),
+    /// What the data path's own processes hold in memory.
+    Memory,
+}
+
+/// How long frames are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sizes {
+    /// 64 bytes.
+    Small,
+    /// A mix of small, middling and long ones.
+    Imix,
+}
+
+/// When the next request of a ping-pong is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pace {
+    /// As soon as the answer to the one before is there.
+    ClosedLoop,
+    /// After a pause in which everything goes to sleep.
+    Paused,
+    /// As in a closed loop, while a TCP stream runs between the same pods.
+    UnderLoad,
+}
+
+/// Between which pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Two pods of a node.
+    Same,
+    /// Pods of two nodes.
+    Two,
+}
+
+/// Over what links.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Links {
+    /// As namespaces have them: superframes pass whole.
+    Whole,
+    /// As a NIC without offloads: every frame fits the MTU.
+    Plain,
+}
+
+/// What comes of a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Figure {
+    /// What its name adds to the task's.
+    pub suffix: &'static str,
+    /// What it is, for people.
+    pub label: &'static str,
+    /// What it counts.
+    pub unit: &'static str,
+    /// Whether more of it is better.
+    pub more_is_better: bool,
+    /// Whether it is shown in the table; all are in the file.
+    pub is_shown: bool,
+    /// Whether the chart has it.
+    pub is_charted: bool,
+}
+
+/// How thorough.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// Each task once, as briefly as it can be: for tests of the benchmark itself.
+    Smoke,
+    /// Under three minutes.
+    Short,
+    /// Under twenty minutes.
+    Full,
+}
+
+/// How much of each is done in one turn.
+#[derive(Debug, Clone, Copy)]
+pub struct Lengths {
+    /// A TCP run; whole seconds, for `iperf3` knows no others. Absent: as many bytes as make no sense but to a test.
+    pub tcp_seconds: Option<u32>,
+    /// A ping-pong or a round of connections.
+    pub round: Duration,
+    /// Requests of a paused ping-pong.
+    pub paused_count: u32,
+    /// The pause.
+    pub pause: Duration,
+    /// A search for a rate of frames.
+    pub search: frames::Limits,
+}
+
+impl Mode {
+    /// Its name in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Smoke => "smoke",
+            Mode::Short => "short",
+            Mode::Full => "full",
+        }
+    }
+
+    /// How much is done in a turn.
+    pub fn lengths(self, task: &Task) -> Lengths {
+        let millis = Duration::from_millis;
+        match self {
+            Mode::Smoke => Lengths {
+                tcp_seconds: None,
+                round: millis(50),
+                paused_count: 3,
+                pause: millis(20),
+                search: frames::Limits { trial: millis(20), trials: 3, ..frames::Limits::SHORT },
+            },
+            Mode::Short => Lengths {
+                tcp_seconds: Some(1),
+                round: millis(500),
+                paused_count: 20,
+                pause: millis(100),
+                search: frames::Limits { trial: millis(200), trials: 12, ..frames::Limits::SHORT },
+            },
+            Mode::Full => Lengths {
+                tcp_seconds: Some(if task.is_judged() { 2 } else { 1 }),
+                round: millis(1000),
+                paused_count: 8,
+                pause: millis(1000),
+                search: frames::Limits { trial: millis(300), trials: 16, ..frames::Limits::FULL },
+            },
+        }
+    }
+
+    /// When no further turn is begun, counted from the very start. What is left of the promise is for taking down.
+    pub fn budget(self) -> Duration {
+        Duration::from_secs(match self {
+            Mode::Smoke | Mode::Short => 165,
+            Mode::Full => 19 * 60,
+        })
+    }
+
+    /// In how many turns a task has its place. None: only a more thorough mode has it.
+    pub fn turns(self, task: &Task, contender: &Contender) -> usize {
+        let is_guest = matches!(contender.kind, Kind::Ovs(_));
+        match self {
+            Mode::Smoke => 1,
+            Mode::Full => 5,
+            Mode::Short if is_guest && task.layout == Layout::Two => usize::from(task.is_short()),
+            Mode::Short if task.is_judged() => 3,
+            Mode::Short => usize::from(task.is_short()),
+        }
+    }
+}
+
+impl Task {
+    /// Every task.
+    pub fn all() -> Vec<Task> {
+        let mut all = Vec::new();
+        for layout in [Layout::Same, Layout::Two] {
+            for links in [Links::Whole, Links::Plain] {
+                for reverse in [false, true] {
+                    let tcp = |streams| Task { what: What::Tcp { streams, reverse }, layout, links };
+                    all.extend([1, 4, 16].map(tcp));
+                }
+            }
+            let what = [Pace::ClosedLoop, Pace::Paused, Pace::UnderLoad].map(What::RoundTrip);
+            let whole = |what| Task { what, layout, links: Links::Whole };
+            all.extend(what.map(whole));
+            all.push(whole(What::Connections));
+            all.extend([Sizes::Small, Sizes::Imix].map(What::Frames).map(whole));
+        }
+        all.push(Task { what: What::Memory, layout: Layout::Same, links: Links::Whole });
+        all
+    }
+
+    /// Its name.
+    pub fn name(&self) -> String {
+        let what = match self.what {
+            What::Tcp { streams, reverse } => format!("tcp-{streams}{}", if reverse { "-reverse" } else { "" }),
+            What::RoundTrip(Pace::ClosedLoop) => "rtt".to_owned(),
+            What::RoundTrip(Pace::Paused) => "rtt-paused".to_owned(),
+            What::RoundTrip(Pace::UnderLoad) => "rtt-load".to_owned(),
+            What::Connections => "connections".to_owned(),
+            What::Frames(Sizes::Small) => "frames-64".to_owned(),
+            What::Frames(Sizes::Imix) => "frames-imix".to_owned(),
+            What::Memory => return "memory".to_owned(),
+        };
+        let links = if self.links == Links::Plain { "-plain" } else { "" };
+        format!("{}-{what}{links}", self.layout.name())
+    }
+
+    /// What it is, for people.
+    pub fn label(&self) -> String {
+        let links = if self.links == Links::Plain { ", no offloads" } else { "" };
+        match self.what {
+            What::Tcp { streams, reverse } => {
+                let plural = if streams == 1 { "" } else { "s" };
+                let reverse = if reverse { ", reverse" } else { "" };
+                format!("TCP, {streams} stream{plural}{reverse}{links}")
+            }
+            What::RoundTrip(Pace::ClosedLoop) => "round trip, closed loop".to_owned(),
+            What::RoundTrip(Pace::Paused) => "round trip after a pause".to_owned(),
+            What::RoundTrip(Pace::UnderLoad) => "round trip beside a stream".to_owned(),
+            What::Connections => "TCP connections".to_owned(),
+            What::Frames(Sizes::Small) => "frames of 64 bytes".to_owned(),
+            What::Frames(Sizes::Imix) => "frames, IMIX".to_owned(),
+            What::Memory => "memory of a node's router".to_owned(),
+        }
+    }
+
+    /// What comes of it.
+    pub fn figures(&self) -> &'static [Figure] {
+        match self.what {
+            What::Tcp { streams: 1, reverse: false } => &TCP_WITH_CPU,
+            What::Tcp { .. } => &TCP,
+            What::RoundTrip(_) => &ROUND_TRIP,
+            What::Connections => &CONNECTIONS,
+            What::Frames(_) => &FRAMES,
+            What::Memory => &MEMORY,
+        }
+    }
+
+    /// Whether it has a meaning on a data path; else why it has none.
+    pub fn applies_to(&self, contender: &Contender) -> Result<(), &'static str> {
+        match contender.kind {
+            Kind::Kernel if self.what == What::Memory => Err("it has no process of its own"),
+            Kind::Ovs(_) if self.links == Links::Plain => Err("its ports take no superframes in any case"),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether it is among those by which the project is judged: they are measured longer and more often.
+    fn is_judged(&self) -> bool {
+        match self.what {
+            What::Tcp { streams, reverse } => streams <= 4 && !reverse,
+            What::RoundTrip(pace) => self.layout == Layout::Same && pace != Pace::UnderLoad,
+            What::Frames(sizes) => self.layout == Layout::Same && sizes == Sizes::Small,
+            What::Connections | What::Memory => false,
+        }
+    }
+
+    /// Whether the short mode has it.
+    fn is_short(&self) -> bool {
+        self.is_judged() || (self.links == Links::Whole && !matches!(self.what, What::Frames(_)))
+    }
+}
+
+impl Layout {
+    /// Its name in those of tasks.
+    pub fn name(self) -> &'static str {
+        match self {
+            Layout::Same => "same",
+            Layout::Two => "two",
+        }
+    }
+
+    /// What it is, for people.
+    pub fn label(self) -> &'static str {
+        match self {
+            Layout::Same => "two pods of a node",
+            Layout::Two => "pods of two nodes",
+        }
+    }
+}
+
+const fn figure(suffix: &'static str, label: &'static str, unit: &'static str, more_is_better: bool) -> Figure {
+    Figure { suffix, label, unit, more_is_better, is_shown: true, is_charted: true }
+}
+
+const GBPS: Figure = figure("", "", "Gb/s", true);
+const CPU: Figure = figure("-cpu", "CPU of the machine", "s/GB", false);
+const ROUTER_CPU: Figure = Figure { is_charted: false, ..figure("-router-cpu", "CPU of the routers", "s/GB", false) };
+
+static TCP_WITH_CPU: [Figure; 3] = [GBPS, CPU, ROUTER_CPU];
+static TCP: [Figure; 3] =
+    [GBPS, Figure { is_shown: false, is_charted: false, ..CPU }, Figure { is_shown: false, ..ROUTER_CPU }];
+
+static ROUND_TRIP: [Figure; 4] = [
+    figure("-p50", "p50", "µs", false),
+    Figure { is_charted: false, ..figure("-p99", "p99", "µs", false) },
+    Figure { is_charted: false, ..figure("-p99.9", "p99.9", "µs", false) },
+    Figure { is_shown: false, is_charted: false, ..figure("-one-cpu", "both ends on one CPU", "%", false) },
+];
+
+static CONNECTIONS: [Figure; 1] = [figure("", "", "/s", true)];
+
+static FRAMES: [Figure; 4] = [
+    figure("-ndr", "without loss", "Mpps", true),
+    Figure { is_charted: false, ..figure("-pdr", "loss under 0.5 %", "Mpps", true) },
+    Figure { is_shown: false, is_charted: false, ..figure("-offered", "offered at most", "Mpps", true) },
+    Figure { is_shown: false, is_charted: false, ..figure("-reordered", "out of order", "frames", false) },
+];
+
+static MEMORY: [Figure; 1] = [Figure { is_charted: false, ..figure("", "", "MiB", false) }];
