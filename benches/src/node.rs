@@ -116,34 +116,44 @@ impl Bed {
         Template { bytes, offload, outer: Some(outer), ingress: UNDERLAY }
     }
 
-    /// CPU time of taking `count` frames from receive ring to transmit ring (see [`crate::ring`]), of which the rings hold
-    /// [`RING`] at once: those of `templates` in turn. Making the packets is not counted.
+    /// Takes `count` frames from receive ring to transmit ring (see [`crate::ring`]), of which the rings hold [`RING`] at once: those
+    /// of `templates` in turn. `measured` is called for each ringful with the work that is meant; making the packets is
+    /// outside of it.
     ///
     /// # Panics
     /// If a frame is dropped: then something else was measured than meant. With `drops`, if one is not.
-    pub fn time<'t>(
+    pub fn forward<'t>(
         &mut self,
         count: u64,
         drops: bool,
         mut templates: impl Iterator<Item = &'t Template>,
-    ) -> Duration {
-        let mut spent = Duration::ZERO;
+        mut measured: impl FnMut(&mut dyn FnMut()),
+    ) {
         let mut done = 0;
         while done < count {
             let size = (count - done).min(RING);
             for _ in 0..size {
                 let template = templates.next().expect("templates come without end");
                 let frame = self.frame(template);
-                self.ports[template.ingress.index()].rx.push_back(frame);
+                self.ports[template.ingress.index()].rx.push(frame);
             }
-            let start = cpu_time();
-            ring::run(&mut self.ports, &mut self.worker, &self.tables, self.now);
-            spent += cpu_time() - start;
+            self.ports.iter_mut().for_each(|port| port.rx.reverse());
+            measured(&mut || ring::run(&mut self.ports, &mut self.worker, &self.tables, self.now));
             let left: u64 = self.ports.iter().map(|port| port.tx.len() as u64).sum();
             assert_eq!(left, if drops { 0 } else { size }, "frames that left, of {size}");
             self.ports.iter_mut().for_each(|port| port.tx.clear());
             done += size;
         }
+    }
+
+    /// CPU time of that.
+    pub fn time<'t>(&mut self, count: u64, drops: bool, templates: impl Iterator<Item = &'t Template>) -> Duration {
+        let mut spent = Duration::ZERO;
+        self.forward(count, drops, templates, |work| {
+            let start = cpu_time();
+            work();
+            spent += cpu_time() - start;
+        });
         spent
     }
 

@@ -4,22 +4,21 @@
 //! times it counts everything from the descriptor that a device has written to the one that it will read, statistics
 //! included, and neither the making of packets nor a device's own work.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
 
 use weft_router::forward::Forwarder;
 use weft_router::frame::Frame;
 use weft_router::pool::Pool;
-use weft_router::port::{Batch, Capabilities, Outbox, Port, PortId, Queue, Received};
-use weft_router::stats::Stats;
+use weft_router::port::{BATCH, Batch, Capabilities, Outbox, Port, PortId, Queue, Received};
+use weft_router::stats::{Stats, Tally};
 use weft_router::{Instant, Tables};
 
 /// A port with a ring to either side. See the module's essay.
 pub struct RingPort {
     id: PortId,
-    /// What was received.
-    pub rx: VecDeque<Frame>,
+    /// What was received, the latest first.
+    pub rx: Vec<Frame>,
     /// What was sent.
     pub tx: Vec<Frame>,
 }
@@ -27,15 +26,14 @@ pub struct RingPort {
 impl RingPort {
     /// A port with empty rings.
     pub fn new(id: PortId) -> RingPort {
-        RingPort { id, rx: VecDeque::with_capacity(4096), tx: Vec::with_capacity(4096) }
+        RingPort { id, rx: Vec::with_capacity(4096), tx: Vec::with_capacity(4096) }
     }
 }
 
 impl Port for RingPort {
     fn receive(&mut self, _: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received> {
         let (mut frames, mut bytes) = (0, 0);
-        while !batch.is_full() {
-            let Some(frame) = self.rx.pop_front() else { break };
+        for frame in std::iter::from_fn(|| self.rx.pop()).take(BATCH) {
             frames += 1;
             bytes += frame.len() as u64;
             batch.push(frame);
@@ -45,10 +43,12 @@ impl Port for RingPort {
     }
 
     fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
-        for frame in queue.drain(..) {
-            stats.sent_whole(&frame, self.id);
+        let mut tally = Tally::default();
+        while let Some(frame) = queue.pop_front() {
+            tally.add(&frame, self.id, stats);
             self.tx.push(frame);
         }
+        stats.sent_plain(tally, self.id);
         Ok(())
     }
 

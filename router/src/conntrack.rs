@@ -14,7 +14,7 @@ use weft_encap::mac::Mac;
 use zerocopy::{FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use crate::flow::{FlowKey, Seed, Signature};
-use crate::frame::prefetch;
+use crate::frame::{Lazy, prefetch};
 use crate::path::{Hop, Learned, Macs, Path, Rewrite, Sender, Verdict};
 use crate::port::PortId;
 use crate::tables::NodeId;
@@ -87,26 +87,37 @@ pub enum To {
 
 impl Entry {
     /// Epoch of the tables by which it was decided.
+    #[inline(always)]
     pub fn epoch(&self) -> u64 {
         self.epoch
     }
 
     /// Where its frames go.
+    #[inline(always)]
     pub fn to(&self) -> To {
         if self.flags & TO_NODE == 0 { To::Port(PortId(self.hop)) } else { To::Node(NodeId(self.hop)) }
     }
 
+    /// Whether its packets are routed.
+    #[inline(always)]
+    pub fn is_routed(&self) -> bool {
+        self.flags & ROUTED != 0
+    }
+
     /// Destination and source MAC to be written, if its packets are routed.
+    #[inline(always)]
     pub fn routed(&self) -> Option<Macs> {
         (self.flags & ROUTED != 0).then_some(Macs { dst: Mac(self.dst_mac), src: Mac(self.src_mac) })
     }
 
     /// Largest packet in bytes, L3 header included, that may go this way.
+    #[inline(always)]
     pub fn mtu(&self) -> u32 {
         self.mtu
     }
 
     /// The learned MAC that its path rests on.
+    #[inline(always)]
     pub fn learned(&self) -> Option<Learned> {
         let To::Node(node) = self.to() else { return None };
         (self.flags & RESTS != 0).then_some(Learned { node, slot: self.learned_slot, word: self.learned })
@@ -133,6 +144,7 @@ impl Entry {
     }
 
     /// A frame went this way.
+    #[inline(always)]
     pub fn seen(&mut self, bytes: usize, now: Instant) {
         self.frames += 1;
         self.bytes += bytes as u64;
@@ -160,7 +172,7 @@ pub fn entropy(hash: u64) -> u16 {
 
 /// The cache.
 pub struct ConnTrack {
-    entries: Vec<Entry>,
+    entries: Lazy<Entry>,
     seed: Seed,
 }
 
@@ -169,30 +181,36 @@ impl ConnTrack {
     /// choosing the bucket.
     pub fn new(entries: usize, seed: u64) -> ConnTrack {
         let size = entries.max(WAYS).next_power_of_two();
-        let entries = Entry::new_vec_zeroed(size).expect("the number of flows fits into memory");
-        ConnTrack { entries, seed: Seed::new(seed) }
+        ConnTrack { entries: Lazy::zeroed(size), seed: Seed::new(seed) }
+    }
+
+    /// What makes this table's hashes.
+    #[inline(always)]
+    pub fn seed(&self) -> &Seed {
+        &self.seed
     }
 
     /// A hash of the flow: picks the bucket, and gives the tunnel's outer source port.
-    #[inline]
+    #[inline(always)]
     pub fn hash(&self, signature: &Signature) -> u64 {
         signature.hash(&self.seed)
     }
 
     /// The slot of a flow, whether or not it still holds. `hash` is [`ConnTrack::hash`] of the signature.
-    #[inline]
+    #[inline(always)]
     pub fn find(&self, signature: &Signature, hash: u64) -> Option<usize> {
         let first = self.bucket(hash);
-        let bucket = &self.entries[first..first + WAYS];
-        bucket.iter().position(|entry| entry.signature == *signature).map(|way| first + way)
+        (first..first + WAYS).find(|slot| self.entries[*slot].signature == *signature)
     }
 
     /// The entry in a slot that [`ConnTrack::find`] gave.
+    #[inline(always)]
     pub fn entry(&self, slot: usize) -> &Entry {
         &self.entries[slot]
     }
 
     /// The same, to be changed.
+    #[inline(always)]
     pub fn entry_mut(&mut self, slot: usize) -> &mut Entry {
         &mut self.entries[slot]
     }
@@ -203,7 +221,7 @@ impl ConnTrack {
     }
 
     /// Has the entry fetched that a flow is most likely in.
-    #[inline]
+    #[inline(always)]
     pub fn prefetch(&self, hash: u64) {
         let first = &self.entries[self.bucket(hash)];
         prefetch(&first.signature);
@@ -248,6 +266,7 @@ impl ConnTrack {
         })
     }
 
+    #[inline(always)]
     fn bucket(&self, hash: u64) -> usize {
         (hash as usize & (self.entries.len() - 1)) & !(WAYS - 1)
     }

@@ -74,8 +74,12 @@ impl PartialEq for Signature {
     /// Word by word, where a derived one calls a function for each comparison.
     #[inline(always)]
     fn eq(&self, other: &Signature) -> bool {
-        let differing = self.0.iter().zip(&other.0).fold(0, |differing, (mine, theirs)| differing | (mine ^ theirs));
-        differing == 0
+        let differing = |words: std::ops::Range<usize>| {
+            let pairs = self.0[words.clone()].iter().zip(&other.0[words]);
+            pairs.fold(0, |differing, (mine, theirs)| differing | (mine ^ theirs))
+        };
+        // IPv4 has its addresses in the first of the four words for them, and zeros in the others.
+        differing(0..3) | differing(6..7) == 0 && differing(3..6) == 0
     }
 }
 
@@ -86,7 +90,7 @@ const HAS_PORTS: u8 = 4;
 
 impl Signature {
     /// An IPv4 packet's. `eth` is its Ethernet header, `addresses` source and destination, `ports` likewise, all as on the wire.
-    #[inline]
+    #[inline(always)]
     pub fn v4(sender: Sender, eth: &[u8; 14], addresses: [u8; 8], protocol: u8, ports: Option<[u8; 4]>) -> Signature {
         let [first, second] = ethernet(eth);
         let last = Signature::last(sender, protocol, ports);
@@ -94,7 +98,7 @@ impl Signature {
     }
 
     /// An IPv6 packet's; `addresses` are source and destination, in network byte order.
-    #[inline]
+    #[inline(always)]
     pub fn v6(sender: Sender, eth: &[u8; 14], addresses: &[u8; 32], protocol: u8, ports: Option<[u8; 4]>) -> Signature {
         let [first, second] = ethernet(eth);
         let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| addresses[at + byte]));
@@ -129,7 +133,7 @@ impl Signature {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn last(sender: Sender, protocol: u8, ports: Option<[u8; 4]>) -> u64 {
         let (id, kind) = match sender {
             Sender::Pod(port) => (port.0, FROM_POD),
@@ -140,7 +144,7 @@ impl Signature {
     }
 
     /// A hash for tables and for spreading flows. `seed` keeps outsiders from choosing it.
-    #[inline]
+    #[inline(always)]
     pub fn hash(&self, seed: &Seed) -> u64 {
         let [eth, src_eth, a, b, c, d, last] = self.0;
         let [s, t, u, v] = seed.0;
@@ -204,13 +208,13 @@ impl Seed {
 }
 
 /// Both halves of the product, one upon the other.
-#[inline]
+#[inline(always)]
 fn fold(a: u64, b: u64) -> u64 {
     let product = u128::from(a) * u128::from(b);
     product as u64 ^ (product >> 64) as u64
 }
 
-#[inline]
+#[inline(always)]
 fn ethernet(eth: &[u8; 14]) -> [u64; 2] {
     let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| eth[at + byte]));
     [word(0), word(6)]

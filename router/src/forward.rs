@@ -14,7 +14,6 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 use std::vec::Drain;
 
-use arrayvec::ArrayVec;
 use weft_encap::mac::Mac;
 use weft_encap::vxlan::VXLAN_LEN;
 
@@ -49,13 +48,9 @@ pub struct Forwarder {
     last_member: (IpAddr, u64, NodeId),
     /// The port of the frame that is on its way.
     current: PortId,
-}
-
-/// A frame that was looked at, and the hash of its signature.
-#[derive(Copy, Clone)]
-struct Seen {
-    glimpse: Glimpse,
-    hash: u64,
+    /// What a vector's frames looked like; one of length zero was not understood. A panic may leave fewer places, never
+    /// none where frames are waited for: it is made anew then.
+    seen: Vec<Glimpse>,
 }
 
 /// How often the FDB is told of a MAC whose flow is known: it counts ages in seconds.
@@ -77,9 +72,10 @@ type Way = (Hop, Rewrite, Option<Learned>);
 impl Forwarder {
     /// Takes one frame and leaves zero or more in `out`. Never blocks, never fails.
     pub fn forward(&mut self, frame: Frame, tables: &Tables, now: Instant, pool: &Pool, out: &mut Outbox) {
-        let seen = self.look(&frame, tables);
-        match seen.as_ref().and_then(|seen| Some((seen, self.recognise(seen, tables, now)?))) {
-            Some((seen, slot)) => self.follow(frame, seen, slot, tables, now, out),
+        let mut seen = Glimpse::default();
+        let slot = self.look(&frame, tables, &mut seen).and_then(|()| self.recognise(&seen, tables, now));
+        match slot {
+            Some(slot) => self.follow(frame, &seen, slot, tables, now, out),
             None => self.forward_thoroughly(frame, &Round { tables, now, pool }, out),
         }
     }
@@ -95,17 +91,22 @@ impl Forwarder {
         pool: &Pool,
         out: &mut Outbox,
     ) {
-        let mut seen = ArrayVec::<Option<Seen>, BATCH>::new();
-        for frame in frames.as_slice().iter().take(BATCH) {
-            seen.push(self.look(frame, tables));
+        // A vector comes from one port.
+        self.current = frames.as_slice().first().map_or(self.current, |frame| frame.ingress());
+        let mut seen = std::mem::take(&mut self.seen);
+        seen.resize(BATCH, Glimpse::default());
+        for (frame, seen) in frames.as_slice().iter().zip(&mut seen) {
+            if self.look(frame, tables, seen).is_none() {
+                seen.len = 0;
+            }
         }
-        for (seen, frame) in seen.iter().zip(frames) {
-            self.current = frame.ingress();
-            match seen.as_ref().and_then(|seen| Some((seen, self.recognise(seen, tables, now)?))) {
-                Some((seen, slot)) => self.follow(frame, seen, slot, tables, now, out),
+        for (frame, seen) in frames.zip(&seen) {
+            match self.recognise(seen, tables, now) {
+                Some(slot) => self.follow(frame, seen, slot, tables, now, out),
                 None => self.forward_thoroughly(frame, &Round { tables, now, pool }, out),
             }
         }
+        self.seen = seen;
     }
 
     /// The whole way.
@@ -235,40 +236,45 @@ impl Forwarder {
 // The way of a frame whose flow is known.
 impl Forwarder {
     /// Looks at a frame's headers, and has what the flow cache says about them fetched.
-    fn look(&mut self, frame: &Frame, tables: &Tables) -> Option<Seen> {
-        let (start, sender) = match frame.outer {
-            None => (0, Sender::Pod(frame.ingress())),
-            Some(outer) => (VXLAN_LEN, Sender::Node(self.member(outer.peer, tables)?)),
+    #[inline(always)]
+    fn look(&mut self, frame: &Frame, tables: &Tables, seen: &mut Glimpse) -> Option<()> {
+        let (meta, head) = frame.parts();
+        let (start, sender) = match &meta.outer {
+            None => (0, Sender::Pod(meta.ingress())),
+            Some(_) if !tunnel::is_plain(head, tables) => return None,
+            Some(outer) => (VXLAN_LEN, Sender::Node(self.member(&outer.peer, tables)?)),
         };
-        if start > 0 && !tunnel::is_plain(frame, tables) {
-            return None;
-        }
-        let glimpse = glimpse(frame, start, sender)?;
-        let hash = self.conntrack.hash(&glimpse.signature);
-        self.conntrack.prefetch(hash);
-        Some(Seen { glimpse, hash })
+        glimpse(meta, head, start, sender, self.conntrack.seed(), seen)?;
+        self.conntrack.prefetch(seen.hash);
+        Some(())
     }
 
     /// Vectors come from few nodes: the last one is remembered.
-    fn member(&mut self, peer: IpAddr, tables: &Tables) -> Option<NodeId> {
-        let (known, epoch, node) = self.last_member;
-        if known == peer && epoch == tables.epoch {
-            return Some(node);
+    #[inline(always)]
+    fn member(&mut self, peer: &IpAddr, tables: &Tables) -> Option<NodeId> {
+        let (known, epoch, node) = &self.last_member;
+        if known == peer && *epoch == tables.epoch {
+            return Some(*node);
         }
-        let node = tunnel::member(peer, tables)?;
-        self.last_member = (peer, tables.epoch, node);
+        let node = tunnel::member(*peer, tables)?;
+        self.last_member = (*peer, tables.epoch, node);
         Some(node)
     }
 
     /// Finds the path of a flow, if this packet may take it.
-    fn recognise(&self, seen: &Seen, tables: &Tables, now: Instant) -> Option<usize> {
-        let slot = self.conntrack.find(&seen.glimpse.signature, seen.hash)?;
+    #[inline(always)]
+    fn recognise(&self, seen: &Glimpse, tables: &Tables, now: Instant) -> Option<usize> {
+        if seen.len == 0 {
+            return None;
+        }
+        let slot = self.conntrack.find(&seen.signature, seen.hash)?;
         let entry = self.conntrack.entry(slot);
-        let fits = seen.glimpse.wire_size <= entry.mtu() && (entry.routed().is_none() || seen.glimpse.ttl > 1);
+        let fits = seen.wire_size <= entry.mtu() && (!entry.is_routed() || seen.ttl > 1);
         (fits && self.holds(slot, tables, now)).then_some(slot)
     }
 
     /// Whether what is known of a flow may still be used.
+    #[inline(always)]
     fn holds(&self, slot: usize, tables: &Tables, now: Instant) -> bool {
         let entry = self.conntrack.entry(slot);
         let unmoved = |learned| entry.fdb_version() == self.fdb.version() || self.fdb.holds(&learned, now);
@@ -277,35 +283,45 @@ impl Forwarder {
 
     /// Sends a frame where its flow goes. Does what [`nat::rewrite`], [`Forwarder::commit`] and [`Forwarder::emit`] do, for the
     /// few paths that the cache can hold.
-    fn follow(&mut self, mut frame: Frame, seen: &Seen, slot: usize, tables: &Tables, now: Instant, out: &mut Outbox) {
-        let Seen { glimpse, hash } = seen;
-        frame.strip(glimpse.start.into(), glimpse.len as usize);
+    #[inline(always)]
+    fn follow(
+        &mut self,
+        mut frame: Frame,
+        seen: &Glimpse,
+        slot: usize,
+        tables: &Tables,
+        now: Instant,
+        out: &mut Outbox,
+    ) {
+        frame.strip(seen.start.into(), seen.len as usize);
         if let Some(gso) = &mut frame.offload.gso {
-            gso.header_len = glimpse.header_len;
+            gso.header_len = seen.header_len;
         }
-        if glimpse.start > 0 {
-            self.hear(glimpse, slot, now);
+        if seen.start > 0 {
+            self.hear(seen, slot, now);
         }
         let entry = self.conntrack.entry_mut(slot);
-        entry.seen(frame.len(), now);
-        if let Some(macs) = entry.routed() {
-            nat::route(frame.head_mut(), macs, glimpse.v4);
+        entry.seen(seen.len as usize, now);
+        if entry.is_routed()
+            && let Some(macs) = entry.routed()
+        {
+            nat::route(frame.head_mut(), macs, seen.v4);
         }
         match entry.to() {
             To::Port(port) => self.push(port, frame, out),
-            To::Node(node) => self.send(node, frame, conntrack::entropy(*hash), tables, out),
+            To::Node(node) => self.send(node, frame, conntrack::entropy(seen.hash), tables, out),
         }
     }
 
     /// A node sent a frame of a known flow: tells the FDB, if it may not know or is to be told again.
-    fn hear(&mut self, glimpse: &Glimpse, slot: usize, now: Instant) {
-        let Sender::Node(id) = glimpse.signature.sender() else { return };
+    fn hear(&mut self, seen: &Glimpse, slot: usize, now: Instant) {
+        let Sender::Node(id) = seen.signature.sender() else { return };
         self.stats.node(id).heard(now);
         let entry = self.conntrack.entry_mut(slot);
         let Some(taught) = entry.taught() else { return };
         let version = self.fdb.version();
         if entry.fdb_version() != version || now.since(taught) >= TEACH_EACH {
-            let (_, mac) = glimpse.signature.macs();
+            let (_, mac) = seen.signature.macs();
             self.fdb.learn(mac, id, now);
             entry.confirm(version);
             entry.teach(now);
@@ -379,6 +395,7 @@ impl Forwarder {
 
 // The ways by which `emit` lets a frame go.
 impl Forwarder {
+    #[inline(always)]
     fn push(&mut self, port: PortId, frame: Frame, out: &mut Outbox) {
         if let Err(frame) = out.push(port, frame) {
             self.stats.drop(frame, DropReason::QueueFull);
@@ -427,7 +444,7 @@ impl Forwarder {
                 (Some(frame), Hop::Port(port)) => self.push(port, frame, out),
                 // A copy that could not be made was counted as made, and ends for want of a buffer.
                 (None, _) => {
-                    self.stats.ended(original.as_ref().map_or(PortId(0), Frame::ingress), DropReason::NoBuffer)
+                    self.stats.ended(original.as_ref().map_or(PortId(0), |frame| frame.ingress()), DropReason::NoBuffer)
                 }
                 (Some(frame), _) => self.stats.drop(frame, DropReason::NoReceiver),
             }
@@ -499,6 +516,7 @@ impl Forwarder {
             stats: Stats::default(),
             last_member: (IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0, NodeId(0)),
             current: PortId(0),
+            seen: vec![Glimpse::default(); BATCH],
         }
     }
 

@@ -8,14 +8,15 @@
 //! Dropping a frame gives its buffers back; that it was counted is the business of [`crate::stats::Stats`].
 
 use std::net::IpAddr;
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 
 use weft_encap::offload::Offload;
 
-use crate::pool::{CHUNK, Pool};
+use crate::pool::{CHUNK, Chunk, Pool};
 use crate::port::PortId;
-use crate::port::sys::arena::{Chunk, Super};
+use crate::port::sys::arena::Super;
 
+pub use crate::port::sys::lazy::Lazy;
 pub use crate::port::sys::prefetch::prefetch;
 
 /// What a frame from or for the underlay carries beside its bytes, which start at the tunnel header.
@@ -102,26 +103,84 @@ impl Body {
 }
 
 /// A frame. See the module's essay.
+///
+/// What is known of it stands beside its chunk ([`Meta`]) and does not move when the frame does.
 pub struct Frame {
     chunk: Chunk,
+}
+
+/// What is known of a frame beside its bytes.
+#[derive(Default)]
+#[repr(C, align(64))]
+pub struct Meta {
     start: u16,
     head: u16,
     merged: u16,
     ingress: PortId,
-    body: Option<Body>,
     /// What is still to be done to it: checksum, segmentation. Its offsets count from the Ethernet header: the inner one, behind the
     /// tunnel header, while `outer` is set.
     pub offload: Offload,
     /// Set if it came from the underlay or goes there.
     pub outer: Option<Outer>,
+    body: Option<Body>,
+}
+
+impl Deref for Frame {
+    type Target = Meta;
+    #[inline]
+    fn deref(&self) -> &Meta {
+        self.chunk.note()
+    }
+}
+
+impl DerefMut for Frame {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut Meta {
+        self.chunk.note_mut()
+    }
+}
+
+impl Meta {
+    /// The port by which it (or the frame that caused it) came in.
+    pub fn ingress(&self) -> PortId {
+        self.ingress
+    }
+
+    /// How many further frames were merged into it on the way in.
+    pub fn merged(&self) -> u16 {
+        self.merged
+    }
+
+    /// Payload behind the head.
+    pub fn body(&self) -> Option<&Body> {
+        self.body.as_ref()
+    }
+
+    /// Bytes in all.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.head as usize + self.body.as_ref().map_or(0, Body::len)
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where the head lies in its chunk.
+    #[inline]
+    fn span(&self) -> Range<usize> {
+        self.start as usize..self.start as usize + self.head as usize
+    }
 }
 
 impl Frame {
     /// A frame whose head is `chunk[start..start + head]`.
-    pub fn new(chunk: Chunk, start: usize, head: usize, ingress: PortId) -> Frame {
+    pub fn new(mut chunk: Chunk, start: usize, head: usize, ingress: PortId) -> Frame {
         assert!(start + head <= chunk.len());
-        let (start, head) = (start as u16, head as u16);
-        Frame { chunk, start, head, merged: 0, ingress, body: None, offload: Offload::default(), outer: None }
+        let meta = chunk.note_mut();
+        (meta.start, meta.head, meta.ingress) = (start as u16, head as u16, ingress);
+        Frame { chunk }
     }
 
     /// A frame that holds a copy of `bytes`; `None` if they do not fit a chunk or no buffer is free.
@@ -152,40 +211,24 @@ impl Frame {
         self
     }
 
-    /// The port by which it (or the frame that caused it) came in.
-    pub fn ingress(&self) -> PortId {
-        self.ingress
-    }
-
-    /// How many further frames were merged into it on the way in.
-    pub fn merged(&self) -> u16 {
-        self.merged
-    }
-
     /// Contiguous bytes from the first on; holds all headers.
+    #[inline]
     pub fn head(&self) -> &[u8] {
-        &self.chunk[self.start as usize..self.start as usize + self.head as usize]
+        &self.chunk[self.span()]
+    }
+
+    /// What is known of it, and its head, for whoever asks much.
+    #[inline(always)]
+    pub fn parts(&self) -> (&Meta, &[u8]) {
+        let meta = self.chunk.note();
+        (meta, &self.chunk[meta.span()])
     }
 
     /// The same, for writing.
+    #[inline]
     pub fn head_mut(&mut self) -> &mut [u8] {
-        let (start, head) = (self.start as usize, self.head as usize);
-        &mut self.chunk[start..start + head]
-    }
-
-    /// Payload behind the head.
-    pub fn body(&self) -> Option<&Body> {
-        self.body.as_ref()
-    }
-
-    /// Bytes in all.
-    pub fn len(&self) -> usize {
-        self.head as usize + self.body.as_ref().map_or(0, Body::len)
-    }
-
-    /// Whether it has no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        let (meta, bytes) = self.chunk.parts_mut();
+        &mut bytes[meta.span()]
     }
 
     /// Removes `count` bytes from the front of the head; `None`, with nothing changed, if it is shorter.
@@ -201,12 +244,17 @@ impl Frame {
 
     /// Removes `count` bytes from the front (a tunnel header; none for a frame from a pod), and what lies behind `len` bytes after that.
     /// The caller knows that the head holds the headers.
+    #[inline(always)]
     pub fn strip(&mut self, count: usize, len: usize) {
+        let meta = self.chunk.note_mut();
         if count > 0 {
-            self.pull(count).expect("the tunnel header was read");
-            self.outer = None;
+            meta.start += count as u16;
+            meta.head = meta.head.saturating_sub(count as u16);
+            meta.outer = None;
         }
-        if len < self.len() {
+        if meta.body.is_none() {
+            meta.head = meta.head.min(len as u16);
+        } else if len < meta.len() {
             self.truncate(len);
         }
     }
@@ -238,8 +286,8 @@ impl Frame {
 
     /// Head and body at once: the head for writing.
     pub fn parts_mut(&mut self) -> (&mut [u8], Option<&Body>) {
-        let (start, head) = (self.start as usize, self.head as usize);
-        (&mut self.chunk[start..start + head], self.body.as_ref())
+        let (meta, bytes) = self.chunk.parts_mut();
+        (&mut bytes[meta.span()], meta.body.as_ref())
     }
 
     /// Bytes `range` of the frame as contiguous slices, in order; what lies past its end is left out.
@@ -283,10 +331,12 @@ impl Frame {
     /// A copy with a head of its own that shares the payload; `None` if no buffer is free.
     pub fn copy(&self, pool: &Pool) -> Option<Frame> {
         let (mut chunk, _) = pool.chunk()?;
-        let (start, head) = (self.start as usize, self.head as usize);
-        chunk[start..start + head].copy_from_slice(&self.chunk[start..start + head]);
-        let body = self.body.as_ref().map(Body::share);
-        Some(Frame { chunk, body, merged: 0, ..*self })
+        let span = self.span();
+        chunk[span.clone()].copy_from_slice(&self.chunk[span.clone()]);
+        let mut copy = Frame::new(chunk, span.start, span.len(), self.ingress);
+        (copy.offload, copy.outer) = (self.offload, self.outer);
+        copy.body = self.body.as_ref().map(Body::share);
+        Some(copy)
     }
 
     /// All bytes in one vector, for tests and for tools; never on the way of a frame.

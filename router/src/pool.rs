@@ -6,7 +6,11 @@
 
 use std::io;
 
-use crate::port::sys::arena::{Arena, Chunk, Super};
+use crate::frame::Meta;
+use crate::port::sys::arena::{Arena, Super};
+
+/// A small buffer that can become a frame.
+pub type Chunk = crate::port::sys::arena::Chunk<Meta>;
 
 /// Bytes of a chunk; also the chunk size of an AF_XDP UMEM.
 pub const CHUNK: usize = 2048;
@@ -25,7 +29,7 @@ const COLOUR: usize = 64;
 
 /// The buffers of one worker.
 pub struct Pool {
-    arena: Arena,
+    arena: Arena<Meta>,
 }
 
 impl Pool {

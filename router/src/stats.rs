@@ -95,6 +95,28 @@ impl NodeStats {
     }
 }
 
+/// Frames from one port that leave by another, one after the other: counted together, since a vector comes from one port.
+#[derive(Copy, Clone, Debug, Default)]
+pub struct Tally {
+    from: PortId,
+    frames: u64,
+    bytes: u64,
+}
+
+impl Tally {
+    /// Adds a frame that leaves by `by`; what was counted of another port's frames goes to `stats` before.
+    #[inline(always)]
+    pub fn add(&mut self, frame: &Frame, by: PortId, stats: &mut Stats) {
+        let from = frame.ingress();
+        if from != self.from {
+            stats.sent_plain(std::mem::take(self), by);
+            self.from = from;
+        }
+        self.frames += 1;
+        self.bytes += frame.len() as u64;
+    }
+}
+
 /// All counters of a worker.
 #[derive(Debug, Default)]
 pub struct Stats {
@@ -153,15 +175,14 @@ impl Stats {
         port.received_bytes += bytes;
     }
 
-    /// Counts a frame that left by `by` as it was.
-    pub fn sent_whole(&mut self, frame: &Frame, by: PortId) {
-        let bytes = frame.len() as u64;
-        let from = self.port(frame.ingress());
-        from.sent += 1;
-        from.sent_bytes += bytes;
+    /// Counts frames that left by `by` as they were.
+    pub fn sent_plain(&mut self, tally: Tally, by: PortId) {
+        let from = self.port(tally.from);
+        from.sent += tally.frames;
+        from.sent_bytes += tally.bytes;
         let out = self.port(by);
-        out.out += 1;
-        out.out_bytes += bytes;
+        out.out += tally.frames;
+        out.out_bytes += tally.bytes;
     }
 
     /// Counts a frame that left by `by` as `pieces` frames on the wire (more than one if the port segmented it).

@@ -36,10 +36,10 @@ pub fn member(peer: IpAddr, tables: &Tables) -> Option<NodeId> {
     tables.members.get(&peer.to_canonical()).copied()
 }
 
-/// Whether a frame begins with the tunnel header that [`open`] accepts.
+/// Whether a frame's head begins with the tunnel header that [`open`] accepts.
 #[inline]
-pub fn is_plain(frame: &Frame, tables: &Tables) -> bool {
-    frame.head().first_chunk() == Some(VxlanHeader::new(tables.vni).as_bytes().first_chunk::<VXLAN_LEN>().expect("its length"))
+pub fn is_plain(head: &[u8], tables: &Tables) -> bool {
+    head.first_chunk() == Some(VxlanHeader::new(tables.vni).as_bytes().first_chunk::<VXLAN_LEN>().expect("its length"))
 }
 
 /// Wraps a frame for a node. Offsets in its offload metadata keep counting from the inner Ethernet header.

@@ -31,7 +31,7 @@ pub mod xdp;
 pub use outbox::Outbox;
 
 /// Number of a port. Small and dense: counters and queues are indexed by it.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PortId(pub u16);
 
 impl PortId {
@@ -69,6 +69,11 @@ impl Batch {
     pub fn push(&mut self, frame: Frame) {
         debug_assert!(!self.is_full());
         self.frames.push(frame);
+    }
+
+    /// Appends as many frames as there is room for.
+    pub fn fill(&mut self, frames: impl Iterator<Item = Frame>) {
+        self.frames.extend(frames.take(BATCH - self.frames.len()));
     }
 
     /// Whether no more frames shall be added.

@@ -29,6 +29,7 @@ impl Outbox {
     ///
     /// # Errors
     /// [`QUEUE`] frames wait there already: the frame comes back, to be dropped by name.
+    #[inline(always)]
     pub fn push(&mut self, port: PortId, frame: Frame) -> Result<(), Frame> {
         let slot = self.slot(port);
         if slot.queue.len() >= QUEUE {
@@ -53,6 +54,7 @@ impl Outbox {
         &mut self.slot(port).queue
     }
 
+    #[inline(always)]
     fn slot(&mut self, port: PortId) -> &mut Slot {
         let index = port.index();
         if index >= self.queues.len() {

@@ -5,6 +5,7 @@
 
 pub mod arena;
 pub mod bpf;
+pub mod lazy;
 pub mod message;
 pub mod prefetch;
 pub mod tun;
