@@ -169,15 +169,21 @@ impl Mode {
         })
     }
 
-    /// In how many turns a task has its place. None: only a more thorough mode has it.
+    /// In how many turns a task has its place on a data path. None: only a more thorough mode has it. The other
+    /// userspace path gets fewer, for what it is far from is known after one.
     pub fn turns(self, task: &Task, contender: &Contender) -> usize {
         let is_guest = matches!(contender.kind, Kind::Ovs(_));
+        let is_frames = matches!(task.what, What::Frames(_));
         match self {
             Mode::Smoke => 1,
-            Mode::Full => 5,
-            Mode::Short if is_guest && task.layout == Layout::Two => usize::from(task.is_short()),
+            Mode::Short if is_guest && task.is_held_against_guests() => 3,
+            Mode::Short if is_guest => usize::from(task.is_judged() || !task.is_bulk() && task.is_short()),
+            Mode::Short if task.is_judged() && is_frames => 2,
             Mode::Short if task.is_judged() => 3,
             Mode::Short => usize::from(task.is_short()),
+            Mode::Full if is_guest && !task.is_held_against_guests() => 3,
+            Mode::Full if is_frames && !task.is_judged() => 3,
+            Mode::Full => 5,
         }
     }
 }
@@ -269,6 +275,16 @@ impl Task {
         }
     }
 
+    /// Whether Weft is judged by what it is here beside another userspace path.
+    fn is_held_against_guests(&self) -> bool {
+        let tcp = What::Tcp { streams: 1, reverse: false };
+        *self == Task { what: tcp, layout: Layout::Same, links: Links::Whole }
+    }
+
+    fn is_bulk(&self) -> bool {
+        matches!(self.what, What::Tcp { .. })
+    }
+
     /// Whether the short mode has it.
     fn is_short(&self) -> bool {
         self.is_judged() || (self.links == Links::Whole && !matches!(self.what, What::Frames(_)))
@@ -322,3 +338,61 @@ static FRAMES: [Figure; 4] = [
 ];
 
 static MEMORY: [Figure; 1] = [Figure { is_charted: false, ..figure("", "", "MiB", false) }];
+
+#[cfg(test)]
+mod tests {
+    use super::super::contender::CONTENDERS;
+    use super::*;
+
+    #[test]
+    fn every_row_has_a_name_of_its_own() {
+        let names = |task: Task| task.figures().iter().map(move |figure| format!("{}{}", task.name(), figure.suffix));
+        let mut all: Vec<String> = Task::all().into_iter().flat_map(names).collect();
+        let count = all.len();
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), count);
+        for name in ["same-tcp-1", "two-tcp-4-plain", "same-tcp-16-reverse", "same-rtt-p50", "two-frames-imix-ndr"] {
+            assert!(all.iter().any(|one| one == name), "{name}: {all:?}");
+        }
+    }
+
+    #[test]
+    fn a_thorough_mode_has_everything_five_times_where_it_is_judged() {
+        for contender in &CONTENDERS {
+            for task in Task::all().iter().filter(|task| task.applies_to(contender).is_ok()) {
+                let turns = [Mode::Smoke, Mode::Short, Mode::Full].map(|mode| mode.turns(task, contender));
+                assert!(turns[0] == 1 && turns[2] >= 3 && turns[1] <= turns[2], "{}: {turns:?}", task.name());
+                if task.is_judged() && !matches!(contender.kind, Kind::Ovs(_)) {
+                    assert_eq!(turns[2], 5, "{}", task.name());
+                }
+            }
+        }
+    }
+
+    /// What is sure to pass on one data path, without starting programs and looking for rates.
+    fn least(mode: Mode, task: &Task) -> Duration {
+        let lengths = mode.lengths(task);
+        match task.what {
+            What::Tcp { .. } => Duration::from_secs(u64::from(lengths.tcp_seconds.unwrap_or(0))),
+            // Quiet paths share their pauses.
+            What::RoundTrip(Pace::Paused) => lengths.pause * lengths.paused_count / 2,
+            What::RoundTrip(_) | What::Connections => lengths.round,
+            What::Frames(_) => lengths.search.trial * u32::try_from(lengths.search.trials).unwrap(),
+            What::Memory => Duration::ZERO,
+        }
+    }
+
+    #[test]
+    fn what_is_planned_fits_the_time() {
+        for mode in [Mode::Smoke, Mode::Short, Mode::Full] {
+            let mut sum = Duration::ZERO;
+            for contender in &CONTENDERS {
+                for task in Task::all().iter().filter(|task| task.applies_to(contender).is_ok()) {
+                    sum += least(mode, task) * u32::try_from(mode.turns(task, contender)).unwrap();
+                }
+            }
+            assert!(sum < mode.budget() * 9 / 10, "{mode:?}: {sum:?} of {:?}", mode.budget());
+        }
+    }
+}
