@@ -171,6 +171,11 @@ impl Frame {
         &mut self.chunk[start..start + head]
     }
 
+    /// The head's chunk, and where in it the head begins.
+    pub(crate) fn place(&self) -> (&Chunk, usize) {
+        (&self.chunk, self.start as usize)
+    }
+
     /// Payload behind the head.
     pub fn body(&self) -> Option<&Body> {
         self.body.as_ref()

@@ -49,6 +49,11 @@ impl Pool {
         self.arena.large()
     }
 
+    /// Its memory, for devices that are lent buffers.
+    pub fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
     /// How many chunks and super buffers are free.
     pub fn free(&self) -> (usize, usize) {
         self.arena.free()

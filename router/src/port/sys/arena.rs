@@ -12,6 +12,8 @@ use std::cell::{Cell, RefCell};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
@@ -21,6 +23,13 @@ struct Region {
     count: u32,
     free: RefCell<Vec<u32>>,
     shares: Box<[Cell<u32>]>,
+    abandoned: RefCell<Vec<Abandoned>>,
+}
+
+/// Buffers that a device had when it went, and whether the kernel has let go of them.
+struct Abandoned {
+    indexes: Vec<u32>,
+    released: Arc<AtomicBool>,
 }
 
 impl Region {
@@ -35,13 +44,24 @@ impl Region {
         // The lowest numbers are on top: a quiet worker touches few pages.
         let free = RefCell::new((0..count).rev().collect());
         let shares = (0..count).map(|_| Cell::new(0)).collect();
-        Ok(Rc::new(Region { base, size, count, free, shares }))
+        Ok(Rc::new(Region { base, size, count, free, shares, abandoned: RefCell::default() }))
     }
 
     fn take(&self) -> Option<u32> {
-        let index = self.free.borrow_mut().pop()?;
+        let popped = self.free.borrow_mut().pop();
+        let index = popped.or_else(|| {
+            self.collect();
+            self.free.borrow_mut().pop()
+        })?;
         self.shares[index as usize].set(1);
         Some(index)
+    }
+
+    /// Frees what was abandoned and has been released since.
+    fn collect(&self) {
+        let released = |abandoned: &mut Abandoned| abandoned.released.load(Ordering::Acquire);
+        let ripe: Vec<Abandoned> = self.abandoned.borrow_mut().extract_if(.., released).collect();
+        ripe.iter().flat_map(|abandoned| &abandoned.indexes).for_each(|&index| self.release(index));
     }
 
     /// Gives up one share; the last one frees the buffer.
@@ -147,6 +167,49 @@ impl Drop for Super {
     }
 }
 
+/// The chunks of an arena by number, for [`lending`](super::lending) them to the kernel: a chunk that is lent has no handle, or one that
+/// is not written to.
+#[derive(Clone)]
+pub(super) struct Chunks(Rc<Region>);
+
+impl Chunks {
+    /// Takes a free chunk without making a handle.
+    pub(super) fn take(&self) -> Option<u32> {
+        self.0.take()
+    }
+
+    /// Makes the handle of a chunk that was taken. It must not have one.
+    pub(super) fn adopt(&self, index: u32) -> Chunk {
+        debug_assert_eq!(self.0.shares[index as usize].get(), 1);
+        Chunk { region: Rc::clone(&self.0), index }
+    }
+
+    /// Keeps a chunk from being free when its handle goes. `None` if it is of another arena.
+    pub(super) fn hold(&self, chunk: &Chunk) -> Option<u32> {
+        if !Rc::ptr_eq(&self.0, &chunk.region) {
+            return None;
+        }
+        let shares = &self.0.shares[chunk.index as usize];
+        shares.set(shares.get() + 1);
+        Some(chunk.index)
+    }
+
+    /// Gives up what [`Chunks::take`] or [`Chunks::hold`] gave.
+    pub(super) fn release(&self, index: u32) {
+        self.0.release(index);
+    }
+
+    /// Gives up all of these as soon as `released` is set, by whoever closes the device.
+    pub(super) fn abandon(&self, indexes: Vec<u32>, released: Arc<AtomicBool>) {
+        self.0.abandoned.borrow_mut().push(Abandoned { indexes, released });
+    }
+
+    /// Address of the first, bytes of each, and how many there are.
+    pub(super) fn area(&self) -> (usize, usize, u32) {
+        (self.0.base.as_ptr() as usize, self.0.size, self.0.count)
+    }
+}
+
 /// The buffers of one worker.
 pub struct Arena {
     chunks: Rc<Region>,
@@ -172,9 +235,38 @@ impl Arena {
         self.supers.take().map(|index| Super { region: Rc::clone(&self.supers), index })
     }
 
+    /// The chunks by number.
+    pub(super) fn chunks(&self) -> Chunks {
+        Chunks(Rc::clone(&self.chunks))
+    }
+
     /// How many chunks and super buffers are free.
     pub fn free(&self) -> (usize, usize) {
+        self.chunks.collect();
         (self.chunks.free.borrow().len(), self.supers.free.borrow().len())
+    }
+}
+
+#[cfg(test)]
+impl Arena {
+    /// What the kernel would read at an address of the chunks' region.
+    pub(crate) fn peek(&self, address: u64, len: usize) -> Vec<u8> {
+        (0..len).map(|at| self.chunks.byte(address as usize + at).get()).collect()
+    }
+
+    /// What the kernel would write there.
+    pub(crate) fn poke(&self, address: u64, bytes: &[u8]) {
+        bytes.iter().enumerate().for_each(|(at, byte)| self.chunks.byte(address as usize + at).set(*byte));
+    }
+}
+
+#[cfg(test)]
+impl Region {
+    fn byte(&self, at: usize) -> &Cell<u8> {
+        assert!(at < self.size * self.count as usize);
+        // SAFETY: the byte lies in the mapping, which lives as long as `self`. Tests use this only for chunks that are
+        // lent, to which nobody holds a reference meanwhile.
+        unsafe { &*self.base.as_ptr().add(at).cast::<Cell<u8>>() }
     }
 }
 
@@ -208,6 +300,22 @@ mod tests {
         assert_eq!(arena.free(), (1, 0));
         drop(one);
         assert_eq!(arena.free(), (1, 1));
+    }
+
+    #[test]
+    fn what_was_abandoned_is_free_when_it_is_released() {
+        let arena = Arena::new(2048, 3, 4096, 1).unwrap();
+        let chunks = arena.chunks();
+        let indexes = vec![chunks.take().unwrap(), chunks.take().unwrap()];
+        let released = Arc::new(AtomicBool::new(false));
+        chunks.abandon(indexes, Arc::clone(&released));
+        let last = arena.chunk().unwrap();
+        assert!(arena.chunk().is_none());
+        released.store(true, Ordering::Release);
+        let one = arena.chunk().unwrap();
+        assert_eq!(arena.free().0, 1);
+        drop((one, last));
+        assert_eq!(arena.free().0, 3);
     }
 
     #[test]

@@ -5,5 +5,8 @@
 
 pub mod arena;
 pub mod bpf;
+pub mod lending;
 pub mod message;
+pub mod ring;
 pub mod tun;
+pub mod xsk;
