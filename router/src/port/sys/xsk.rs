@@ -10,6 +10,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::xdp::{
@@ -34,6 +36,8 @@ pub const METADATA_LEN: usize = 24;
 const MAX_TX_BUDGET: libc::c_int = 9;
 /// Memory that frames in flight may take; the default holds a few hundred.
 const SEND_BUFFER: usize = 8 << 20;
+/// How long a queue may stay busy after its socket was closed.
+const BUSY_FOR: Duration = Duration::from_secs(1);
 
 /// An entry of the receive and transmit rings: <https://elixir.bootlin.com/linux/v6.18/A/ident/xdp_desc>.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
@@ -160,6 +164,19 @@ impl Socket {
     /// `EBUSY` if another socket has the queue, `ENODEV` if there is no such device, `EINVAL` if it has no such queue, `EPERM` without
     /// CAP_NET_RAW, `ENOBUFS` or `ENOMEM` if the memory cannot be locked.
     pub fn open(umem: &Umem, binding: Binding) -> io::Result<Socket> {
+        // The kernel lets go of a queue a while after the last socket on it was closed.
+        let deadline = Instant::now() + BUSY_FOR;
+        loop {
+            match Socket::open_now(umem, binding) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                    thread::sleep(BUSY_FOR / 100);
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn open_now(umem: &Umem, binding: Binding) -> io::Result<Socket> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let mut sockets = umem.sockets.lock().unwrap_or_else(PoisonError::into_inner);
         sockets.retain(|sibling| sibling.fd.strong_count() > 0);
@@ -172,8 +189,8 @@ impl Socket {
             let shared = SocketAddrXdpWithSharedUmem { addr, shared_umem_fd: sibling.as_fd() };
             match bind(&fd, &shared) {
                 Ok(()) => return finish(fd, rings, umem, metadata, &mut sockets),
-                // Its device is gone, and with it what could be shared.
-                Err(Errno::BADF) => {}
+                // Its device is gone, or it has this very queue and is about to close.
+                Err(Errno::BADF | Errno::INVAL) => {}
                 Err(error) => return Err(error.into()),
             }
         }

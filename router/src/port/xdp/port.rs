@@ -17,13 +17,14 @@ use rustix::io::Errno;
 use weft_encap::offload::Offload;
 
 use super::endpoint::Endpoint;
-use super::{partial, programs};
+use super::programs::{self, Tunnel};
+use super::{Verdict, partial};
 use crate::drop_reason::DropReason;
 use crate::frame::Frame;
 use crate::pool::{CHUNK, Pool};
 use crate::port::software::{self, Cut};
 use crate::port::sys::arena::Chunk;
-use crate::port::sys::bpf::{BpfError, Link, Map, MapKind, Mode, Program};
+use crate::port::sys::bpf::{BpfError, Instruction, Link, Map, MapKind, Mode, Program};
 #[cfg(test)]
 use crate::port::sys::xsk::Rings;
 use crate::port::sys::xsk::{Binding, METADATA_LEN, Socket, Umem, Wakeup, checksum_metadata};
@@ -56,11 +57,32 @@ impl Attachment {
     /// `EBUSY` if another program is attached; `EOPNOTSUPP`, `EINVAL` or `ERANGE` if the driver cannot, for example with an MTU near a
     /// page's size; see [`BpfError`].
     pub fn pod(interface: u32, socket: &Socket, mode: Mode) -> Result<Attachment, BpfError> {
-        let sockets = Map::create(MapKind::Xsk, "weft_sockets", 4, 4, 1)?;
-        let program = Program::load("weft_pod", &programs::pod(&sockets))?;
-        let fd = socket.as_fd().as_raw_fd();
-        sockets.update(&0_u32.to_ne_bytes(), &fd.to_ne_bytes())?;
-        Ok(Attachment { _link: program.attach(interface, mode)?, _sockets: sockets })
+        Attachment::with(interface, &[socket], mode, "weft_pod", programs::pod)
+    }
+
+    /// Has our tunnel's packets to our address go to `sockets`, one for each queue of an uplink from 0 on, and leaves everything
+    /// else to the kernel.
+    ///
+    /// # Errors
+    /// As for [`Attachment::pod`].
+    pub fn uplink(interface: u32, sockets: &[&Socket], tunnel: &Tunnel, mode: Mode) -> Result<Attachment, BpfError> {
+        let program = |map: &Map| programs::uplink(map, tunnel, Verdict::Pass);
+        Attachment::with(interface, sockets, mode, "weft_uplink", program)
+    }
+
+    fn with(
+        interface: u32,
+        sockets: &[&Socket],
+        mode: Mode,
+        name: &str,
+        program: impl FnOnce(&Map) -> Vec<Instruction>,
+    ) -> Result<Attachment, BpfError> {
+        let map = Map::create(MapKind::Xsk, "weft_sockets", 4, 4, sockets.len() as u32)?;
+        for (queue, socket) in (0_u32..).zip(sockets) {
+            map.update(&queue.to_ne_bytes(), &socket.as_fd().as_raw_fd().to_ne_bytes())?;
+        }
+        let program = Program::load(name, &program(&map))?;
+        Ok(Attachment { _link: program.attach(interface, mode)?, _sockets: map })
     }
 }
 
@@ -72,6 +94,11 @@ pub struct XdpDevice {
 }
 
 impl XdpDevice {
+    /// A socket, and what leads frames to it.
+    pub fn new(attachment: Attachment, socket: Socket) -> XdpDevice {
+        XdpDevice { attachment, socket }
+    }
+
     /// Opens the host end of a pod's veth, by its number in the calling thread's namespace. Takes the kernel milliseconds.
     ///
     /// # Errors
