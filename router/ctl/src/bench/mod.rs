@@ -81,6 +81,7 @@ pub fn run(args: &Bench) -> Result<()> {
         }
     }
     let tasks = args.tasks()?;
+    args.check_files()?;
     let programs = args.binaries.find()?;
     plan::check_name(&args.name)?;
     let machine = Machine::look()?;
@@ -99,6 +100,7 @@ pub fn run(args: &Bench) -> Result<()> {
         mode: args.mode().name(),
         machine,
         seconds: started.elapsed().as_secs_f64(),
+        pause: args.mode().pause().as_secs_f64(),
         failures: samples.into_failures(),
         paths,
         rows,
@@ -115,6 +117,15 @@ impl Bench {
             (_, true) => Mode::Smoke,
             _ => Mode::Short,
         }
+    }
+
+    /// An error if a file cannot be written: better now than in twenty minutes.
+    fn check_files(&self) -> Result<()> {
+        for path in [&self.json, &self.svg].into_iter().flatten().filter(|path| path.as_os_str() != "-") {
+            let file = fs::OpenOptions::new().create(true).append(true).open(path);
+            file.with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(())
     }
 
     fn contenders(&self) -> Vec<&'static Contender> {

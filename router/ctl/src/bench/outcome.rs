@@ -33,6 +33,8 @@ pub struct Outcome {
     pub machine: Machine,
     /// How long it took, in seconds.
     pub seconds: f64,
+    /// Seconds between the requests of a ping-pong with pauses.
+    pub pause: f64,
     /// The data paths.
     pub paths: Vec<Path>,
     /// The figures.
@@ -213,7 +215,8 @@ impl Samples {
             Measured { path: path.id, summary, not_measured }
         };
         let mut ratios = Vec::new();
-        for (weft, path) in paths.iter().enumerate().filter(|(_, path)| path.contender.is_weft()) {
+        let wefts = paths.iter().enumerate().filter(|(_, path)| figure.is_compared && path.contender.is_weft());
+        for (weft, path) in wefts {
             for (other, to) in paths.iter().enumerate().filter(|(_, path)| !path.contender.is_weft()) {
                 let summary = turns(weft).zip(turns(other)).and_then(|(above, below)| quotients(above, below));
                 ratios.extend(summary.map(|summary| Ratio { path: path.id, to: to.id, summary }));
@@ -277,7 +280,17 @@ pub mod tests {
         let failure = Failure { task: task.name(), path: "kernel", turn: 4, reason: "it broke".into() };
         samples.fail(failure, 0, 1);
         let failures = samples.into_failures();
-        Outcome { version: VERSION, weft: "0", mode: "short", machine, seconds: 100.0, paths, rows, failures }
+        Outcome {
+            version: VERSION,
+            weft: "0",
+            mode: "short",
+            machine,
+            seconds: 100.0,
+            pause: 0.1,
+            paths,
+            rows,
+            failures,
+        }
     }
 
     #[test]

@@ -12,8 +12,10 @@ use crate::table::Table;
 pub fn render(outcome: &Outcome, style: Style) -> String {
     let mut text = format!("{}\n", outcome.machine.line());
     for layout in [Layout::Same, Layout::Two] {
-        let rows: Vec<&Row> =
-            outcome.rows.iter().filter(|row| row.layout == layout.name() && row.figure.is_shown).collect();
+        // What was measured nowhere has its place below.
+        let has_value = |row: &&Row| row.results.iter().any(|result| result.summary.is_some());
+        let is_shown = |row: &&Row| row.layout == layout.name() && row.figure.is_shown;
+        let rows: Vec<&Row> = outcome.rows.iter().filter(is_shown).filter(has_value).collect();
         if !rows.is_empty() {
             let _ = writeln!(text, "\n{}", style.strong(&format!("── {}", layout.label())));
             text.push_str(&table(outcome, &rows, style));
@@ -24,8 +26,9 @@ pub fn render(outcome: &Outcome, style: Style) -> String {
     let turns = turns.map(|summary| summary.values.len()).max().unwrap_or(0);
     let _ = writeln!(
         text,
-        "\nMedians of up to {turns} turns, least–greatest in brackets; ratios are formed within a turn. {:.0} s, {} mode.",
-        outcome.seconds, outcome.mode
+        "\nMedians of up to {turns} turns, least–greatest in brackets; ratios are formed within a turn. After a pause: \
+         one request each {} s. {:.0} s, {} mode.",
+        outcome.pause, outcome.seconds, outcome.mode
     );
     text
 }
@@ -46,7 +49,7 @@ fn table(outcome: &Outcome, rows: &[&Row], style: Style) -> String {
         cells.extend(shown.iter().map(|(index, _)| spread(row.results[*index].summary.as_ref())));
         cells.extend(pairs.iter().map(|(weft, to)| {
             let ratio = row.ratios.iter().find(|ratio| ratio.path == *weft && ratio.to == to.id);
-            ratio.map_or("–".to_owned(), |ratio| format!("{:.2}", ratio.summary.median))
+            ratio.map_or(String::new(), |ratio| format!("{:.2}", ratio.summary.median))
         }));
         table.push(cells, false);
     }

@@ -95,6 +95,8 @@ pub struct Figure {
     pub is_shown: bool,
     /// Whether the chart has it.
     pub is_charted: bool,
+    /// Whether a ratio of it says anything.
+    pub is_compared: bool,
 }
 
 /// How thorough.
@@ -133,29 +135,38 @@ impl Mode {
         }
     }
 
+    /// Between the requests of a ping-pong with pauses.
+    pub fn pause(self) -> Duration {
+        Duration::from_millis(match self {
+            Mode::Smoke => 20,
+            Mode::Short => 100,
+            Mode::Full => 1000,
+        })
+    }
+
     /// How much is done in a turn.
     pub fn lengths(self, task: &Task) -> Lengths {
-        let millis = Duration::from_millis;
+        let (millis, pause) = (Duration::from_millis, self.pause());
         match self {
             Mode::Smoke => Lengths {
                 tcp_seconds: None,
                 round: millis(50),
                 paused_count: 3,
-                pause: millis(20),
+                pause,
                 search: frames::Limits { trial: millis(20), trials: 3, ..frames::Limits::SHORT },
             },
             Mode::Short => Lengths {
                 tcp_seconds: Some(1),
                 round: millis(500),
                 paused_count: 20,
-                pause: millis(100),
+                pause,
                 search: frames::Limits { trial: millis(200), trials: 12, ..frames::Limits::SHORT },
             },
             Mode::Full => Lengths {
                 tcp_seconds: Some(if task.is_judged() { 2 } else { 1 }),
                 round: millis(1000),
                 paused_count: 8,
-                pause: millis(1000),
+                pause,
                 search: frames::Limits { trial: millis(300), trials: 16, ..frames::Limits::FULL },
             },
         }
@@ -164,7 +175,7 @@ impl Mode {
     /// When no further turn is begun, counted from the very start. What is left of the promise is for taking down.
     pub fn budget(self) -> Duration {
         Duration::from_secs(match self {
-            Mode::Smoke | Mode::Short => 165,
+            Mode::Smoke | Mode::Short => 160,
             Mode::Full => 19 * 60,
         })
     }
@@ -310,7 +321,7 @@ impl Layout {
 }
 
 const fn figure(suffix: &'static str, label: &'static str, unit: &'static str, more_is_better: bool) -> Figure {
-    Figure { suffix, label, unit, more_is_better, is_shown: true, is_charted: true }
+    Figure { suffix, label, unit, more_is_better, is_shown: true, is_charted: true, is_compared: true }
 }
 
 const GBPS: Figure = figure("", "", "Gb/s", true);
@@ -325,7 +336,7 @@ static ROUND_TRIP: [Figure; 4] = [
     figure("-p50", "p50", "µs", false),
     Figure { is_charted: false, ..figure("-p99", "p99", "µs", false) },
     Figure { is_charted: false, ..figure("-p99.9", "p99.9", "µs", false) },
-    Figure { is_shown: false, is_charted: false, ..figure("-one-cpu", "both ends on one CPU", "%", false) },
+    Figure { is_charted: false, is_compared: false, ..figure("-one-cpu", "both ends on one CPU", "%", false) },
 ];
 
 static CONNECTIONS: [Figure; 1] = [figure("", "", "/s", true)];
@@ -333,8 +344,13 @@ static CONNECTIONS: [Figure; 1] = [figure("", "", "/s", true)];
 static FRAMES: [Figure; 4] = [
     figure("-ndr", "without loss", "Mpps", true),
     Figure { is_charted: false, ..figure("-pdr", "loss under 0.5 %", "Mpps", true) },
-    Figure { is_shown: false, is_charted: false, ..figure("-offered", "offered at most", "Mpps", true) },
-    Figure { is_shown: false, is_charted: false, ..figure("-reordered", "out of order", "frames", false) },
+    Figure { is_charted: false, is_compared: false, ..figure("-offered", "offered at most", "Mpps", true) },
+    Figure {
+        is_shown: false,
+        is_charted: false,
+        is_compared: false,
+        ..figure("-reordered", "out of order", "frames", false)
+    },
 ];
 
 static MEMORY: [Figure; 1] = [Figure { is_charted: false, ..figure("", "", "MiB", false) }];
