@@ -7,6 +7,9 @@ export PATH := $(PATH):/usr/sbin:/sbin:$(HOME)/.cargo/bin
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 export WEFT_BIN_DIR ?= $(CARGO_TARGET_DIR)/weft
 
+# How thorough `make bench` is: `full` or `short`.
+BENCH ?= full
+
 # Seconds for each target of `make fuzz`.
 FUZZ_SECONDS ?= 60
 
@@ -27,7 +30,7 @@ demo: ## Two nodes, four pods, real traffic, in under a minute after building (r
 	@"$(WEFT_BIN_DIR)/weft" lab demo
 
 test: ## Every test: units, models, a real kernel (root)
-	@.ci/setup root lab test
+	@.ci/setup root lab test bench
 	@.ci/build
 	@.ci/test
 
@@ -35,9 +38,13 @@ check: ## Format, lints, documentation, dependencies, sizes
 	@.ci/setup build
 	@.ci/check
 
-bench: ## Criterion benches of the data plane's core; CPU time, see benches/README.md
-	@.ci/setup build
-	@cargo bench --locked -p weft-benches
+bench: ## The core alone, then Weft beside other data paths: 25 minutes; BENCH=short: 5 (root)
+	@.ci/setup root lab bench
+	@.ci/build
+	@cargo bench --locked -p weft-benches $(if $(filter short,$(BENCH)),-- --warm-up-time 0.3 --measurement-time 0.7)
+	@"$(WEFT_BIN_DIR)/weft" bench $(if $(filter full,$(BENCH)),--full) \
+	    --json "$(CARGO_TARGET_DIR)/weft-bench.json" --svg "$(CARGO_TARGET_DIR)/weft-bench.svg"
+	@echo "written: $(CARGO_TARGET_DIR)/weft-bench.json and $(CARGO_TARGET_DIR)/weft-bench.svg"
 
 fuzz: ## Every fuzz target for FUZZ_SECONDS (60) each
 	@.ci/setup build fuzz

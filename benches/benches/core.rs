@@ -25,20 +25,20 @@ fn known_flow(c: &mut Criterion<CpuTime>) {
     for (name, template) in &ways {
         let mut bed = Bed::new();
         group.bench_function(BenchmarkId::new("small", name), |b| {
-            b.iter_custom(|count| bed.time(count, false, |_| template))
+            b.iter_custom(|count| bed.time(count, false, std::iter::repeat(template)))
         });
     }
     let (bytes, offload) = superframe(Bed::neighbours(), SEGMENTS);
     let template = Bed::from_pod(bytes, offload);
     let mut bed = Bed::new();
     group.bench_function(BenchmarkId::new("superframe", "pod to pod"), |b| {
-        b.iter_custom(|count| bed.time(count, false, |_| &template))
+        b.iter_custom(|count| bed.time(count, false, std::iter::repeat(&template)))
     });
     let (bytes, offload) = superframe(Bed::outwards(), SEGMENTS);
     let template = Bed::from_pod(bytes, offload);
     let mut bed = Bed::new();
     group.bench_function(BenchmarkId::new("superframe", "pod to node"), |b| {
-        b.iter_custom(|count| bed.time(count, false, |_| &template))
+        b.iter_custom(|count| bed.time(count, false, std::iter::repeat(&template)))
     });
     group.finish();
 }
@@ -52,14 +52,14 @@ fn first_packet(c: &mut Criterion<CpuTime>) {
     let mut bed = Bed::forgetful();
     let mut turn = templates.iter().cycle();
     group.bench_function(BenchmarkId::new("small, first packet", "pod to node"), |b| {
-        b.iter_custom(|count| bed.time(count, false, |_| turn.next().expect("a cycle has no end")))
+        b.iter_custom(|count| bed.time(count, false, &mut turn))
     });
     let mut spoofed = Bed::neighbours();
     spoofed.src = [10, 9, 9, 9].into();
     let template = Bed::from_pod(udp(spoofed, 1000, SMALL), Offload::default());
     let mut bed = Bed::new();
     group.bench_function(BenchmarkId::new("small, refused", "spoofed source"), |b| {
-        b.iter_custom(|count| bed.time(count, true, |_| &template))
+        b.iter_custom(|count| bed.time(count, true, std::iter::repeat(&template)))
     });
     group.finish();
 }

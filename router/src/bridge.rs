@@ -65,8 +65,10 @@ pub struct Fdb {
     cells: Vec<AtomicU64>,
     start: usize,
     buckets: usize,
-    hasher: FixedState,
-    age: Duration,
+    /// What makes the hash ours.
+    secrets: [u64; 2],
+    /// In nanoseconds, as times are kept.
+    age: u64,
     version: CachePadded<AtomicU64>,
     counters: CachePadded<Counters>,
 }
@@ -89,8 +91,9 @@ impl Fdb {
         let line = BUCKET / 2;
         let cells = AtomicU64::new_vec_zeroed(buckets * BUCKET + line).expect("the limit fits into memory");
         let start = cells.as_ptr().align_offset(line * size_of::<AtomicU64>()).min(line);
-        let hasher = FixedState::with_seed(seed);
-        Fdb { cells, start, buckets, hasher, age, version: CachePadded::default(), counters: CachePadded::default() }
+        let secrets = [0, 1].map(|number: u64| FixedState::with_seed(seed).hash_one(number));
+        let age = age.as_nanos().try_into().unwrap_or(u64::MAX);
+        Fdb { cells, start, buckets, secrets, age, version: CachePadded::default(), counters: CachePadded::default() }
     }
 
     /// Grows whenever an entry that a decision may rest on is replaced or cleared. To be read before [`Fdb::find`], so
@@ -113,22 +116,11 @@ impl Fdb {
 
     /// A frame from this MAC came from this node.
     pub fn learn(&self, mac: Mac, node: NodeId, now: Instant) {
-        let (key, word) = (key(mac), key(mac) << 16 | u64::from(node.0));
-        if key == 0 {
-            return; // A word of zeros is an empty slot; no frame that was accepted comes from this MAC.
-        }
-        for _ in 0..ATTEMPTS {
-            let done = match self.slot_of(key) {
-                Some((slot, found)) if found == word => {
-                    self.touch(slot, now);
-                    true
-                }
-                Some((slot, found)) => self.replace(slot, found, word, now),
-                None => self.enter(key, word, now),
-            };
-            if done {
-                return;
-            }
+        let key = key(mac);
+        let word = key << 16 | u64::from(node.0);
+        match self.slot_of(key) {
+            Some((slot, found)) if found == word => self.touch(slot, now),
+            _ => self.enter_or_move(key, word, now),
         }
     }
 
@@ -148,7 +140,7 @@ impl Fdb {
         }
         let mut next: Option<Instant> = None;
         for (slot, word) in self.used() {
-            let due = Instant(self.seen(slot).load(Relaxed)) + self.age;
+            let due = Instant(self.seen(slot).load(Relaxed).saturating_add(self.age));
             if due <= now {
                 self.clear(slot, word);
             } else {
@@ -192,9 +184,29 @@ impl Fdb {
 
 // Writing. Whatever fails here fails because another worker was faster.
 impl Fdb {
+    #[cold]
+    fn enter_or_move(&self, key: u64, word: u64, now: Instant) {
+        if key == 0 {
+            return; // A word of zeros is an empty slot; no frame that was accepted comes from this MAC.
+        }
+        for _ in 0..ATTEMPTS {
+            let done = match self.slot_of(key) {
+                Some((slot, found)) if found == word => {
+                    self.touch(slot, now);
+                    true
+                }
+                Some((slot, found)) => self.replace(slot, found, word, now),
+                None => self.enter(key, word, now),
+            };
+            if done {
+                return;
+            }
+        }
+    }
+
     fn touch(&self, slot: usize, now: Instant) {
         let seen = self.seen(slot);
-        if now.since(Instant(seen.load(Relaxed))) >= FRESH {
+        if now.0.saturating_sub(seen.load(Relaxed)) >= FRESH.as_nanos() as u64 {
             seen.store(now.0, Relaxed);
         }
     }
@@ -286,24 +298,39 @@ impl Fdb {
         &self.cells[self.start + slot / WAYS * BUCKET + WAYS + slot % WAYS]
     }
 
-    /// The slots in which a MAC may be, in the order that counts: those of two buckets, for with one of them some buckets would
-    /// be full long before the FDB is.
-    fn slots_of(&self, key: u64) -> impl Iterator<Item = usize> {
-        let hash = self.hasher.hash_one(key);
+    /// The buckets in which a MAC may be, in the order that counts. They are two, for with one of them some would be full long
+    /// before the FDB is; the smallest FDB has one, twice.
+    fn buckets_of(&self, key: u64) -> [usize; 2] {
+        // A multiplication folded, as foldhash does it; for six bytes its hasher's set-up costs more than the hash.
+        let wide = u128::from(key ^ self.secrets[0]) * u128::from(self.secrets[1] | 1);
+        let hash = wide as u64 ^ (wide >> 64) as u64;
         let bucket = |half: u64| ((half * self.buckets as u64) >> 32) as usize;
         let (first, second) = (bucket(hash >> 32), bucket(hash & 0xffff_ffff));
-        let second = if second == first { (first + 1) % self.buckets } else { second };
+        if second != first { [first, second] } else { [first, if first + 1 < self.buckets { first + 1 } else { 0 }] }
+    }
+
+    /// All slots in which a MAC may be, in that order.
+    fn slots_of(&self, key: u64) -> impl Iterator<Item = usize> {
+        let [first, second] = self.buckets_of(key);
         let others = if second == first { 0 } else { WAYS };
         (0..WAYS).map(move |way| first * WAYS + way).chain((0..others).map(move |way| second * WAYS + way))
     }
 
     fn slot_of(&self, key: u64) -> Option<(usize, u64)> {
-        let words = self.slots_of(key).map(|slot| (slot, self.word(slot).load(Acquire)));
+        let [first, second] = self.buckets_of(key);
+        self.slot_in(first, key).or_else(|| self.slot_in(second, key))
+    }
+
+    /// The first slot of a bucket that holds a MAC.
+    #[inline]
+    fn slot_in(&self, bucket: usize, key: u64) -> Option<(usize, u64)> {
+        let words: &[AtomicU64; WAYS] = self.cells[self.start + bucket * BUCKET..].first_chunk()?;
+        let words = words.iter().enumerate().map(|(way, word)| (bucket * WAYS + way, word.load(Acquire)));
         words.into_iter().find(|(_, word)| word >> 16 == key && *word != 0)
     }
 
     fn is_kept(&self, slot: usize, now: Instant) -> bool {
-        now.since(Instant(self.seen(slot).load(Relaxed))) < self.age
+        now.0.saturating_sub(self.seen(slot).load(Relaxed)) < self.age
     }
 
     /// Slots that hold something, and what.
@@ -313,7 +340,8 @@ impl Fdb {
 }
 
 fn key(mac: Mac) -> u64 {
-    mac.0.iter().fold(0, |key, byte| key << 8 | u64::from(*byte))
+    let [a, b, c, d, e, f] = mac.0;
+    u64::from(u32::from_be_bytes([a, b, c, d])) << 16 | u64::from(u16::from_be_bytes([e, f]))
 }
 
 fn node(word: u64) -> NodeId {

@@ -51,6 +51,7 @@ reasons! {
     VlanTag = "pod ports are untagged, and the frame carries a VLAN tag",
     BadOffload = "the offload header of the frame does not fit the frame",
     Truncated = "the frame was longer than the receive buffer",
+    BadDescriptor = "the kernel handed over an AF_XDP descriptor that does not name a buffer lent to it",
 
     // Who sent it?
     PortClosed = "the port has no policy yet, or no longer",

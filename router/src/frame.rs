@@ -12,9 +12,9 @@ use std::ops::{Deref, DerefMut, Range};
 
 use weft_encap::offload::Offload;
 
-use crate::pool::{CHUNK, Chunk, Pool};
+use crate::pool::{CHUNK, Pool};
 use crate::port::PortId;
-use crate::port::sys::arena::Super;
+use crate::port::sys::arena::{Chunk, Super};
 
 pub use crate::port::sys::lazy::Lazy;
 pub use crate::port::sys::prefetch::prefetch;
@@ -129,14 +129,14 @@ impl Deref for Frame {
     type Target = Meta;
     #[inline]
     fn deref(&self) -> &Meta {
-        self.chunk.note()
+        self.chunk.meta()
     }
 }
 
 impl DerefMut for Frame {
     #[inline]
     fn deref_mut(&mut self) -> &mut Meta {
-        self.chunk.note_mut()
+        self.chunk.meta_mut()
     }
 }
 
@@ -178,7 +178,7 @@ impl Frame {
     /// A frame whose head is `chunk[start..start + head]`.
     pub fn new(mut chunk: Chunk, start: usize, head: usize, ingress: PortId) -> Frame {
         assert!(start + head <= chunk.len());
-        let meta = chunk.note_mut();
+        let meta = chunk.meta_mut();
         (meta.start, meta.head, meta.ingress) = (start as u16, head as u16, ingress);
         Frame { chunk }
     }
@@ -220,7 +220,7 @@ impl Frame {
     /// What is known of it, and its head, for whoever asks much.
     #[inline(always)]
     pub fn parts(&self) -> (&Meta, &[u8]) {
-        let meta = self.chunk.note();
+        let meta = self.chunk.meta();
         (meta, &self.chunk[meta.span()])
     }
 
@@ -229,6 +229,11 @@ impl Frame {
     pub fn head_mut(&mut self) -> &mut [u8] {
         let (meta, bytes) = self.chunk.parts_mut();
         &mut bytes[meta.span()]
+    }
+
+    /// The head's chunk, and where in it the head begins.
+    pub(crate) fn place(&self) -> (&Chunk, usize) {
+        (&self.chunk, self.start as usize)
     }
 
     /// Removes `count` bytes from the front of the head; `None`, with nothing changed, if it is shorter.
@@ -246,7 +251,7 @@ impl Frame {
     /// The caller knows that the head holds the headers.
     #[inline(always)]
     pub fn strip(&mut self, count: usize, len: usize) {
-        let meta = self.chunk.note_mut();
+        let meta = self.chunk.meta_mut();
         if count > 0 {
             meta.start += count as u16;
             meta.head = meta.head.saturating_sub(count as u16);

@@ -5,7 +5,7 @@
 //! below it is one step of the way.
 //!
 //! ```text
-//! worker                                      one thread: poll → receive → forward → transmit → timers
+//! worker                                      a thread each: poll → receive → forward → transmit → timers
 //! forward  + tables                           the way of a frame
 //! bridge budget neigh route policy conntrack nat tunnel icmp gateway     steps: they never import each other
 //! packet glimpse flow path drop_reason stats port

@@ -6,11 +6,7 @@
 
 use std::io;
 
-use crate::frame::Meta;
-use crate::port::sys::arena::{Arena, Super};
-
-/// A small buffer that can become a frame.
-pub type Chunk = crate::port::sys::arena::Chunk<Meta>;
+use crate::port::sys::arena::{Arena, Chunk, Super};
 
 /// Bytes of a chunk; also the chunk size of an AF_XDP UMEM.
 pub const CHUNK: usize = 2048;
@@ -29,7 +25,7 @@ const COLOUR: usize = 64;
 
 /// The buffers of one worker.
 pub struct Pool {
-    arena: Arena<Meta>,
+    arena: Arena,
 }
 
 impl Pool {
@@ -51,6 +47,11 @@ impl Pool {
     /// A free super buffer.
     pub fn large(&self) -> Option<Super> {
         self.arena.large()
+    }
+
+    /// Its memory, for devices that are lent buffers.
+    pub fn arena(&self) -> &Arena {
+        &self.arena
     }
 
     /// How many chunks and super buffers are free.

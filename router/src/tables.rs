@@ -1,8 +1,8 @@
 //! What the control plane wrote: one immutable snapshot, with an epoch.
 //!
-//! The daemon compiles its desired state into [`Tables`] and hands them over as one `Arc`; the worker loads it once per
+//! The daemon compiles its desired state into [`Tables`] and hands them over as one `Arc`; each worker loads it once per
 //! batch. Nothing in here changes while frames pass. What frames themselves teach (learned MACs,
-//! flows) is the worker's and lives in [`crate::bridge`] and [`crate::conntrack`].
+//! flows) is the workers' and lives in [`crate::bridge`] and [`crate::conntrack`].
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

@@ -63,6 +63,8 @@ fn a_wrong_command_line_exits_with_2() {
         &["lab", "down", "--name", "a/b"],
         &["lab", "down", "--all", "--name", "x"],
         &["lab", "exec", "n1"],
+        &["bench", "--paths", "magic"],
+        &["bench", "--full", "--smoke"],
     ] {
         let output = weft(args);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {}", text(&output.stderr));
@@ -77,7 +79,7 @@ fn the_help_documents_the_exit_codes_and_hides_what_is_internal() {
     assert_eq!(output.status.code(), Some(0));
     let help = text(&output.stdout);
     assert!(help.contains("3 `weft status` found problems"), "{help}");
-    assert!(!help.contains("lab-peer"), "{help}");
+    assert!(!help.contains("lab-peer") && !help.contains("bench-peer"), "{help}");
 }
 
 #[test]

@@ -65,7 +65,7 @@ pub struct State {
     pub retired: Counters,
     /// The counters of the last while.
     pub samples: Samples,
-    /// Ports whose removal from the worker is under way: their numbers are not free yet.
+    /// Ports whose removal from the workers is under way: their numbers are not free yet.
     leaving: Vec<PortId>,
     epoch: u64,
 }

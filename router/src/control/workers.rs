@@ -65,6 +65,15 @@ impl Workers {
     }
 
     pub(super) fn add_port(&self, id: PortId, device: Device) -> Result<(), RouterError> {
+        let is_new = !self.owners().contains_key(&id);
+        let added = self.add_halves(id, device);
+        if is_new && added.is_err() {
+            self.owners().remove(&id);
+        }
+        added
+    }
+
+    fn add_halves(&self, id: PortId, device: Device) -> Result<(), RouterError> {
         let halves = self.halves(id, device)?;
         let (receiving, sending): (Vec<_>, Vec<_>) =
             halves.into_iter().enumerate().partition(|(_, port)| port.receives());
@@ -321,8 +330,12 @@ mod tests {
     fn a_number_in_use_is_refused_and_the_port_that_has_it_stays() {
         let router = router(2);
         let others: Vec<OwnedFd> = (1..=2).map(|id| plug(&router, id)).collect();
-        let (second, _other) = tap(ALL);
-        assert!(matches!(router.add_port(PortId(1), Device::Tap(second)), Err(RouterError::Device(_))));
+        for _ in 0..2 {
+            let (second, other) = tap(ALL);
+            assert!(matches!(router.add_port(PortId(1), Device::Tap(second)), Err(RouterError::Device(_))));
+            assert_eq!(rustix::io::read(&other, &mut [0; 1]), Ok(0), "what was refused is closed");
+        }
+        assert_eq!(port(&router, 1).worker, Some(0));
         talk(&others[0], &others[1]);
     }
 

@@ -115,7 +115,7 @@ fn draw_group(body: &mut String, row: &Row, bars: &[Bar], scale: Scale, y: f64) 
         let _ = writeln!(
             body,
             r#"<text class="v" x="{x:.1}" y="{baseline:.1}" text-anchor="{anchor}">{}</text>"#,
-            short(bar.better)
+            quotient(bar.better)
         );
     }
     height
@@ -186,6 +186,10 @@ impl Scale {
         let _ = writeln!(text, r#"<text class="a" x="{right:.1}" y="{y:.1}">better →</text>"#);
         text
     }
+}
+
+fn quotient(value: f64) -> String {
+    if value < 0.1 { format!("{value:.3}") } else { format!("{value:.2}") }
 }
 
 fn escape(text: &str) -> String {

@@ -126,19 +126,15 @@ impl Bulk {
 pub struct Running(Child);
 
 impl Running {
-    /// Whether it goes on.
-    pub fn is_running(&mut self) -> Result<bool> {
-        Ok(self.0.try_wait()?.is_none())
-    }
-
-    /// Waits for its end. Its report is far smaller than a pipe, so it does not wait for us.
-    pub fn end(mut self) -> Result<Arrived> {
+    /// An error if it has ended.
+    pub fn check(&mut self) -> Result<()> {
+        let Some(status) = self.0.try_wait()? else { return Ok(()) };
         let mut report = Vec::new();
         if let Some(stdout) = &mut self.0.stdout {
             stdout.read_to_end(&mut report)?;
         }
-        self.0.wait()?;
-        read(&report)
+        read(&report)?;
+        bail!("it ended too early ({status})")
     }
 }
 

@@ -81,6 +81,7 @@ pub fn run(args: &Bench) -> Result<()> {
         }
     }
     let tasks = args.tasks()?;
+    args.check_files()?;
     let programs = args.binaries.find()?;
     plan::check_name(&args.name)?;
     let machine = Machine::look()?;
@@ -93,7 +94,17 @@ pub fn run(args: &Bench) -> Result<()> {
     let (samples, beds) = run.finish();
     let removed: Vec<Result<()>> = beds.into_iter().map(Bed::remove).collect();
     let rows = samples.rows(&tasks, &paths);
-    let outcome = Outcome::new(args.mode(), machine, started.elapsed().as_secs_f64(), paths, rows);
+    let outcome = Outcome {
+        version: outcome::VERSION,
+        weft: env!("CARGO_PKG_VERSION"),
+        mode: args.mode().name(),
+        machine,
+        seconds: started.elapsed().as_secs_f64(),
+        pause: args.mode().pause().as_secs_f64(),
+        failures: samples.into_failures(),
+        paths,
+        rows,
+    };
     show(args, &outcome)?;
     removed.into_iter().collect::<Result<()>>()?;
     complain_about_failures(&outcome)
@@ -106,6 +117,15 @@ impl Bench {
             (_, true) => Mode::Smoke,
             _ => Mode::Short,
         }
+    }
+
+    /// An error if a file cannot be written: better now than in twenty minutes.
+    fn check_files(&self) -> Result<()> {
+        for path in [&self.json, &self.svg].into_iter().flatten().filter(|path| path.as_os_str() != "-") {
+            let file = fs::OpenOptions::new().create(true).append(true).open(path);
+            file.with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(())
     }
 
     fn contenders(&self) -> Vec<&'static Contender> {
@@ -136,7 +156,7 @@ fn build_all(
     name: &str,
     programs: &Programs,
 ) -> Result<(Vec<Path>, Vec<Option<Bed>>)> {
-    for contender in contenders {
+    for contender in &CONTENDERS {
         bed::remove_abandoned(&bed::lab_name(name, contender))?;
     }
     let (mut paths, mut beds) = (Vec::new(), Vec::new());
@@ -180,14 +200,11 @@ fn show(args: &Bench, outcome: &Outcome) -> Result<()> {
 
 /// A measurement that failed on a path that was built is an error, after all others were shown.
 fn complain_about_failures(outcome: &Outcome) -> Result<()> {
-    let results = outcome.rows.iter().flat_map(|row| row.results.iter().map(move |result| (row, result)));
-    let failed = results
-        .filter(|(_, result)| result.not_measured.as_deref().is_some_and(|reason| reason.starts_with("failed: ")));
-    let failed: Vec<String> = failed.map(|(row, result)| format!("{} on {}", row.name, result.path)).collect();
-    if !failed.is_empty() {
-        bail!("these could not be measured, see above: {}", failed.join(", "));
+    if outcome.failures.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    let failures: Vec<String> = outcome.failures.iter().map(ToString::to_string).collect();
+    bail!("not all could be measured:\n  {}", failures.join("\n  "))
 }
 
 /// Whether a program is where programs are looked for.

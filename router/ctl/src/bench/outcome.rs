@@ -5,13 +5,14 @@
 //! of the turns. The structures below are what `--json` writes; the names of their fields are an interface.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::Serialize;
 
 use super::contender::Contender;
 use super::machine::Machine;
 use super::measure::Figures;
-use super::task::{Figure, Mode, Task};
+use super::task::{Figure, Task};
 
 /// Why a path has no figure of its own though its task was done.
 const NO_ROUTER: &str = "it has no process of its own";
@@ -32,10 +33,33 @@ pub struct Outcome {
     pub machine: Machine,
     /// How long it took, in seconds.
     pub seconds: f64,
+    /// Seconds between the requests of a ping-pong with pauses.
+    pub pause: f64,
     /// The data paths.
     pub paths: Vec<Path>,
     /// The figures.
     pub rows: Vec<Row>,
+    /// What was tried and failed.
+    pub failures: Vec<Failure>,
+}
+
+/// A measurement that failed. It is not tried again in the run.
+#[derive(Debug, Clone, Serialize)]
+pub struct Failure {
+    /// Which task.
+    pub task: String,
+    /// On which data path.
+    pub path: &'static str,
+    /// In which turn, counted from 1.
+    pub turn: usize,
+    /// Why.
+    pub reason: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} on {}, turn {}: {}", self.task, self.path, self.turn, self.reason)
+    }
 }
 
 /// A data path.
@@ -129,6 +153,7 @@ pub struct Samples {
     values: BTreeMap<(usize, usize, usize), BTreeMap<usize, f64>>,
     /// Why a task is not measured on a data path, or no longer.
     reasons: BTreeMap<(usize, usize), String>,
+    failures: Vec<Failure>,
 }
 
 impl Samples {
@@ -144,6 +169,17 @@ impl Samples {
     /// Takes down why there is no value. The first reason stays.
     pub fn refuse(&mut self, task: usize, path: usize, reason: String) {
         self.reasons.entry((task, path)).or_insert(reason);
+    }
+
+    /// Takes down that a measurement failed; there will be no other.
+    pub fn fail(&mut self, failure: Failure, task: usize, path: usize) {
+        self.refuse(task, path, format!("failed: {}", failure.reason));
+        self.failures.push(failure);
+    }
+
+    /// Those that failed.
+    pub fn into_failures(self) -> Vec<Failure> {
+        self.failures
     }
 
     /// Whether there is such a reason.
@@ -179,7 +215,8 @@ impl Samples {
             Measured { path: path.id, summary, not_measured }
         };
         let mut ratios = Vec::new();
-        for (weft, path) in paths.iter().enumerate().filter(|(_, path)| path.contender.is_weft()) {
+        let wefts = paths.iter().enumerate().filter(|(_, path)| figure.is_compared && path.contender.is_weft());
+        for (weft, path) in wefts {
             for (other, to) in paths.iter().enumerate().filter(|(_, path)| !path.contender.is_weft()) {
                 let summary = turns(weft).zip(turns(other)).and_then(|(above, below)| quotients(above, below));
                 ratios.extend(summary.map(|summary| Ratio { path: path.id, to: to.id, summary }));
@@ -208,13 +245,6 @@ fn quotients(above: &BTreeMap<usize, f64>, below: &BTreeMap<usize, f64>) -> Opti
     let quotient =
         |(turn, value): (&usize, &f64)| below.get(turn).filter(|below| **below > 0.0).map(|below| value / below);
     Summary::of(above.iter().filter_map(quotient).collect())
-}
-
-impl Outcome {
-    /// What was measured, and what it was measured on.
-    pub fn new(mode: Mode, machine: Machine, seconds: f64, paths: Vec<Path>, rows: Vec<Row>) -> Outcome {
-        Outcome { version: VERSION, weft: env!("CARGO_PKG_VERSION"), mode: mode.name(), machine, seconds, paths, rows }
-    }
 }
 
 #[cfg(test)]
@@ -247,7 +277,20 @@ pub mod tests {
             busy: 0.01,
             date: "2026-11-22T05:00:00Z".into(),
         };
-        Outcome::new(Mode::Short, machine, 100.0, paths, rows)
+        let failure = Failure { task: task.name(), path: "kernel", turn: 4, reason: "it broke".into() };
+        samples.fail(failure, 0, 1);
+        let failures = samples.into_failures();
+        Outcome {
+            version: VERSION,
+            weft: "0",
+            mode: "short",
+            machine,
+            seconds: 100.0,
+            pause: 0.1,
+            paths,
+            rows,
+            failures,
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use anyhow::Result;
 
 use super::bed::Bed;
 use super::measure::{self, measure};
-use super::outcome::{Path, Samples};
+use super::outcome::{Failure, Path, Samples};
 use super::task::{Mode, Pace, Task, What};
 use crate::interrupt;
 
@@ -105,7 +105,16 @@ impl<'a> Run<'a> {
         interrupt::check()?;
         match taken {
             Ok(figures) => self.samples.add(task, path, turn, figures),
-            Err(error) => self.samples.refuse(task, path, format!("failed: {error:#}")),
+            Err(error) => self.samples.fail(
+                Failure {
+                    task: self.tasks[task].name(),
+                    path: self.paths[path].id,
+                    turn: turn + 1,
+                    reason: format!("{error:#}"),
+                },
+                task,
+                path,
+            ),
         }
         Ok(())
     }

@@ -95,6 +95,8 @@ pub struct Figure {
     pub is_shown: bool,
     /// Whether the chart has it.
     pub is_charted: bool,
+    /// Whether a ratio of it says anything.
+    pub is_compared: bool,
 }
 
 /// How thorough.
@@ -133,29 +135,38 @@ impl Mode {
         }
     }
 
+    /// Between the requests of a ping-pong with pauses.
+    pub fn pause(self) -> Duration {
+        Duration::from_millis(match self {
+            Mode::Smoke => 20,
+            Mode::Short => 100,
+            Mode::Full => 1000,
+        })
+    }
+
     /// How much is done in a turn.
     pub fn lengths(self, task: &Task) -> Lengths {
-        let millis = Duration::from_millis;
+        let (millis, pause) = (Duration::from_millis, self.pause());
         match self {
             Mode::Smoke => Lengths {
                 tcp_seconds: None,
                 round: millis(50),
                 paused_count: 3,
-                pause: millis(20),
+                pause,
                 search: frames::Limits { trial: millis(20), trials: 3, ..frames::Limits::SHORT },
             },
             Mode::Short => Lengths {
                 tcp_seconds: Some(1),
                 round: millis(500),
                 paused_count: 20,
-                pause: millis(100),
+                pause,
                 search: frames::Limits { trial: millis(200), trials: 12, ..frames::Limits::SHORT },
             },
             Mode::Full => Lengths {
                 tcp_seconds: Some(if task.is_judged() { 2 } else { 1 }),
                 round: millis(1000),
                 paused_count: 8,
-                pause: millis(1000),
+                pause,
                 search: frames::Limits { trial: millis(300), trials: 16, ..frames::Limits::FULL },
             },
         }
@@ -164,20 +175,26 @@ impl Mode {
     /// When no further turn is begun, counted from the very start. What is left of the promise is for taking down.
     pub fn budget(self) -> Duration {
         Duration::from_secs(match self {
-            Mode::Smoke | Mode::Short => 165,
+            Mode::Smoke | Mode::Short => 160,
             Mode::Full => 19 * 60,
         })
     }
 
-    /// In how many turns a task has its place. None: only a more thorough mode has it.
+    /// In how many turns a task has its place on a data path. None: only a more thorough mode has it. The other
+    /// userspace path gets fewer, for what it is far from is known after one.
     pub fn turns(self, task: &Task, contender: &Contender) -> usize {
         let is_guest = matches!(contender.kind, Kind::Ovs(_));
+        let is_frames = matches!(task.what, What::Frames(_));
         match self {
             Mode::Smoke => 1,
-            Mode::Full => 5,
-            Mode::Short if is_guest && task.layout == Layout::Two => usize::from(task.is_short()),
+            Mode::Short if is_guest && task.is_held_against_guests() => 3,
+            Mode::Short if is_guest => usize::from(task.is_judged() || !task.is_bulk() && task.is_short()),
+            Mode::Short if task.is_judged() && is_frames => 2,
             Mode::Short if task.is_judged() => 3,
             Mode::Short => usize::from(task.is_short()),
+            Mode::Full if is_guest && !task.is_held_against_guests() => 3,
+            Mode::Full if is_frames && !task.is_judged() => 3,
+            Mode::Full => 5,
         }
     }
 }
@@ -269,6 +286,16 @@ impl Task {
         }
     }
 
+    /// Whether Weft is judged by what it is here beside another userspace path.
+    fn is_held_against_guests(&self) -> bool {
+        let tcp = What::Tcp { streams: 1, reverse: false };
+        *self == Task { what: tcp, layout: Layout::Same, links: Links::Whole }
+    }
+
+    fn is_bulk(&self) -> bool {
+        matches!(self.what, What::Tcp { .. })
+    }
+
     /// Whether the short mode has it.
     fn is_short(&self) -> bool {
         self.is_judged() || (self.links == Links::Whole && !matches!(self.what, What::Frames(_)))
@@ -294,7 +321,7 @@ impl Layout {
 }
 
 const fn figure(suffix: &'static str, label: &'static str, unit: &'static str, more_is_better: bool) -> Figure {
-    Figure { suffix, label, unit, more_is_better, is_shown: true, is_charted: true }
+    Figure { suffix, label, unit, more_is_better, is_shown: true, is_charted: true, is_compared: true }
 }
 
 const GBPS: Figure = figure("", "", "Gb/s", true);
@@ -309,7 +336,7 @@ static ROUND_TRIP: [Figure; 4] = [
     figure("-p50", "p50", "µs", false),
     Figure { is_charted: false, ..figure("-p99", "p99", "µs", false) },
     Figure { is_charted: false, ..figure("-p99.9", "p99.9", "µs", false) },
-    Figure { is_shown: false, is_charted: false, ..figure("-one-cpu", "both ends on one CPU", "%", false) },
+    Figure { is_charted: false, is_compared: false, ..figure("-one-cpu", "both ends on one CPU", "%", false) },
 ];
 
 static CONNECTIONS: [Figure; 1] = [figure("", "", "/s", true)];
@@ -317,8 +344,71 @@ static CONNECTIONS: [Figure; 1] = [figure("", "", "/s", true)];
 static FRAMES: [Figure; 4] = [
     figure("-ndr", "without loss", "Mpps", true),
     Figure { is_charted: false, ..figure("-pdr", "loss under 0.5 %", "Mpps", true) },
-    Figure { is_shown: false, is_charted: false, ..figure("-offered", "offered at most", "Mpps", true) },
-    Figure { is_shown: false, is_charted: false, ..figure("-reordered", "out of order", "frames", false) },
+    Figure { is_charted: false, is_compared: false, ..figure("-offered", "offered at most", "Mpps", true) },
+    Figure {
+        is_shown: false,
+        is_charted: false,
+        is_compared: false,
+        ..figure("-reordered", "out of order", "frames", false)
+    },
 ];
 
 static MEMORY: [Figure; 1] = [Figure { is_charted: false, ..figure("", "", "MiB", false) }];
+
+#[cfg(test)]
+mod tests {
+    use super::super::contender::CONTENDERS;
+    use super::*;
+
+    #[test]
+    fn every_row_has_a_name_of_its_own() {
+        let names = |task: Task| task.figures().iter().map(move |figure| format!("{}{}", task.name(), figure.suffix));
+        let mut all: Vec<String> = Task::all().into_iter().flat_map(names).collect();
+        let count = all.len();
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), count);
+        for name in ["same-tcp-1", "two-tcp-4-plain", "same-tcp-16-reverse", "same-rtt-p50", "two-frames-imix-ndr"] {
+            assert!(all.iter().any(|one| one == name), "{name}: {all:?}");
+        }
+    }
+
+    #[test]
+    fn a_thorough_mode_has_everything_five_times_where_it_is_judged() {
+        for contender in &CONTENDERS {
+            for task in Task::all().iter().filter(|task| task.applies_to(contender).is_ok()) {
+                let turns = [Mode::Smoke, Mode::Short, Mode::Full].map(|mode| mode.turns(task, contender));
+                assert!(turns[0] == 1 && turns[2] >= 3 && turns[1] <= turns[2], "{}: {turns:?}", task.name());
+                if task.is_judged() && !matches!(contender.kind, Kind::Ovs(_)) {
+                    assert_eq!(turns[2], 5, "{}", task.name());
+                }
+            }
+        }
+    }
+
+    /// What is sure to pass on one data path, without starting programs and looking for rates.
+    fn least(mode: Mode, task: &Task) -> Duration {
+        let lengths = mode.lengths(task);
+        match task.what {
+            What::Tcp { .. } => Duration::from_secs(u64::from(lengths.tcp_seconds.unwrap_or(0))),
+            // Quiet paths share their pauses.
+            What::RoundTrip(Pace::Paused) => lengths.pause * lengths.paused_count / 2,
+            What::RoundTrip(_) | What::Connections => lengths.round,
+            What::Frames(_) => lengths.search.trial * u32::try_from(lengths.search.trials).unwrap(),
+            What::Memory => Duration::ZERO,
+        }
+    }
+
+    #[test]
+    fn what_is_planned_fits_the_time() {
+        for mode in [Mode::Smoke, Mode::Short, Mode::Full] {
+            let mut sum = Duration::ZERO;
+            for contender in &CONTENDERS {
+                for task in Task::all().iter().filter(|task| task.applies_to(contender).is_ok()) {
+                    sum += least(mode, task) * u32::try_from(mode.turns(task, contender)).unwrap();
+                }
+            }
+            assert!(sum < mode.budget() * 9 / 10, "{mode:?}: {sum:?} of {:?}", mode.budget());
+        }
+    }
+}

@@ -280,7 +280,7 @@ pub fn prepare() -> Result<()> {
 
 fn require_root() -> Result<()> {
     if !rustix::process::geteuid().is_root() {
-        bail!("a lab needs root, for it makes network namespaces: try `sudo weft lab …`");
+        bail!("this needs root, for it makes network namespaces: try it with `sudo`");
     }
     Ok(())
 }

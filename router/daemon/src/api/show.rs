@@ -15,7 +15,7 @@ use crate::node::{Attachment, Node, State, counters};
 /// Flows shown at most, those seen last first: more would not fit one answer.
 const MAX_FLOWS: usize = 20_000;
 
-/// The worker's state, or why there is none.
+/// The workers' state, or why there is none.
 pub fn snapshot(node: &Node, flows: bool) -> Result<Snapshot, Failure> {
     node.router.snapshot(flows).map_err(|error: RouterError| Failure {
         code: code::INTERNAL,

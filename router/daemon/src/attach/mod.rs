@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! names, namespace checked → lease (durable) → TAP made here → moved into the pod → set up there
-//!     → tables say who is behind the port → port given to the worker → answer
+//!     → tables say who is behind the port → port given to the workers → answer
 //! ```
 //!
 //! Each step has an undo, and [`Attempt`] runs what was reached in reverse if the next step fails: a failed ADD leaves
@@ -187,7 +187,7 @@ impl Attempt<'_> {
         Ok(Interface { name: self.key.ifname.clone(), mac, mtu, addresses, routes: Vec::new() })
     }
 
-    /// Says in the tables who is behind the port, then gives it to the worker. In this order an event about the port always
+    /// Says in the tables who is behind the port, then gives it to the workers. In this order an event about the port always
     /// finds its attachment.
     fn open_port(&mut self, interface: &Interface, tap: Tap) -> Result<(), Failure> {
         let port = self.node.attach(self.key, interface.clone()).ok_or_else(|| Failure {

@@ -5,9 +5,9 @@
 //! region alive, so a handle can outlive the [`Arena`] that made it. Nothing here is `Send`: buffers stay on
 //! their worker's thread, so counts and free lists need no atomics.
 //!
-//! A chunk carries a note of the caller's type, which lies in a place of its own and never moves. Whoever keeps there what is
-//! known of the chunk's content passes 16 bytes on, not the content's description: a struct that was written field
-//! by field a moment ago is slow to copy, as the processor cannot forward several small stores to one wide load.
+//! Beside each chunk, in a place of its own, stands what is known of the frame in it ([`Meta`]), while the chunk has a handle. So a
+//! frame that moves is 16 bytes that move: a struct that was written field by field a moment ago is slow to copy, as the
+//! processor cannot forward several small stores to one wide load.
 //!
 //! This is unsafe because a `Box` per buffer would go through the allocator for each frame, and because the chunks
 //! must lie in one region for AF_XDP (a UMEM).
@@ -17,32 +17,32 @@ use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
-struct Region<N> {
+use crate::frame::Meta;
+
+struct Region {
     base: NonNull<u8>,
     size: usize,
     count: u32,
     free: RefCell<Vec<u32>>,
     shares: Box<[Cell<u32>]>,
-    /// A buffer's note is initialised while a handle refers to it. Memory is touched only when used.
-    notes: Box<[UnsafeCell<MaybeUninit<N>>]>,
+    abandoned: RefCell<Vec<Abandoned>>,
+    /// One for each chunk, none for super buffers. Initialised while the chunk has a handle, whose it is.
+    metas: Box<[UnsafeCell<MaybeUninit<Meta>>]>,
 }
 
-impl<N> Region<N> {
-    /// Where a buffer's note is.
-    #[inline(always)]
-    fn note(&self, index: u32) -> *mut MaybeUninit<N> {
-        debug_assert!(index < self.count);
-        // SAFETY: there are `count` notes, and handles and the free list hold nothing but indexes below `count`; this is asked
-        // some ten times for each frame.
-        unsafe { self.notes.get_unchecked(index as usize).get() }
-    }
+/// Buffers that a device had when it went, and whether the kernel has let go of them.
+struct Abandoned {
+    indexes: Vec<u32>,
+    released: Arc<AtomicBool>,
 }
 
-impl<N: Default> Region<N> {
-    fn new(size: usize, count: u32) -> std::io::Result<Rc<Region<N>>> {
+impl Region {
+    fn new(size: usize, count: u32, metas: u32) -> std::io::Result<Rc<Region>> {
         let bytes = size * count as usize;
         // SAFETY: an anonymous private mapping at an address of the kernel's choice aliases nothing. It cannot be
         // avoided: this memory is handed to the kernel as a whole later, and stays untouched until first use.
@@ -53,32 +53,36 @@ impl<N: Default> Region<N> {
         // The lowest numbers are on top: a quiet worker touches few pages.
         let free = RefCell::new((0..count).rev().collect());
         let shares = (0..count).map(|_| Cell::new(0)).collect();
-        let notes = Box::new_uninit_slice(count as usize);
-        // SAFETY: a slice of cells that may be uninitialised needs no initialisation. Filling it instead would touch all of
-        // its memory.
-        let notes: Box<[UnsafeCell<MaybeUninit<N>>]> = unsafe { notes.assume_init() };
-        Ok(Rc::new(Region { base, size, count, free, shares, notes }))
+        let metas = Box::new_uninit_slice(metas as usize);
+        // SAFETY: cells of what may be uninitialised need no initialisation. Filling them would touch memory that may never
+        // be used.
+        let metas: Box<[UnsafeCell<MaybeUninit<Meta>>]> = unsafe { metas.assume_init() };
+        Ok(Rc::new(Region { base, size, count, free, shares, abandoned: RefCell::default(), metas }))
     }
 
     fn take(&self) -> Option<u32> {
-        let index = self.free.borrow_mut().pop()?;
+        let popped = self.free.borrow_mut().pop();
+        let index = popped.or_else(|| {
+            self.collect();
+            self.free.borrow_mut().pop()
+        })?;
         self.shares[index as usize].set(1);
-        // SAFETY: the index came from the free list, so no handle refers to this note; the cell is ours to write.
-        unsafe { (*self.note(index)).write(N::default()) };
         Some(index)
     }
-}
 
-impl<N> Region<N> {
+    /// Frees what was abandoned and has been released since.
+    fn collect(&self) {
+        let released = |abandoned: &mut Abandoned| abandoned.released.load(Ordering::Acquire);
+        let ripe: Vec<Abandoned> = self.abandoned.borrow_mut().extract_if(.., released).collect();
+        ripe.iter().flat_map(|abandoned| &abandoned.indexes).for_each(|&index| self.release(index));
+    }
+
     /// Gives up one share; the last one frees the buffer.
     fn release(&self, index: u32) {
         let shares = &self.shares[index as usize];
         let left = shares.get() - 1;
         shares.set(left);
         if left == 0 {
-            // SAFETY: this was the last handle, and the note is initialised since `take`; it is not read again before the next
-            // `take` writes it.
-            unsafe { (*self.note(index)).assume_init_drop() };
             self.free.borrow_mut().push(index);
         }
     }
@@ -91,7 +95,7 @@ impl<N> Region<N> {
     }
 }
 
-impl<N> Drop for Region<N> {
+impl Drop for Region {
     fn drop(&mut self) {
         // SAFETY: `base` and the length are those of the mapping made in `new`, and every handle holds an `Rc` of
         // this region, so none is left. A failure leaks memory, nothing more.
@@ -101,46 +105,58 @@ impl<N> Drop for Region<N> {
     }
 }
 
-/// A small buffer with one owner, and its note.
-pub struct Chunk<N> {
-    region: Rc<Region<N>>,
+/// A small buffer with one owner.
+pub struct Chunk {
+    region: Rc<Region>,
     index: u32,
 }
 
-impl<N> Chunk<N> {
+impl Chunk {
+    /// The handle of a chunk that was taken and has none.
+    fn new(region: &Rc<Region>, index: u32) -> Chunk {
+        let cell = &region.metas[index as usize];
+        // SAFETY: the chunk has no handle, so nothing refers to what the cell holds, nor is it initialised.
+        unsafe { (*cell.get()).write(Meta::default()) };
+        Chunk { region: Rc::clone(region), index }
+    }
+
+    #[inline(always)]
+    fn cell(&self) -> *mut MaybeUninit<Meta> {
+        // SAFETY: `new` has indexed this cell. It is asked for some ten times for each frame.
+        unsafe { self.region.metas.get_unchecked(self.index as usize).get() }
+    }
+
+    /// What is known of the frame in it.
+    #[inline(always)]
+    pub fn meta(&self) -> &Meta {
+        // SAFETY: it is initialised while this handle lives, and written only through `&mut self` of this, the only handle.
+        unsafe { (*self.cell()).assume_init_ref() }
+    }
+
+    /// The same, for writing.
+    #[inline(always)]
+    pub fn meta_mut(&mut self) -> &mut Meta {
+        self.parts_mut().0
+    }
+
+    /// What is known of the frame in it, and the bytes, both for writing.
+    #[inline(always)]
+    pub fn parts_mut(&mut self) -> (&mut Meta, &mut [u8]) {
+        // SAFETY: as in `meta` and `deref`: `&mut self` makes both borrows exclusive, and they are of different memory.
+        unsafe {
+            let bytes = std::slice::from_raw_parts_mut(self.region.pointer(self.index), self.region.size);
+            ((*self.cell()).assume_init_mut(), bytes)
+        }
+    }
+
     /// Its number in the arena, from zero; stable while it lives.
     pub fn index(&self) -> u32 {
         self.index
     }
-
-    /// Its note.
-    #[inline]
-    pub fn note(&self) -> &N {
-        // SAFETY: the note is initialised while a handle lives, and only this handle refers to it; it is written only through
-        // `&mut self`.
-        unsafe { (*self.region.note(self.index)).assume_init_ref() }
-    }
-
-    /// Its note, for writing.
-    #[inline]
-    pub fn note_mut(&mut self) -> &mut N {
-        self.parts_mut().0
-    }
-
-    /// Its note and its bytes, both for writing.
-    #[inline]
-    pub fn parts_mut(&mut self) -> (&mut N, &mut [u8]) {
-        // SAFETY: as in `note` and `deref`: `&mut self` makes both borrows exclusive, and they are of different memory.
-        unsafe {
-            let note = (*self.region.note(self.index)).assume_init_mut();
-            (note, std::slice::from_raw_parts_mut(self.region.pointer(self.index), self.region.size))
-        }
-    }
 }
 
-impl<N> Deref for Chunk<N> {
+impl Deref for Chunk {
     type Target = [u8];
-    #[inline]
     fn deref(&self) -> &[u8] {
         // SAFETY: the buffer is `size` initialised bytes (zeroed by mmap), and only this handle refers to it, because
         // an index is on the free list or in exactly one `Chunk`.
@@ -148,23 +164,23 @@ impl<N> Deref for Chunk<N> {
     }
 }
 
-impl<N> DerefMut for Chunk<N> {
-    #[inline]
+impl DerefMut for Chunk {
     fn deref_mut(&mut self) -> &mut [u8] {
         self.parts_mut().1
     }
 }
 
-impl<N> Drop for Chunk<N> {
-    #[inline]
+impl Drop for Chunk {
     fn drop(&mut self) {
+        // SAFETY: this is the only handle, `new` has initialised the cell, and nobody reads it after this.
+        unsafe { (*self.cell()).assume_init_drop() };
         self.region.release(self.index);
     }
 }
 
 /// A large buffer that several frames may read.
 pub struct Super {
-    region: Rc<Region<()>>,
+    region: Rc<Region>,
     index: u32,
 }
 
@@ -202,24 +218,67 @@ impl Drop for Super {
     }
 }
 
-/// The buffers of one worker; chunks have notes of type `N`.
-pub struct Arena<N> {
-    chunks: Rc<Region<N>>,
-    supers: Rc<Region<()>>,
+/// The chunks of an arena by number, for [`lending`](super::lending) them to the kernel: a chunk that is lent has no handle, or one that
+/// is not written to.
+#[derive(Clone)]
+pub(super) struct Chunks(Rc<Region>);
+
+impl Chunks {
+    /// Takes a free chunk without making a handle.
+    pub(super) fn take(&self) -> Option<u32> {
+        self.0.take()
+    }
+
+    /// Makes the handle of a chunk that was taken. It must not have one.
+    pub(super) fn adopt(&self, index: u32) -> Chunk {
+        debug_assert_eq!(self.0.shares[index as usize].get(), 1);
+        Chunk::new(&self.0, index)
+    }
+
+    /// Keeps a chunk from being free when its handle goes. `None` if it is of another arena.
+    pub(super) fn hold(&self, chunk: &Chunk) -> Option<u32> {
+        if !Rc::ptr_eq(&self.0, &chunk.region) {
+            return None;
+        }
+        let shares = &self.0.shares[chunk.index as usize];
+        shares.set(shares.get() + 1);
+        Some(chunk.index)
+    }
+
+    /// Gives up what [`Chunks::take`] or [`Chunks::hold`] gave.
+    pub(super) fn release(&self, index: u32) {
+        self.0.release(index);
+    }
+
+    /// Gives up all of these as soon as `released` is set, by whoever closes the device.
+    pub(super) fn abandon(&self, indexes: Vec<u32>, released: Arc<AtomicBool>) {
+        self.0.abandoned.borrow_mut().push(Abandoned { indexes, released });
+    }
+
+    /// Address of the first, bytes of each, and how many there are.
+    pub(super) fn area(&self) -> (usize, usize, u32) {
+        (self.0.base.as_ptr() as usize, self.0.size, self.0.count)
+    }
 }
 
-impl<N: Default> Arena<N> {
+/// The buffers of one worker.
+pub struct Arena {
+    chunks: Rc<Region>,
+    supers: Rc<Region>,
+}
+
+impl Arena {
     /// Maps `chunks` buffers of `chunk_size` and `supers` buffers of `super_size` bytes; pages are used on first touch.
     ///
     /// # Errors
     /// The kernel's, if it refuses the mapping.
-    pub fn new(chunk_size: usize, chunks: u32, super_size: usize, supers: u32) -> std::io::Result<Arena<N>> {
-        Ok(Arena { chunks: Region::new(chunk_size, chunks)?, supers: Region::new(super_size, supers)? })
+    pub fn new(chunk_size: usize, chunks: u32, super_size: usize, supers: u32) -> std::io::Result<Arena> {
+        Ok(Arena { chunks: Region::new(chunk_size, chunks, chunks)?, supers: Region::new(super_size, supers, 0)? })
     }
 
-    /// A free chunk, with whatever bytes its last owner left and a new note.
-    pub fn chunk(&self) -> Option<Chunk<N>> {
-        self.chunks.take().map(|index| Chunk { region: Rc::clone(&self.chunks), index })
+    /// A free chunk, with whatever bytes its last owner left.
+    pub fn chunk(&self) -> Option<Chunk> {
+        self.chunks.take().map(|index| Chunk::new(&self.chunks, index))
     }
 
     /// A free super buffer, with whatever bytes its last owner left.
@@ -227,9 +286,38 @@ impl<N: Default> Arena<N> {
         self.supers.take().map(|index| Super { region: Rc::clone(&self.supers), index })
     }
 
+    /// The chunks by number.
+    pub(super) fn chunks(&self) -> Chunks {
+        Chunks(Rc::clone(&self.chunks))
+    }
+
     /// How many chunks and super buffers are free.
     pub fn free(&self) -> (usize, usize) {
+        self.chunks.collect();
         (self.chunks.free.borrow().len(), self.supers.free.borrow().len())
+    }
+}
+
+#[cfg(test)]
+impl Arena {
+    /// What the kernel would read at an address of the chunks' region.
+    pub(crate) fn peek(&self, address: u64, len: usize) -> Vec<u8> {
+        (0..len).map(|at| self.chunks.byte(address as usize + at).get()).collect()
+    }
+
+    /// What the kernel would write there.
+    pub(crate) fn poke(&self, address: u64, bytes: &[u8]) {
+        bytes.iter().enumerate().for_each(|(at, byte)| self.chunks.byte(address as usize + at).set(*byte));
+    }
+}
+
+#[cfg(test)]
+impl Region {
+    fn byte(&self, at: usize) -> &Cell<u8> {
+        assert!(at < self.size * self.count as usize);
+        // SAFETY: the byte lies in the mapping, which lives as long as `self`. Tests use this only for chunks that are
+        // lent, to which nobody holds a reference meanwhile.
+        unsafe { &*self.base.as_ptr().add(at).cast::<Cell<u8>>() }
     }
 }
 
@@ -239,22 +327,21 @@ mod tests {
 
     #[test]
     fn a_dropped_chunk_is_given_out_again_and_no_chunk_twice() {
-        let arena = Arena::<u64>::new(2048, 2, 4096, 1).unwrap();
+        let arena = Arena::new(2048, 2, 4096, 1).unwrap();
         let mut first = arena.chunk().unwrap();
         let mut second = arena.chunk().unwrap();
         assert!(arena.chunk().is_none());
         first.fill(1);
         second.fill(2);
         assert!(first.iter().all(|&byte| byte == 1));
-        *first.note_mut() = 7;
         drop(first);
-        assert_eq!(arena.chunk().map(|chunk| *chunk.note()), Some(0));
+        assert!(arena.chunk().is_some());
         assert!(second.iter().all(|&byte| byte == 2));
     }
 
     #[test]
     fn a_shared_buffer_is_written_only_by_its_last_owner() {
-        let arena = Arena::<u64>::new(2048, 1, 4096, 1).unwrap();
+        let arena = Arena::new(2048, 1, 4096, 1).unwrap();
         let mut one = arena.large().unwrap();
         let two = one.share();
         assert!(one.bytes_mut().is_none());
@@ -267,8 +354,24 @@ mod tests {
     }
 
     #[test]
+    fn what_was_abandoned_is_free_when_it_is_released() {
+        let arena = Arena::new(2048, 3, 4096, 1).unwrap();
+        let chunks = arena.chunks();
+        let indexes = vec![chunks.take().unwrap(), chunks.take().unwrap()];
+        let released = Arc::new(AtomicBool::new(false));
+        chunks.abandon(indexes, Arc::clone(&released));
+        let last = arena.chunk().unwrap();
+        assert!(arena.chunk().is_none());
+        released.store(true, Ordering::Release);
+        let one = arena.chunk().unwrap();
+        assert_eq!(arena.free().0, 1);
+        drop((one, last));
+        assert_eq!(arena.free().0, 3);
+    }
+
+    #[test]
     fn a_handle_outlives_its_arena() {
-        let arena = Arena::<u64>::new(2048, 1, 4096, 1).unwrap();
+        let arena = Arena::new(2048, 1, 4096, 1).unwrap();
         let mut chunk = arena.chunk().unwrap();
         drop(arena);
         chunk[2047] = 9;

@@ -6,6 +6,9 @@
 pub mod arena;
 pub mod bpf;
 pub mod lazy;
+pub mod lending;
 pub mod message;
 pub mod prefetch;
+pub mod ring;
 pub mod tun;
+pub mod xsk;

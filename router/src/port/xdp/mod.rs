@@ -1,7 +1,17 @@
-//! XDP: programs that the kernel runs on each frame of a device, before it makes a packet of it.
+//! XDP: programs that the kernel runs on each frame of a device, before it makes a packet of it, and AF_XDP sockets, to
+//! which such a program can redirect frames.
 //!
-//! [`assembler`] writes them as instructions. What loads and attaches them is [`sys::bpf`](super::sys::bpf).
+//! [`assembler`] writes programs as instructions; [`programs`] are those that lead frames to sockets. [`XdpPort`] is a pod's veth
+//! as a port of the router. System calls, rings and the account of lent chunks are in [`sys`](super::sys): `bpf`, `xsk`,
+//! `ring`, `lending`.
 
 pub mod assembler;
+mod endpoint;
+mod partial;
+mod port;
+pub mod programs;
+#[cfg(test)]
+mod tests;
 
 pub use assembler::{Assembler, Helper, Label, Operation, Register, Size, Verdict, When};
+pub use port::{Attachment, LONGEST, XdpDevice, XdpPort};

@@ -44,11 +44,11 @@ const DEFAULT_PORT: u16 = 8472;
 /// Where leases are kept unless configured.
 const DEFAULT_STATE_DIR: &str = "/var/lib/weft";
 
-/// Most workers. Beyond this, a node's frames would be spread thinner than any gain.
+/// Most workers: more than any node has CPUs to spare.
 const MAX_WORKERS: usize = 64;
 
-/// How many workers a node with so many CPUs has unless configured: one, or a quarter of them and up to eight. The pods' own work, which
-/// is the larger part, needs the others.
+/// How many workers a node with so many CPUs has unless configured: one, or a quarter of the CPUs if that is more, up to eight. The pods
+/// themselves, whose work is the larger part, need the others.
 pub fn default_workers(cpus: usize) -> usize {
     (cpus / 4).clamp(1, 8)
 }

@@ -1,0 +1,137 @@
+//! A socket's rings and its chunks as one thing: receiving and sending without the kernel, so to speak.
+//!
+//! Nothing here makes a system call; with rings in plain memory all of it runs in tests.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use crate::port::sys::arena::{Arena, Chunk};
+use crate::port::sys::lending::{Lender, Wrong};
+use crate::port::sys::xsk::{Descriptor, Rings};
+
+/// Chunks that a quiet device holds, to receive into.
+const QUIET: u32 = 128;
+/// After so many batches that needed a small part of what a device holds, it holds half as many.
+const PATIENCE: u32 = 4096;
+
+/// Rings with their account. See the module's essay.
+pub struct Endpoint {
+    rings: Rings,
+    lender: Lender,
+    /// Chunks that the kernel should have to receive into. A burst has to fit; 2 KiB for each of thousands of quiet devices would
+    /// be much.
+    target: u32,
+    easy: u32,
+}
+
+impl Endpoint {
+    /// Takes the rings over. Their memory must be the arena's.
+    pub fn new(rings: Rings, arena: &Arena) -> Endpoint {
+        let mut endpoint = Endpoint { rings, lender: Lender::new(arena), target: QUIET, easy: 0 };
+        endpoint.target = QUIET.min(endpoint.rings.fill.size());
+        endpoint.refill();
+        endpoint
+    }
+
+    /// Takes a received frame: its chunk, where it begins there, and its length. `None` if there is none.
+    pub fn receive(&mut self) -> Option<Result<(Chunk, usize, usize), Wrong>> {
+        let descriptor = self.rings.receive.pop()?;
+        let received = self.lender.received(descriptor.address, descriptor.len);
+        Some(received.map(|(chunk, start)| (chunk, start, descriptor.len as usize)))
+    }
+
+    /// Ends a batch of `count` received frames: the kernel gets places and chunks back.
+    pub fn received(&mut self, count: usize) {
+        if count > 0 {
+            self.rings.receive.release();
+        }
+        let waiting = self.rings.receive.available();
+        self.adapt(count as u32 + waiting);
+        self.refill();
+    }
+
+    /// Whether there are frames to receive.
+    pub fn has_more(&mut self) -> bool {
+        self.rings.receive.available() > 0
+    }
+
+    /// A free chunk, to write a frame to.
+    pub fn chunk(&self) -> Option<Chunk> {
+        self.lender.chunk()
+    }
+
+    /// How many frames can be sent. Looks at the kernel's side only if it seems to be less than `wanted`.
+    pub fn room(&mut self, wanted: u32) -> u32 {
+        self.rings.transmit.room(wanted)
+    }
+
+    /// Sends bytes of a chunk, if there is room and they can be lent: not, if the chunk is of another worker.
+    #[must_use]
+    pub fn send(&mut self, chunk: &Chunk, start: usize, len: usize, metadata: bool) -> bool {
+        if self.rings.transmit.room(1) == 0 {
+            return false;
+        }
+        let Some(address) = self.lender.lend_filled(chunk, start, len) else { return false };
+        let descriptor = Descriptor::plain(address, len);
+        let descriptor = if metadata { Descriptor::with_metadata(address, len) } else { descriptor };
+        let pushed = self.rings.transmit.push(descriptor);
+        debug_assert!(pushed, "there was room");
+        pushed
+    }
+
+    /// Lets the kernel see what was sent. Returns whether there is anything for it to do.
+    pub fn submit(&mut self) -> bool {
+        self.rings.transmit.submit();
+        self.rings.transmit.unread() > 0
+    }
+
+    /// Whether the kernel wants to be told that there is something to send.
+    pub fn needs_wakeup(&self) -> bool {
+        self.rings.transmit.needs_wakeup()
+    }
+
+    /// Takes chunks back whose frames were sent. Returns how many.
+    pub fn complete(&mut self) -> usize {
+        let mut count = 0;
+        while let Some(address) = self.rings.completion.pop() {
+            // One that is not believed has freed nothing.
+            count += usize::from(self.lender.transmitted(address).is_ok());
+        }
+        self.rings.completion.release();
+        count
+    }
+
+    /// How many chunks the kernel has, to receive into and to send.
+    pub fn lent(&self) -> (u32, u32) {
+        self.lender.lent()
+    }
+
+    /// Ends it. Its chunks are free when `released` is set, which says that the kernel uses none of them any more.
+    pub fn abandon(&mut self, released: Arc<AtomicBool>) {
+        self.lender.abandon(released);
+    }
+
+    fn refill(&mut self) {
+        let mut pushed = false;
+        while self.lender.lent().0 < self.target && self.rings.fill.room(1) > 0 {
+            let Some(address) = self.lender.lend_empty() else { break };
+            pushed |= self.rings.fill.push(address);
+        }
+        if pushed {
+            self.rings.fill.submit();
+        }
+    }
+
+    /// Holds more chunks as soon as bursts come near to what is held, and fewer when they have not for long.
+    fn adapt(&mut self, count: u32) {
+        let most = self.rings.fill.size();
+        if count * 4 > self.target {
+            (self.target, self.easy) = ((self.target * 4).min(most), 0);
+        } else if count * 16 < self.target {
+            self.easy += 1;
+            if self.easy >= PATIENCE {
+                (self.target, self.easy) = ((self.target / 2).max(QUIET.min(most)), 0);
+            }
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! The port over rings in plain memory, at whose other end the test plays the kernel.
+
+use std::sync::Arc;
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use weft_encap::offload::Offload;
+
+use super::*;
+use crate::drop_reason::DropReason;
+use crate::frame::Frame;
+use crate::pool::{CHUNK, Pool};
+use crate::port::sys::ring::{Consumer, Layout, Memory, Producer};
+use crate::port::sys::xsk::{Descriptor, METADATA_LEN, Rings};
+use crate::port::{Batch, Port, PortId, Queue, Received, sample};
+use crate::stats::Stats;
+
+const ID: PortId = PortId(1);
+const OTHER: PortId = PortId(0);
+/// Where AF_XDP puts a received frame in its chunk.
+const XDP_HEADROOM: u64 = 256;
+
+/// The other ends of the rings.
+struct Kernel {
+    fill: Consumer<u64>,
+    completion: Producer<u64>,
+    receive: Producer<Descriptor>,
+    transmit: Consumer<Descriptor>,
+}
+
+fn rings(size: u32) -> (Rings, Kernel) {
+    let memory = || Arc::new(Memory::plain(Layout::PLAIN.len::<Descriptor>(size)).unwrap());
+    let [fill, completion, receive, transmit] = [memory(), memory(), memory(), memory()];
+    let ours = Rings {
+        fill: Producer::new(Arc::clone(&fill), Layout::PLAIN, size).unwrap(),
+        completion: Consumer::new(Arc::clone(&completion), Layout::PLAIN, size).unwrap(),
+        receive: Consumer::new(Arc::clone(&receive), Layout::PLAIN, size).unwrap(),
+        transmit: Producer::new(Arc::clone(&transmit), Layout::PLAIN, size).unwrap(),
+    };
+    let kernel = Kernel {
+        fill: Consumer::new(fill, Layout::PLAIN, size).unwrap(),
+        completion: Producer::new(completion, Layout::PLAIN, size).unwrap(),
+        receive: Producer::new(receive, Layout::PLAIN, size).unwrap(),
+        transmit: Consumer::new(transmit, Layout::PLAIN, size).unwrap(),
+    };
+    (ours, kernel)
+}
+
+fn port(pool: &Pool, size: u32, metadata: bool) -> (XdpPort, Kernel) {
+    let (ours, kernel) = rings(size);
+    let (fd, _other) = socketpair(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::NONBLOCK, None).unwrap();
+    (XdpPort::over(ours, fd, metadata, pool, ID), kernel)
+}
+
+impl Kernel {
+    /// Receives a frame, if there is a chunk for it and a place.
+    fn deliver(&mut self, pool: &Pool, bytes: &[u8]) -> bool {
+        if self.receive.room(1) == 0 {
+            return false;
+        }
+        let Some(address) = self.fill.pop() else { return false };
+        self.fill.release();
+        pool.arena().poke(address + XDP_HEADROOM, bytes);
+        assert!(self.receive.push(Descriptor::plain(address + XDP_HEADROOM, bytes.len())));
+        self.receive.submit();
+        true
+    }
+
+    /// Sends a frame: what it was, and the metadata before it.
+    fn send(&mut self, pool: &Pool) -> Option<(Vec<u8>, Option<Vec<u8>>)> {
+        let descriptor = self.transmit.pop()?;
+        self.transmit.release();
+        let bytes = pool.arena().peek(descriptor.address, descriptor.len as usize);
+        let before = || pool.arena().peek(descriptor.address - METADATA_LEN as u64, METADATA_LEN);
+        let metadata = (descriptor.options != 0).then(before);
+        assert!(self.completion.push(descriptor.address));
+        self.completion.submit();
+        Some((bytes, metadata))
+    }
+}
+
+fn receive(port: &mut XdpPort, pool: &Pool, stats: &mut Stats) -> (Vec<Frame>, Received) {
+    let mut batch = Batch::new();
+    let received = port.receive(pool, &mut batch, stats).unwrap();
+    (batch.drain(..).collect(), received)
+}
+
+fn frame(bytes: &[u8], offload: Offload, pool: &Pool, stats: &mut Stats) -> Frame {
+    let mut frame = Frame::from_bytes(bytes, OTHER, pool).unwrap();
+    frame.offload = offload;
+    stats.received(&frame);
+    frame
+}
+
+#[test]
+fn a_received_frame_keeps_its_bytes_and_says_that_its_checksum_is_partial() {
+    let pool = Pool::new(512, 4).unwrap();
+    let (mut port, mut kernel) = port(&pool, 256, true);
+    let mut stats = Stats::default();
+    let (tcp, _) = sample::tcp4(1_400, 0);
+    let mut finished = sample::udp4(18, 0).0;
+    finished.offload.partial.take().unwrap().fill(&mut finished.bytes, []).unwrap();
+    assert!(kernel.deliver(&pool, &tcp.bytes) && kernel.deliver(&pool, &finished.bytes));
+    let (frames, received) = receive(&mut port, &pool, &mut stats);
+    assert_eq!(received, Received::Drained);
+    for (frame, packet) in frames.iter().zip([&tcp, &finished]) {
+        assert_eq!((frame.to_vec(), frame.offload, frame.ingress()), (packet.bytes.clone(), packet.offload, ID));
+    }
+    assert_eq!((frames.len(), stats.of(ID).received), (2, 2));
+    let held = pool.free().0;
+    drop(frames);
+    assert_eq!(pool.free().0, held + 2);
+}
+
+#[test]
+fn a_partial_checksum_is_handed_on_or_filled_in() {
+    for (metadata, packet) in
+        [(true, sample::tcp4(1_000, 0)), (false, sample::tcp4(1_000, 0)), (true, sample::udp4(9, 0))]
+    {
+        let pool = Pool::new(512, 4).unwrap();
+        let (mut port, mut kernel) = port(&pool, 256, metadata);
+        assert_eq!(port.capabilities().partial_checksum, metadata);
+        let mut stats = Stats::default();
+        let (packet, payload) = packet;
+        let partial = packet.offload.partial.unwrap();
+        let mut queue = Queue::from([frame(&packet.bytes, packet.offload, &pool, &mut stats)]);
+        port.transmit(&mut queue, &mut stats).unwrap();
+        let (mut sent, told) = kernel.send(&pool).unwrap();
+        assert_eq!(told.is_some(), metadata);
+        if let Some(told) = told {
+            assert_eq!(sent, packet.bytes, "the kernel completes it");
+            let number = |at: usize| u16::from_ne_bytes([told[at], told[at + 1]]);
+            assert_eq!((told[0], number(8), number(10)), (2, partial.start, partial.offset));
+            partial.fill(&mut sent, []).unwrap();
+        }
+        assert_eq!(sample::verified_payload(&sent), payload);
+        assert_eq!((stats.of(OTHER).sent, stats.of(OTHER).in_flight(), stats.of(ID).out), (1, 0, 1));
+        assert_eq!(port.lent().1, 1);
+        port.transmit(&mut queue, &mut stats).unwrap();
+        assert_eq!(port.lent().1, 0, "what was sent comes back");
+    }
+}
+
+#[test]
+fn a_superframe_is_cut_and_summed() {
+    let pool = Pool::new(512, 4).unwrap();
+    let (mut port, mut kernel) = port(&pool, 256, true);
+    let mut stats = Stats::default();
+    let (packet, payload) = sample::tcp4(10_000, 1448);
+    let mut queue = Queue::from([frame(&packet.bytes, packet.offload, &pool, &mut stats)]);
+    port.transmit(&mut queue, &mut stats).unwrap();
+    let segments: Vec<Vec<u8>> = std::iter::from_fn(|| kernel.send(&pool)).map(|(bytes, _)| bytes).collect();
+    assert_eq!(segments.len(), 7);
+    let received: Vec<u8> = segments.iter().flat_map(|segment| sample::verified_payload(segment)).collect();
+    assert_eq!(received, payload);
+    assert_eq!((stats.of(OTHER).sent, stats.of(OTHER).splits, stats.of(OTHER).in_flight()), (7, 6, 0));
+}
+
+#[test]
+fn a_full_ring_leaves_the_queue_and_what_does_not_fit_a_chunk_ends_by_name() {
+    let pool = Pool::new(512, 4).unwrap();
+    let (mut port, mut kernel) = port(&pool, 4, true);
+    let mut stats = Stats::default();
+    let packet = sample::udp4(18, 0).0;
+    let mut queue: Queue = (0..6).map(|_| frame(&packet.bytes, packet.offload, &pool, &mut stats)).collect();
+    port.transmit(&mut queue, &mut stats).unwrap();
+    assert_eq!((queue.len(), stats.of(OTHER).sent), (2, 4));
+    while kernel.send(&pool).is_some() {}
+    queue.push_back(frame(&vec![7; 5_000], Offload::default(), &pool, &mut stats));
+    let (large, _) = sample::tcp4(10_000, 1448);
+    queue.push_back(frame(&large.bytes, large.offload, &pool, &mut stats));
+    port.transmit(&mut queue, &mut stats).unwrap();
+    assert_eq!(stats.of(OTHER).dropped[DropReason::DeviceRefused as usize], 1);
+    assert_eq!(queue.len(), 1, "seven segments wait for seven places, which this ring never has at once");
+    assert_eq!(stats.of(OTHER).in_flight(), 1);
+}
+
+#[test]
+fn a_chunk_of_another_worker_is_copied() {
+    let (pool, other) = (Pool::new(512, 4).unwrap(), Pool::new(8, 4).unwrap());
+    let (mut port, mut kernel) = port(&pool, 256, true);
+    let mut stats = Stats::default();
+    let packet = sample::tcp6(900, 0).0;
+    let mut queue = Queue::from([frame(&packet.bytes, packet.offload, &other, &mut stats)]);
+    port.transmit(&mut queue, &mut stats).unwrap();
+    assert_eq!(other.free().0, 8);
+    let (sent, told) = kernel.send(&pool).unwrap();
+    assert_eq!((sent, told.is_some()), (packet.bytes, true));
+}
+
+#[test]
+fn descriptors_that_are_wrong_are_counted_and_cost_nothing() {
+    let pool = Pool::new(512, 4).unwrap();
+    let (mut port, mut kernel) = port(&pool, 256, true);
+    let mut stats = Stats::default();
+    let good = sample::udp4(18, 0).0;
+    assert!(kernel.deliver(&pool, &good.bytes));
+    let lent = kernel.fill.pop().unwrap();
+    let wrong = [
+        Descriptor::plain(512 * CHUNK as u64, 60),
+        Descriptor::plain(u64::MAX, 60),
+        Descriptor::plain(lent + CHUNK as u64 - 10, 11),
+        Descriptor::plain(lent + XDP_HEADROOM, 60),
+        Descriptor::plain(511 * CHUNK as u64, 60),
+        Descriptor { address: lent, len: u32::MAX, options: u32::MAX },
+    ];
+    wrong.into_iter().for_each(|descriptor| assert!(kernel.receive.push(descriptor)));
+    kernel.receive.submit();
+    // Nor is anything believed that was never sent.
+    [0, 7, u64::MAX, lent].into_iter().for_each(|address| assert!(kernel.completion.push(address)));
+    kernel.completion.submit();
+    port.transmit(&mut Queue::new(), &mut stats).unwrap();
+    let (frames, _) = receive(&mut port, &pool, &mut stats);
+    assert_eq!(frames.len(), 1);
+    assert_eq!(stats.of(ID).dropped[DropReason::BadDescriptor as usize], wrong.len() as u64);
+    drop(frames);
+    drop(port);
+    settle(&pool, 512);
+}
+
+#[test]
+fn bursts_make_a_device_hold_more_chunks() {
+    let pool = Pool::new(4096, 4).unwrap();
+    let (mut port, mut kernel) = port(&pool, 2048, true);
+    let mut stats = Stats::default();
+    let packet = sample::udp4(18, 0).0;
+    let quiet = port.lent().0;
+    while kernel.deliver(&pool, &packet.bytes) {}
+    let mut count = 0;
+    loop {
+        let (frames, received) = receive(&mut port, &pool, &mut stats);
+        count += frames.len();
+        if received == Received::Drained {
+            break;
+        }
+    }
+    assert_eq!(count, quiet as usize);
+    assert!(port.lent().0 >= 4 * quiet, "{} chunks", port.lent().0);
+    for _ in 0..40_000 {
+        kernel.deliver(&pool, &packet.bytes);
+        receive(&mut port, &pool, &mut stats);
+    }
+    assert_eq!(port.lent().0, quiet);
+}
+
+/// The port closes on a thread of its own.
+fn settle(pool: &Pool, free: usize) {
+    for _ in 0..1_000 {
+        if pool.free().0 == free {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    panic!("{} of {free} chunks are free", pool.free().0);
+}
+
+/// Frames of the test of conservation; each build runs a part, a release build ten million.
+const MANY: u64 = if cfg!(debug_assertions) { 200_000 } else { 10_000_000 };
+
+#[test]
+fn however_much_ring_space_is_lost_no_frame_is_lost_without_a_count() {
+    let pool = Pool::new(1024, 4).unwrap();
+    let (mut port, mut kernel) = port(&pool, 256, true);
+    let mut stats = Stats::default();
+    let packet = sample::udp4(18, 0).0;
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = |below: u64| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (random >> 33) % below
+    };
+    let (mut queue, mut delivered, mut sent, mut wrong) = (Queue::new(), 0, 0, 0);
+    while delivered < MANY {
+        for _ in 0..next(100) {
+            delivered += u64::from(kernel.deliver(&pool, &packet.bytes));
+        }
+        if next(50) == 0 && kernel.receive.push(Descriptor::plain(next(3_000) * 1_000, 60)) {
+            // By chance this may name a chunk that is lent: then the kernel has one less, and it is ours again.
+            kernel.receive.submit();
+            wrong += 1;
+        }
+        queue.extend(receive(&mut port, &pool, &mut stats).0);
+        if next(3) > 0 {
+            port.transmit(&mut queue, &mut stats).unwrap();
+        }
+        if queue.len() > 300 {
+            queue.drain(..).for_each(|frame| stats.drop(frame, DropReason::QueueFull));
+        }
+        for _ in 0..next(120) {
+            sent += u64::from(kernel.send(&pool).is_some());
+        }
+    }
+    while !queue.is_empty() || port.lent().1 > 0 {
+        port.transmit(&mut queue, &mut stats).unwrap();
+        sent += std::iter::from_fn(|| kernel.send(&pool)).count() as u64;
+        queue.extend(receive(&mut port, &pool, &mut stats).0);
+    }
+    let counted = stats.of(ID);
+    assert_eq!(counted.received, delivered + wrong);
+    assert_eq!((counted.in_flight(), counted.sent), (0, sent), "{counted:?}");
+    assert_eq!(pool.free().0 + port.lent().0 as usize, 1024);
+    drop(port);
+    settle(&pool, 1024);
+}

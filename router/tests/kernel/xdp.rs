@@ -1,0 +1,433 @@
+//! AF_XDP ports against a real kernel: two pods on veths, and between them two ports and nothing else.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::os::fd::AsFd;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use etherparse::{PacketBuilder, VlanId};
+use rustix::io::Errno;
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, SocketType, socket, sockopt};
+use weft_router::pool::Pool;
+use weft_router::port::sys::bpf::{Map, MapKind, Mode, Program};
+use weft_router::port::sys::xsk::{Binding, Descriptor, Socket, Umem};
+use weft_router::port::xdp::programs::Tunnel;
+use weft_router::port::xdp::{Attachment, Verdict, XdpDevice, XdpPort, programs};
+use weft_router::port::{Batch, Port, Queue};
+use weft_router::stats::Stats;
+use weft_router::{DropReason, PortId};
+
+use super::bed::{Netns, exclusively, ping, run, transfer, transfer_udp_segmented};
+
+const CHUNKS: u32 = 8192;
+const ONE: PortId = PortId(1);
+const TWO: PortId = PortId(2);
+
+/// A node with pods on veths whose host ends are `pod1`, `pod2`, ….
+struct Pods {
+    node: Netns,
+    pods: Vec<Netns>,
+}
+
+impl Pods {
+    fn new(count: usize) -> Pods {
+        let mut pods = Pods { node: Netns::new("xn"), pods: Vec::new() };
+        for number in 1..=count {
+            pods.pods.push(Netns::new(&format!("x{number}")));
+            pods.connect(number);
+        }
+        pods
+    }
+
+    fn connect(&self, number: usize) {
+        let (node, pod) = (self.node.name(), self.pods[number - 1].name());
+        let host = format!("pod{number}");
+        run(&[
+            "ip",
+            "-n",
+            node,
+            "link",
+            "add",
+            &host,
+            "numtxqueues",
+            "1",
+            "numrxqueues",
+            "1",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            pod,
+            "numtxqueues",
+            "1",
+            "numrxqueues",
+            "1",
+        ]);
+        run(&["ip", "-n", node, "link", "set", &host, "up"]);
+        run(&["ip", "-n", pod, "address", "add", &format!("10.244.9.{number}/24"), "dev", "eth0"]);
+        run(&["ip", "-n", pod, "address", "add", &format!("fd00:9::{number}/64"), "dev", "eth0", "nodad"]);
+        run(&["ip", "-n", pod, "link", "set", "eth0", "up"]);
+    }
+
+    /// The program goes when its port's thread has closed it.
+    fn expect_no_program(&self, number: usize) {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while self.shown(number).contains("prog/xdp") {
+            assert!(Instant::now() < deadline, "a program was left behind: {}", self.shown(number));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What `ip link` says of a host end.
+    fn shown(&self, number: usize) -> String {
+        let said =
+            Command::new("ip").args(["-n", self.node.name(), "-d", "link", "show", &format!("pod{number}")]).output();
+        String::from_utf8_lossy(&said.unwrap().stdout).into_owned()
+    }
+}
+
+/// The number of a host end, on a thread in the node's namespace.
+fn interface(number: usize) -> u32 {
+    let any = socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
+    name_to_index(&any, &format!("pod{number}")).unwrap()
+}
+
+fn open(pool: &Pool, umem: &Umem, number: usize) -> XdpPort {
+    let device = XdpDevice::open(interface(number), umem).unwrap();
+    XdpPort::new(device, pool, PortId(number as u16)).unwrap()
+}
+
+/// Passes what one port receives to the other, whatever it is. Returns how many frames.
+fn pass(pool: &Pool, stats: &mut Stats, from: &mut XdpPort, to: &mut XdpPort) -> usize {
+    let mut batch = Batch::new();
+    from.receive(pool, &mut batch, stats).unwrap();
+    let count = batch.len();
+    let mut queue: Queue = batch.drain(..).collect();
+    to.transmit(&mut queue, stats).unwrap();
+    queue.drain(..).for_each(|frame| stats.drop(frame, DropReason::QueueFull));
+    count
+}
+
+/// Runs `traffic` while two ports pass frames to each other; what is counted at the end is returned.
+fn between(pods: &Pods, traffic: impl FnOnce() + Send) -> Stats {
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let wire = scope.spawn(|| {
+            pods.node.inside(|| {
+                let pool = Pool::new(CHUNKS, 16).unwrap();
+                let umem = Umem::of(pool.arena());
+                let (mut one, mut two) = (open(&pool, &umem, 1), open(&pool, &umem, 2));
+                let mut stats = Stats::default();
+                while !ended.load(Ordering::Relaxed) {
+                    let passed =
+                        pass(&pool, &mut stats, &mut one, &mut two) + pass(&pool, &mut stats, &mut two, &mut one);
+                    if passed == 0 {
+                        std::thread::sleep(Duration::from_micros(50));
+                    }
+                }
+                let closing = Instant::now();
+                drop((one, two));
+                assert!(closing.elapsed() < Duration::from_millis(10), "the worker waited {:?}", closing.elapsed());
+                settle(&pool);
+                stats
+            })
+        });
+        let traffic = scope.spawn(move || {
+            // The devices become ports first.
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while !(1..=2).all(|number| pods.shown(number).contains("prog/xdp")) {
+                assert!(Instant::now() < deadline, "no program is attached: {}", pods.shown(1));
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            traffic();
+        });
+        let result = traffic.join();
+        ended.store(true, Ordering::Relaxed);
+        let stats = wire.join().unwrap();
+        result.unwrap();
+        for port in [ONE, TWO] {
+            let counted = stats.of(port);
+            assert_eq!(counted.in_flight(), 0, "{counted:?}");
+        }
+        (1..=2).for_each(|number| pods.expect_no_program(number));
+        stats
+    })
+}
+
+/// Waits until the kernel has given all chunks back.
+fn settle(pool: &Pool) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while pool.free().0 < CHUNKS as usize {
+        assert!(Instant::now() < deadline, "{} of {CHUNKS} chunks came back", pool.free().0);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn tcp_and_udp_larger_than_the_mtu_pass_between_two_xdp_ports() {
+    let _alone = exclusively();
+    let pods = Pods::new(2);
+    let (one, two) = (&pods.pods[0], &pods.pods[1]);
+    let stats = between(&pods, || {
+        ping(one, "10.244.9.2");
+        ping(two, "fd00:9::1");
+        transfer(one, two, "10.244.9.2", 16 << 20);
+        transfer(two, one, "fd00:9::1", 16 << 20);
+        transfer_udp_segmented(one, two, "10.244.9.2", 1_400, 40);
+        run(&["ip", "netns", "exec", one.name(), "ping", "-c", "2", "-i", "0.2", "-s", "30000", "10.244.9.2"]);
+    });
+    let counted = stats.of(ONE);
+    assert!(counted.received > 10_000, "{counted:?}");
+}
+
+#[test]
+fn a_device_that_goes_away_breaks_its_port_and_no_other() {
+    let _alone = exclusively();
+    let mut pods = Pods::new(2);
+    let gone = pods.pods.pop().unwrap();
+    pods.node.inside(|| {
+        let pool = Pool::new(CHUNKS, 16).unwrap();
+        let umem = Umem::of(pool.arena());
+        // The second registers the memory, so that the first has to do without it afterwards.
+        let (mut two, mut one) = (open(&pool, &umem, 2), open(&pool, &umem, 1));
+        let (mut batch, mut stats) = (Batch::new(), Stats::default());
+        drop(gone);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let error = loop {
+            match two.receive(&pool, &mut batch, &mut stats) {
+                Err(error) => break error,
+                Ok(_) => batch.clear(),
+            }
+            assert!(Instant::now() < deadline, "nobody noticed");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        assert_eq!(Errno::from_io_error(&error), Some(Errno::NXIO));
+        drop(two);
+        one.receive(&pool, &mut batch, &mut stats).unwrap();
+        batch.clear();
+        drop(one);
+        settle(&pool);
+        let again = open(&pool, &umem, 1);
+        drop(again);
+        settle(&pool);
+    });
+}
+
+#[test]
+fn a_program_of_somebody_else_is_left_alone_and_named() {
+    let _alone = exclusively();
+    let pods = Pods::new(1);
+    pods.node.inside(|| {
+        let pool = Pool::new(CHUNKS, 16).unwrap();
+        let umem = Umem::of(pool.arena());
+        let map = Map::create(MapKind::Xsk, "theirs", 4, 4, 1).unwrap();
+        let theirs = Program::load("theirs", &programs::pod(&map)).unwrap().attach(interface(1), Mode::Native).unwrap();
+        let error = XdpDevice::open(interface(1), &umem).unwrap_err().to_string();
+        assert!(error.contains("another program is attached"), "{error}");
+        assert!(pods.shown(1).contains("name theirs") || pods.shown(1).contains("prog/xdp"), "{}", pods.shown(1));
+        drop(theirs);
+        pods.expect_no_program(1);
+        let ours = open(&pool, &umem, 1);
+        let device = XdpDevice::open(interface(1), &umem).unwrap_err();
+        assert_eq!(Errno::from_io_error(&device), Some(Errno::BUSY), "a queue has one socket");
+        drop(ours);
+        settle(&pool);
+    });
+}
+
+#[test]
+fn attaching_and_detaching_leaks_nothing() {
+    let _alone = exclusively();
+    let pods = Pods::new(2);
+    pods.node.inside(|| {
+        let pool = Pool::new(CHUNKS, 16).unwrap();
+        let umem = Umem::of(pool.arena());
+        let count = |what| std::fs::read_dir(format!("/proc/self/{what}")).unwrap().count();
+        let before = (count("fd"), count("map_files"));
+        for _ in 0..20 {
+            let ports = (open(&pool, &umem, 1), open(&pool, &umem, 2));
+            assert!(pool.free().0 < CHUNKS as usize);
+            drop(ports);
+            settle(&pool);
+        }
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while count("fd") > before.0 {
+            assert!(Instant::now() < deadline, "{} descriptors were {}", count("fd"), before.0);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // The threads that close leave their stacks for the next ones.
+        assert!(count("map_files") <= before.1 + 16, "{} mappings were {}", count("map_files"), before.1);
+    });
+    (1..=2).for_each(|number| pods.expect_no_program(number));
+}
+
+#[test]
+fn the_kernel_refuses_descriptors_that_are_wrong_and_goes_on() {
+    let _alone = exclusively();
+    let pods = Pods::new(1);
+    pods.node.inside(|| {
+        let pool = Pool::new(64, 1).unwrap();
+        let umem = Umem::of(pool.arena());
+        let binding = Binding { interface: interface(1), queue: 0, ring: 64, zero_copy: false };
+        let (wakeup, mut rings) = Socket::open(&umem, binding).unwrap().into_parts();
+        let end = 64 * 2048;
+        let wrong = [(end, 60), (end - 30, 60), (2048 - 30, 60), (u64::MAX, 60), (128, 2048), (128, u32::MAX as usize)];
+        for (address, len) in wrong {
+            assert!(rings.transmit.push(Descriptor::plain(address, len)));
+        }
+        assert!(rings.transmit.push(Descriptor { options: 1 << 31, ..Descriptor::plain(128, 60) }));
+        assert!(rings.transmit.push(Descriptor::plain(128, 60)));
+        rings.transmit.submit();
+        for _ in 0..20 {
+            let _ = wakeup.transmit();
+        }
+        assert_eq!(rings.transmit.unread(), 0);
+        // Some kernels give back those that they refused, too.
+        assert_eq!(std::iter::from_fn(|| rings.completion.pop()).last(), Some(128));
+        let counted = sockopt::xdp_statistics(wakeup.as_fd()).unwrap();
+        assert_eq!(counted.tx_invalid_descs, wrong.len() as u64 + 1);
+    });
+}
+
+const OURS: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(10, 9, 0, 1)), IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1))];
+const PORT: u16 = 8472;
+
+/// A UDP packet in an Ethernet frame with these VLAN tags.
+fn packet(tags: &[u16], to: IpAddr, port: u16) -> Vec<u8> {
+    let builder = PacketBuilder::ethernet2([2; 6], [4; 6]);
+    let mut bytes = Vec::new();
+    let payload = [7; 30];
+    let address4 = |to: Ipv4Addr| ([10, 9, 0, 2], to.octets(), 64);
+    let address6 = |to: Ipv6Addr| ([0xfd; 16], to.octets(), 64);
+    let id = |tag: &u16| VlanId::try_new(*tag).unwrap();
+    let builder = match (tags, to) {
+        ([], IpAddr::V4(to)) => {
+            let a = address4(to);
+            builder.ipv4(a.0, a.1, a.2)
+        }
+        ([], IpAddr::V6(to)) => {
+            let a = address6(to);
+            builder.ipv6(a.0, a.1, a.2)
+        }
+        ([one], IpAddr::V4(to)) => {
+            let a = address4(to);
+            builder.single_vlan(id(one)).ipv4(a.0, a.1, a.2)
+        }
+        ([one], IpAddr::V6(to)) => {
+            let a = address6(to);
+            builder.single_vlan(id(one)).ipv6(a.0, a.1, a.2)
+        }
+        ([one, two, ..], IpAddr::V4(to)) => {
+            let a = address4(to);
+            builder.double_vlan(id(one), id(two)).ipv4(a.0, a.1, a.2)
+        }
+        ([one, two, ..], IpAddr::V6(to)) => {
+            let a = address6(to);
+            builder.double_vlan(id(one), id(two)).ipv6(a.0, a.1, a.2)
+        }
+    };
+    builder.udp(5_000, port).write(&mut bytes, &payload).unwrap();
+    bytes
+}
+
+#[test]
+fn the_uplinks_program_takes_our_tunnels_packets_and_nothing_else() {
+    let _alone = exclusively();
+    let sockets = Map::create(MapKind::Xsk, "none", 4, 4, 1).unwrap();
+    let tunnel = Tunnel { addresses: OURS.to_vec(), port: PORT };
+    // Where there is no socket, what would have been taken is dropped here, so that it can be told apart.
+    let program = Program::load("uplink", &programs::uplink(&sockets, &tunnel, Verdict::Drop)).unwrap();
+    let judge = |bytes: &[u8]| {
+        let (verdict, after) = program.run(bytes).unwrap();
+        assert_eq!(after, bytes, "it changes nothing");
+        assert!(verdict == Verdict::Drop as u32 || verdict == Verdict::Pass as u32, "{verdict}");
+        verdict == Verdict::Drop as u32
+    };
+    for to in OURS {
+        for tags in [&[][..], &[100], &[100, 200]] {
+            let good = packet(tags, to, PORT);
+            assert!(judge(&good), "{to} behind {tags:?}");
+            assert!(!judge(&packet(tags, to, PORT + 1)), "another port");
+            let (ip, family) = (14 + 4 * tags.len(), u8::from(to.is_ipv6()));
+            let header = [28, 48][usize::from(family)];
+            (14..ip + header).for_each(|len| assert!(!judge(&good[..len]), "cut to {len} bytes"));
+            assert!(judge(&good[..ip + header]));
+            let last = ip + [19, 39][usize::from(family)];
+            let protocol = ip + [9, 6][usize::from(family)];
+            for (at, what) in [(last, "another address"), (protocol, "another protocol"), (ip - 1, "another type")] {
+                let mut other = good.clone();
+                other[at] ^= 1;
+                assert!(!judge(&other), "{what}");
+            }
+        }
+    }
+    let mut options = packet(&[], OURS[0], PORT);
+    options[14] = 0x46;
+    assert!(!judge(&options));
+    for flags in [[0x20, 0], [0, 1], [0x1f, 0xff]] {
+        let mut fragment = packet(&[], OURS[0], PORT);
+        fragment[20..22].copy_from_slice(&flags);
+        assert!(!judge(&fragment), "{flags:?}");
+    }
+    let mut third = packet(&[1, 2], OURS[0], PORT);
+    third[20..22].copy_from_slice(&[0x81, 0]);
+    assert!(!judge(&third));
+    let without = Program::load("uplink", &programs::uplink(&sockets, &tunnel, Verdict::Pass)).unwrap();
+    assert_eq!(without.run(&packet(&[], OURS[0], PORT)).unwrap().0, Verdict::Pass as u32);
+}
+
+#[test]
+fn an_uplink_in_use_leaves_the_nodes_own_traffic_alone() {
+    let _alone = exclusively();
+    let pods = Pods::new(1);
+    // Here `pod1` is the node's uplink, and the pod another machine.
+    run(&["ip", "-n", pods.node.name(), "address", "add", "10.244.9.100/24", "dev", "pod1"]);
+    let (own, other) = ("10.244.9.100", &pods.pods[0]);
+    let listener = pods.node.inside(|| UdpSocket::bind((own, PORT)).unwrap());
+    listener.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let sender = other.inside(|| UdpSocket::bind("10.244.9.1:0").unwrap());
+    let say = |text: &[u8]| sender.send_to(text, (own, PORT)).map(drop).unwrap();
+    ping(other, own);
+    pods.node.inside(|| {
+        let pool = Pool::new(CHUNKS, 1).unwrap();
+        let umem = Umem::of(pool.arena());
+        let binding = Binding { interface: interface(1), queue: 0, ring: 2048, zero_copy: false };
+        let socket = Socket::open(&umem, binding).unwrap();
+        let tunnel = Tunnel { addresses: vec![own.parse().unwrap()], port: PORT };
+        let attachment = Attachment::uplink(interface(1), &[&socket], &tunnel, Mode::Native).unwrap();
+        let mut port = XdpPort::new(XdpDevice::new(attachment, socket), &pool, PortId(1)).unwrap();
+        let mut receive = || {
+            let (mut batch, mut stats) = (Batch::new(), Stats::default());
+            port.receive(&pool, &mut batch, &mut stats).unwrap();
+            batch.drain(..).map(|frame| frame.to_vec()).collect::<Vec<_>>()
+        };
+        ping(other, own);
+        transfer(other, &pods.node, own, 4 << 20);
+        assert!(receive().is_empty(), "it took what is not ours");
+        say(b"ours");
+        let deadline = Instant::now() + Duration::from_secs(2);
+        let taken = loop {
+            let taken = receive();
+            if !taken.is_empty() || Instant::now() > deadline {
+                break taken;
+            }
+        };
+        assert_eq!(taken.len(), 1);
+        assert!(taken[0].ends_with(b"ours"));
+        // Larger than the MTU: the kernel puts the fragments together for the UDP socket.
+        say(&[9; 3_000]);
+        let mut datagram = [0; 4_000];
+        assert_eq!(listener.recv(&mut datagram).unwrap(), 3_000);
+        drop(port);
+        settle(&pool);
+    });
+    pods.expect_no_program(1);
+    say(b"back again");
+    let mut datagram = [0; 100];
+    assert_eq!(listener.recv(&mut datagram).unwrap(), 10);
+}
