@@ -58,6 +58,9 @@ pub struct Bench {
     /// Only these data paths.
     #[arg(long, value_name = "PATH", num_args = 1.., value_delimiter = ',', value_parser = path_names())]
     paths: Vec<String>,
+    /// Workers of each node's weftd; as many as it chooses unless given.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(plan::MAX_WORKERS)))]
+    workers: Option<u8>,
     /// Write everything that was measured to this file, as JSON; `-` is the standard output, then without a table.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -88,7 +91,7 @@ pub fn run(args: &Bench) -> Result<()> {
     if let Some(warning) = machine.warning() {
         output::complain(&warning);
     }
-    let (paths, beds) = build_all(&args.contenders(), &args.name, &programs)?;
+    let (paths, beds) = build_all(args, &programs)?;
     let mut run = Run::new(args.mode(), &tasks, &paths, beds, started);
     run.all()?;
     let (samples, beds) = run.finish();
@@ -100,6 +103,7 @@ pub fn run(args: &Bench) -> Result<()> {
         mode: args.mode().name(),
         machine,
         seconds: started.elapsed().as_secs_f64(),
+        workers: args.workers,
         pause: args.mode().pause().as_secs_f64(),
         failures: samples.into_failures(),
         paths,
@@ -151,22 +155,18 @@ impl Bench {
 }
 
 /// Builds what can be built; says of each other path why it cannot.
-fn build_all(
-    contenders: &[&'static Contender],
-    name: &str,
-    programs: &Programs,
-) -> Result<(Vec<Path>, Vec<Option<Bed>>)> {
+fn build_all(args: &Bench, programs: &Programs) -> Result<(Vec<Path>, Vec<Option<Bed>>)> {
     for contender in &CONTENDERS {
-        bed::remove_abandoned(&bed::lab_name(name, contender))?;
+        bed::remove_abandoned(&bed::lab_name(&args.name, contender))?;
     }
     let (mut paths, mut beds) = (Vec::new(), Vec::new());
-    for contender in contenders {
+    for contender in args.contenders() {
         let missing = matches!(contender.kind, Kind::Ovs(_)).then(ovs::missing).flatten();
         let (bed, reason) = match missing {
             Some(reason) => (None, Some(reason)),
             None => {
                 output::progress(&format!("building: {}", contender.label));
-                match Bed::build(contender, name, programs) {
+                match Bed::build(contender, &args.name, programs, args.workers) {
                     Ok(bed) => (Some(bed), None),
                     // Without the kernel's or our own path there is nothing to compare.
                     Err(error) if matches!(contender.kind, Kind::Ovs(_)) => {
