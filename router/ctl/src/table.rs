@@ -12,7 +12,7 @@ pub struct Table {
 }
 
 struct Column {
-    heading: &'static str,
+    heading: String,
     right: bool,
 }
 
@@ -23,10 +23,10 @@ struct Row {
 
 impl Table {
     /// A table with these headings; one that starts with `>` is aligned to the right.
-    pub fn new(headings: &[&'static str]) -> Table {
-        let column = |heading: &&'static str| match heading.strip_prefix('>') {
-            Some(heading) => Column { heading, right: true },
-            None => Column { heading, right: false },
+    pub fn new(headings: &[&str]) -> Table {
+        let column = |heading: &&str| match heading.strip_prefix('>') {
+            Some(heading) => Column { heading: heading.to_owned(), right: true },
+            None => Column { heading: (*heading).to_owned(), right: false },
         };
         Table { columns: headings.iter().map(column).collect(), rows: Vec::new() }
     }
@@ -48,7 +48,7 @@ impl Table {
         if self.rows.is_empty() {
             return format!("{none}\n");
         }
-        let headings: Vec<String> = self.columns.iter().map(|column| column.heading.to_owned()).collect();
+        let headings: Vec<String> = self.columns.iter().map(|column| column.heading.clone()).collect();
         let mut text = style.strong(&self.line(&headings));
         text.push('\n');
         for row in &self.rows {

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::AsFd;
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use rustix::net::{AddressFamily, SocketType, socket, sockopt};
 use weft_router::pool::Pool;
 use weft_router::port::sys::bpf::{Map, MapKind, Mode, Program};
 use weft_router::port::sys::xsk::{Binding, Descriptor, Socket, Umem};
+use weft_router::port::tap::{Tap, TapPort};
 use weft_router::port::xdp::programs::Tunnel;
 use weft_router::port::xdp::{Attachment, Verdict, XdpDevice, XdpPort, programs};
 use weft_router::port::{Batch, Port, Queue};
@@ -33,44 +35,27 @@ struct Pods {
 
 impl Pods {
     fn new(count: usize) -> Pods {
+        Pods::with_mtu(count, 1500)
+    }
+
+    fn with_mtu(count: usize, mtu: u32) -> Pods {
         let mut pods = Pods { node: Netns::new("xn"), pods: Vec::new() };
         for number in 1..=count {
-            pods.pods.push(Netns::new(&format!("x{number}")));
-            pods.connect(number);
+            let pod = Netns::new(&format!("x{number}"));
+            // Frames of the pod are received by one worker, and sent to it by two.
+            let (host, peer) = ("numtxqueues 2 numrxqueues 1", "numtxqueues 1 numrxqueues 2");
+            let peer = format!("peer name eth0 netns {} mtu {mtu} {peer}", pod.name());
+            pods.ip(&format!("link add pod{number} mtu {mtu} {host} type veth {peer}"));
+            pods.ip(&format!("link set pod{number} up"));
+            configure(&pod, number);
+            pods.pods.push(pod);
         }
         pods
     }
 
-    fn connect(&self, number: usize) {
-        let (node, pod) = (self.node.name(), self.pods[number - 1].name());
-        let host = format!("pod{number}");
-        run(&[
-            "ip",
-            "-n",
-            node,
-            "link",
-            "add",
-            &host,
-            "numtxqueues",
-            "1",
-            "numrxqueues",
-            "1",
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth0",
-            "netns",
-            pod,
-            "numtxqueues",
-            "1",
-            "numrxqueues",
-            "1",
-        ]);
-        run(&["ip", "-n", node, "link", "set", &host, "up"]);
-        run(&["ip", "-n", pod, "address", "add", &format!("10.244.9.{number}/24"), "dev", "eth0"]);
-        run(&["ip", "-n", pod, "address", "add", &format!("fd00:9::{number}/64"), "dev", "eth0", "nodad"]);
-        run(&["ip", "-n", pod, "link", "set", "eth0", "up"]);
+    /// Runs `ip` in the node.
+    fn ip(&self, args: &str) {
+        ip(&self.node, args);
     }
 
     /// The program goes when its port's thread has closed it.
@@ -90,6 +75,18 @@ impl Pods {
     }
 }
 
+fn ip(netns: &Netns, args: &str) {
+    let command: Vec<&str> = ["ip", "-n", netns.name()].into_iter().chain(args.split(' ')).collect();
+    run(&command);
+}
+
+/// Gives a pod its addresses.
+fn configure(pod: &Netns, number: usize) {
+    ip(pod, &format!("address add 10.244.9.{number}/24 dev eth0"));
+    ip(pod, &format!("address add fd00:9::{number}/64 dev eth0 nodad"));
+    ip(pod, "link set eth0 up");
+}
+
 /// The number of a host end, on a thread in the node's namespace.
 fn interface(number: usize) -> u32 {
     let any = socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
@@ -102,7 +99,7 @@ fn open(pool: &Pool, umem: &Umem, number: usize) -> XdpPort {
 }
 
 /// Passes what one port receives to the other, whatever it is. Returns how many frames.
-fn pass(pool: &Pool, stats: &mut Stats, from: &mut XdpPort, to: &mut XdpPort) -> usize {
+fn pass(pool: &Pool, stats: &mut Stats, from: &mut dyn Port, to: &mut dyn Port) -> usize {
     let mut batch = Batch::new();
     from.receive(pool, &mut batch, stats).unwrap();
     let count = batch.len();
@@ -112,50 +109,69 @@ fn pass(pool: &Pool, stats: &mut Stats, from: &mut XdpPort, to: &mut XdpPort) ->
     count
 }
 
-/// Runs `traffic` while two ports pass frames to each other; what is counted at the end is returned.
-fn between(pods: &Pods, traffic: impl FnOnce() + Send) -> Stats {
-    let ended = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let wire = scope.spawn(|| {
-            pods.node.inside(|| {
-                let pool = Pool::new(CHUNKS, 16).unwrap();
-                let umem = Umem::of(pool.arena());
-                let (mut one, mut two) = (open(&pool, &umem, 1), open(&pool, &umem, 2));
-                let mut stats = Stats::default();
-                while !ended.load(Ordering::Relaxed) {
-                    let passed =
-                        pass(&pool, &mut stats, &mut one, &mut two) + pass(&pool, &mut stats, &mut two, &mut one);
-                    if passed == 0 {
-                        std::thread::sleep(Duration::from_micros(50));
-                    }
-                }
-                let closing = Instant::now();
-                drop((one, two));
-                assert!(closing.elapsed() < Duration::from_millis(10), "the worker waited {:?}", closing.elapsed());
-                settle(&pool);
-                stats
-            })
-        });
-        let traffic = scope.spawn(move || {
-            // The devices become ports first.
-            let deadline = Instant::now() + Duration::from_secs(5);
-            while !(1..=2).all(|number| pods.shown(number).contains("prog/xdp")) {
-                assert!(Instant::now() < deadline, "no program is attached: {}", pods.shown(1));
-                std::thread::sleep(Duration::from_millis(5));
+/// What carries a pod's frames in the node: what receives from it, and what sends to it. Mostly they are one.
+struct Ends {
+    port: Box<dyn Port>,
+    sender: Option<(Box<dyn Port>, Pool)>,
+}
+
+impl From<XdpPort> for Ends {
+    fn from(port: XdpPort) -> Ends {
+        Ends { port: Box::new(port), sender: None }
+    }
+}
+
+impl Ends {
+    fn to(&mut self) -> &mut dyn Port {
+        self.sender.as_mut().map_or(&mut *self.port, |(sender, _)| &mut **sender)
+    }
+}
+
+/// Runs `traffic` while two ports, which `make` makes in the node's namespace, pass frames to each other. Returns what was
+/// counted.
+fn between(
+    pods: &Pods,
+    make: impl FnOnce(&Pool, &Umem) -> (Ends, Ends) + Send,
+    traffic: impl FnOnce() + Send,
+) -> Stats {
+    let (ready, ended) = (AtomicBool::new(false), AtomicBool::new(false));
+    let wire = || {
+        let pool = Pool::new(CHUNKS, 64).unwrap();
+        let umem = Umem::of(pool.arena());
+        let (mut one, mut two) = make(&pool, &umem);
+        let mut stats = Stats::default();
+        ready.store(true, Ordering::Release);
+        while !ended.load(Ordering::Relaxed) {
+            let there = pass(&pool, &mut stats, &mut *one.port, two.to());
+            if there + pass(&pool, &mut stats, &mut *two.port, one.to()) == 0 {
+                std::thread::sleep(Duration::from_micros(50));
             }
-            traffic();
-        });
-        let result = traffic.join();
+        }
+        let closing = Instant::now();
+        drop(one.port);
+        assert!(closing.elapsed() < Duration::from_millis(10), "the worker waited {:?}", closing.elapsed());
+        drop(two.port);
+        settle(&pool);
+        assert_eq!(pool.free().1, 64);
+        stats
+    };
+    let stats = std::thread::scope(|scope| {
+        let wire = scope.spawn(|| pods.node.inside(wire));
+        while !ready.load(Ordering::Acquire) && !wire.is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(traffic));
         ended.store(true, Ordering::Relaxed);
         let stats = wire.join().unwrap();
         result.unwrap();
-        for port in [ONE, TWO] {
-            let counted = stats.of(port);
-            assert_eq!(counted.in_flight(), 0, "{counted:?}");
-        }
-        (1..=2).for_each(|number| pods.expect_no_program(number));
         stats
-    })
+    });
+    for port in [ONE, TWO] {
+        let counted = stats.of(port);
+        assert!(counted.in_flight() == 0 && counted.received > 0, "{counted:?}");
+    }
+    (1..=pods.pods.len()).for_each(|number| pods.expect_no_program(number));
+    stats
 }
 
 /// Waits until the kernel has given all chunks back.
@@ -167,21 +183,76 @@ fn settle(pool: &Pool) {
     }
 }
 
+/// Everything that goes wrong when checksums or segments do.
+fn exercise(one: &Netns, two: &Netns) {
+    ping(one, "10.244.9.2");
+    ping(two, "fd00:9::1");
+    transfer(one, two, "10.244.9.2", 16 << 20);
+    transfer(two, one, "fd00:9::1", 16 << 20);
+    transfer_udp_segmented(one, two, "10.244.9.2", 1_400, 40);
+    transfer_udp_segmented(two, one, "fd00:9::1", 1_400, 40);
+    run(&["ip", "netns", "exec", one.name(), "ping", "-c", "2", "-i", "0.2", "-s", "30000", "10.244.9.2"]);
+}
+
 #[test]
 fn tcp_and_udp_larger_than_the_mtu_pass_between_two_xdp_ports() {
     let _alone = exclusively();
     let pods = Pods::new(2);
-    let (one, two) = (&pods.pods[0], &pods.pods[1]);
-    let stats = between(&pods, || {
-        ping(one, "10.244.9.2");
-        ping(two, "fd00:9::1");
-        transfer(one, two, "10.244.9.2", 16 << 20);
-        transfer(two, one, "fd00:9::1", 16 << 20);
-        transfer_udp_segmented(one, two, "10.244.9.2", 1_400, 40);
-        run(&["ip", "netns", "exec", one.name(), "ping", "-c", "2", "-i", "0.2", "-s", "30000", "10.244.9.2"]);
+    let make = |pool: &Pool, umem: &Umem| (open(pool, umem, 1).into(), open(pool, umem, 2).into());
+    let stats = between(&pods, make, || exercise(&pods.pods[0], &pods.pods[1]));
+    assert!(stats.of(ONE).received > 10_000, "{:?}", stats.of(ONE));
+}
+
+#[test]
+fn superframes_of_a_tap_are_cut_for_an_xdp_port() {
+    let _alone = exclusively();
+    let mut pods = Pods::new(1);
+    let tap_pod = Netns::new("x2");
+    let tap = pods.node.inside(|| Tap::create("tap%d").unwrap());
+    pods.ip(&format!("link set {} netns {} name eth0", tap.name(), tap_pod.name()));
+    configure(&tap_pod, 2);
+    let make = |pool: &Pool, umem: &Umem| {
+        let tap = Ends { port: Box::new(TapPort::new(Arc::new(tap), TWO, true)), sender: None };
+        (open(pool, umem, 1).into(), tap)
+    };
+    let stats = between(&pods, make, || exercise(&pods.pods[0], &tap_pod));
+    assert!(stats.of(TWO).splits > 5_000, "{:?}", stats.of(TWO));
+    pods.pods.push(tap_pod);
+}
+
+#[test]
+fn jumbo_frames_pass_whole() {
+    let _alone = exclusively();
+    let pods = Pods::with_mtu(2, 9_000);
+    let make = |pool: &Pool, umem: &Umem| (open(pool, umem, 1).into(), open(pool, umem, 2).into());
+    let stats = between(&pods, make, || {
+        let (one, two) = (&pods.pods[0], &pods.pods[1]);
+        run(&["ip", "netns", "exec", one.name(), "ping", "-c", "1", "-M", "do", "-s", "8972", "10.244.9.2"]);
+        exercise(one, two);
+        transfer_udp_segmented(one, two, "10.244.9.2", 8_900, 7);
     });
     let counted = stats.of(ONE);
-    assert!(counted.received > 10_000, "{counted:?}");
+    assert!(counted.received_bytes / counted.received > 3_000, "{counted:?}");
+}
+
+#[test]
+fn a_second_worker_sends_to_a_pod_that_the_first_receives_from() {
+    let _alone = exclusively();
+    let pods = Pods::new(2);
+    let make = |pool: &Pool, umem: &Umem| {
+        let mut two = Ends::from(open(pool, umem, 2));
+        let others = Pool::new(CHUNKS, 4).unwrap();
+        let device = XdpDevice::open_sender(interface(2), 1, &Umem::of(others.arena())).unwrap();
+        assert_eq!(
+            Errno::from_io_error(&XdpDevice::open_sender(interface(2), 2, umem).unwrap_err()),
+            Some(Errno::INVAL)
+        );
+        let sender = XdpPort::new(device, &others, TWO).unwrap();
+        assert_eq!(sender.lent(), (0, 0), "it holds nothing to receive into");
+        two.sender = Some((Box::new(sender), others));
+        (open(pool, umem, 1).into(), two)
+    };
+    between(&pods, make, || exercise(&pods.pods[0], &pods.pods[1]));
 }
 
 #[test]
@@ -386,7 +457,7 @@ fn an_uplink_in_use_leaves_the_nodes_own_traffic_alone() {
     let _alone = exclusively();
     let pods = Pods::new(1);
     // Here `pod1` is the node's uplink, and the pod another machine.
-    run(&["ip", "-n", pods.node.name(), "address", "add", "10.244.9.100/24", "dev", "pod1"]);
+    pods.ip("address add 10.244.9.100/24 dev pod1");
     let (own, other) = ("10.244.9.100", &pods.pods[0]);
     let listener = pods.node.inside(|| UdpSocket::bind((own, PORT)).unwrap());
     listener.set_read_timeout(Some(Duration::from_secs(2))).unwrap();

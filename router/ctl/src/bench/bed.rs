@@ -66,11 +66,11 @@ pub struct Bed {
 }
 
 impl Bed {
-    /// Builds it, in a lab whose name begins with `name`. It carries traffic when this returns.
-    pub fn build(contender: &'static Contender, name: &str, programs: &Programs) -> Result<Bed> {
+    /// Builds it, in a lab whose name begins with `name`, with so many workers of each weftd. It carries traffic when this returns.
+    pub fn build(contender: &'static Contender, name: &str, programs: &Programs, workers: Option<u8>) -> Result<Bed> {
         let lab = lab_name(name, contender);
         let mode = if matches!(contender.kind, Kind::Ovs(_)) { Mode::Bridged } else { Mode::Routed };
-        let plan = Plan { is_passing: true, ..Plan::new(&lab, NODES, PODS, mode, MTU)? };
+        let plan = Plan { is_passing: true, workers, ..Plan::new(&lab, NODES, PODS, mode, MTU)? };
         let (plan, routers) = match contender.kind {
             Kind::Weft(change) => {
                 let plan = change(plan);

@@ -52,12 +52,15 @@ pub struct Bench {
     /// Each row once and as briefly as can be, to see that it works; the figures mean nothing.
     #[arg(long, hide = true, conflicts_with = "full")]
     smoke: bool,
-    /// Only rows whose name contains one of these, e.g. same-tcp.
+    /// Only these rows: a whole name, or a part that many have, e.g. same-tcp.
     #[arg(long, value_name = "ROW", num_args = 1.., value_delimiter = ',')]
     only: Vec<String>,
     /// Only these data paths.
     #[arg(long, value_name = "PATH", num_args = 1.., value_delimiter = ',', value_parser = path_names())]
     paths: Vec<String>,
+    /// Workers of each node's weftd; as many as it chooses unless given.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(plan::MAX_WORKERS)))]
+    workers: Option<u8>,
     /// Write everything that was measured to this file, as JSON; `-` is the standard output, then without a table.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -88,7 +91,7 @@ pub fn run(args: &Bench) -> Result<()> {
     if let Some(warning) = machine.warning() {
         output::complain(&warning);
     }
-    let (paths, beds) = build_all(&args.contenders(), &args.name, &programs)?;
+    let (paths, beds) = build_all(args, &programs)?;
     let mut run = Run::new(args.mode(), &tasks, &paths, beds, started);
     run.all()?;
     let (samples, beds) = run.finish();
@@ -100,6 +103,7 @@ pub fn run(args: &Bench) -> Result<()> {
         mode: args.mode().name(),
         machine,
         seconds: started.elapsed().as_secs_f64(),
+        workers: args.workers,
         pause: args.mode().pause().as_secs_f64(),
         failures: samples.into_failures(),
         paths,
@@ -135,13 +139,7 @@ impl Bench {
     }
 
     fn tasks(&self) -> Result<Vec<Task>> {
-        let names = |task: &Task| -> Vec<String> {
-            task.figures().iter().map(|figure| format!("{}{}", task.name(), figure.suffix)).collect()
-        };
-        let is_meant = |task: &Task| {
-            self.only.is_empty() || names(task).iter().any(|name| self.only.iter().any(|only| name.contains(only)))
-        };
-        let tasks: Vec<Task> = Task::all().into_iter().filter(is_meant).collect();
+        let tasks: Vec<Task> = Task::all().into_iter().filter(|task| is_meant(task, &self.only)).collect();
         if tasks.is_empty() {
             let all: Vec<String> = Task::all().iter().map(Task::name).collect();
             bail!("no row has {} in its name; there are {}", self.only.join(" or "), all.join(" "));
@@ -150,23 +148,28 @@ impl Bench {
     }
 }
 
+/// Whether somebody who asks for these rows means a task. The whole name of one does not mean others that contain it.
+fn is_meant(task: &Task, only: &[String]) -> bool {
+    let is_whole = |wanted: &String| Task::all().iter().any(|task| task.rows().any(|row| row == *wanted));
+    let is_wanted = |row: &String| {
+        only.iter().any(|wanted| if is_whole(wanted) { row == wanted } else { row.contains(wanted.as_str()) })
+    };
+    only.is_empty() || task.rows().any(|row| is_wanted(&row))
+}
+
 /// Builds what can be built; says of each other path why it cannot.
-fn build_all(
-    contenders: &[&'static Contender],
-    name: &str,
-    programs: &Programs,
-) -> Result<(Vec<Path>, Vec<Option<Bed>>)> {
+fn build_all(args: &Bench, programs: &Programs) -> Result<(Vec<Path>, Vec<Option<Bed>>)> {
     for contender in &CONTENDERS {
-        bed::remove_abandoned(&bed::lab_name(name, contender))?;
+        bed::remove_abandoned(&bed::lab_name(&args.name, contender))?;
     }
     let (mut paths, mut beds) = (Vec::new(), Vec::new());
-    for contender in contenders {
+    for contender in args.contenders() {
         let missing = matches!(contender.kind, Kind::Ovs(_)).then(ovs::missing).flatten();
         let (bed, reason) = match missing {
             Some(reason) => (None, Some(reason)),
             None => {
                 output::progress(&format!("building: {}", contender.label));
-                match Bed::build(contender, name, programs) {
+                match Bed::build(contender, &args.name, programs, args.workers) {
                     Ok(bed) => (Some(bed), None),
                     // Without the kernel's or our own path there is nothing to compare.
                     Err(error) if matches!(contender.kind, Kind::Ovs(_)) => {
@@ -215,4 +218,22 @@ fn is_installed(program: &str) -> bool {
 
 fn path_names() -> clap::builder::PossibleValuesParser {
     CONTENDERS.map(|contender| contender.id).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_name_means_one_row_and_a_part_means_all_that_have_it() {
+        let meant = |only: &str| -> Vec<String> {
+            let only = [only.to_owned()];
+            Task::all().iter().filter(|task| is_meant(task, &only)).map(Task::name).collect()
+        };
+        assert_eq!(meant("same-tcp-1"), ["same-tcp-1"]);
+        assert_eq!(meant("two-rtt-p50"), ["two-rtt"]);
+        assert_eq!(meant("same-tcp").len(), 12);
+        assert!(meant("nonsense").is_empty());
+        assert!(Task::all().iter().all(|task| is_meant(task, &[])));
+    }
 }

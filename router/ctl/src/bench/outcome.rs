@@ -31,6 +31,8 @@ pub struct Outcome {
     pub mode: &'static str,
     /// What it ran on.
     pub machine: Machine,
+    /// Workers that each weftd was told to have.
+    pub workers: Option<u8>,
     /// How long it took, in seconds.
     pub seconds: f64,
     /// Seconds between the requests of a ping-pong with pauses.
@@ -285,6 +287,7 @@ pub mod tests {
             weft: "0",
             mode: "short",
             machine,
+            workers: None,
             seconds: 100.0,
             pause: 0.1,
             paths,

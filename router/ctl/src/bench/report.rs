@@ -35,20 +35,22 @@ pub fn render(outcome: &Outcome, style: Style) -> String {
 
 fn table(outcome: &Outcome, rows: &[&Row], style: Style) -> String {
     let shown: Vec<_> = outcome.paths.iter().enumerate().filter(|(_, path)| path.not_measured.is_none()).collect();
-    let pairs: Vec<_> = shown
-        .iter()
-        .filter(|(_, path)| path.contender.is_weft())
-        .flat_map(|(_, weft)| shown.iter().filter(|(_, to)| !to.contender.is_weft()).map(|(_, to)| (weft.id, *to)))
-        .collect();
-    let mut headings = vec!["", "unit"];
-    headings.extend(shown.iter().map(|(_, path)| path.label));
-    headings.extend(pairs.iter().map(|(_, to)| to.contender.divided));
+    let wefts: Vec<_> = shown.iter().filter(|(_, path)| path.contender.is_weft()).map(|(_, path)| path).collect();
+    let others = || shown.iter().filter(|(_, path)| !path.contender.is_weft()).map(|(_, path)| path);
+    let pairs: Vec<_> = wefts.iter().flat_map(|weft| others().map(move |to| (weft, to))).collect();
+    let mut headings = vec![String::new(), "unit".to_owned()];
+    headings.extend(shown.iter().map(|(_, path)| path.label.to_owned()));
+    headings.extend(pairs.iter().map(|(weft, to)| {
+        let weft = if wefts.len() > 1 { format!("{} ", weft.contender.short) } else { String::new() };
+        format!("{weft}÷ {}", to.contender.short)
+    }));
+    let headings: Vec<&str> = headings.iter().map(String::as_str).collect();
     let mut table = Table::new(&headings);
     for row in rows {
         let mut cells = vec![row.label.clone(), row.unit.to_owned()];
         cells.extend(shown.iter().map(|(index, _)| spread(row.results[*index].summary.as_ref())));
         cells.extend(pairs.iter().map(|(weft, to)| {
-            let ratio = row.ratios.iter().find(|ratio| ratio.path == *weft && ratio.to == to.id);
+            let ratio = row.ratios.iter().find(|ratio| ratio.path == weft.id && ratio.to == to.id);
             ratio.map_or(String::new(), |ratio| format!("{:.2}", ratio.summary.median))
         }));
         table.push(cells, false);

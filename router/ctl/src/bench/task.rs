@@ -236,6 +236,12 @@ impl Task {
         format!("{}-{what}{links}", self.layout.name())
     }
 
+    /// The names of its rows.
+    pub fn rows(&self) -> impl Iterator<Item = String> {
+        let name = self.name();
+        self.figures().iter().map(move |figure| format!("{name}{}", figure.suffix))
+    }
+
     /// What it is, for people.
     pub fn label(&self) -> String {
         let links = if self.links == Links::Plain { ", no offloads" } else { "" };
@@ -362,8 +368,7 @@ mod tests {
 
     #[test]
     fn every_row_has_a_name_of_its_own() {
-        let names = |task: Task| task.figures().iter().map(move |figure| format!("{}{}", task.name(), figure.suffix));
-        let mut all: Vec<String> = Task::all().into_iter().flat_map(names).collect();
+        let mut all: Vec<String> = Task::all().iter().flat_map(Task::rows).collect();
         let count = all.len();
         all.sort();
         all.dedup();

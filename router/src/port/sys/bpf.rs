@@ -30,6 +30,8 @@ enum Command {
 const PROGRAM_TYPE_XDP: u32 = 6;
 /// `BPF_XDP` of `enum bpf_attach_type`: <https://elixir.bootlin.com/linux/v6.18/A/ident/BPF_XDP>.
 const ATTACH_XDP: u32 = 37;
+/// <https://elixir.bootlin.com/linux/v6.18/A/ident/BPF_F_XDP_HAS_FRAGS>.
+const HAS_FRAGS: u32 = 1 << 5;
 /// <https://elixir.bootlin.com/linux/v6.18/A/ident/BPF_F_TEST_XDP_LIVE_FRAMES>.
 const LIVE_FRAMES: u32 = 1 << 1;
 /// Length of a name, its final zero included: <https://elixir.bootlin.com/linux/v6.18/A/ident/BPF_OBJ_NAME_LEN>.
@@ -246,6 +248,8 @@ impl Program {
             license: address(LICENSE),
             name: object_name(name),
             expected_attach_type: ATTACH_XDP,
+            // None of our programs looks behind a frame's first piece, so all of them take frames of several.
+            flags: HAS_FRAGS,
             ..ProgramLoad::default()
         };
         let name = name.to_owned();

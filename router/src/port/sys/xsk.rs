@@ -30,6 +30,10 @@ const UMEM_METADATA: u32 = 1 << 2;
 const METADATA: u32 = 1 << 1;
 /// `XDP_TXMD_FLAGS_CHECKSUM`: <https://elixir.bootlin.com/linux/v6.18/A/ident/XDP_TXMD_FLAGS_CHECKSUM>.
 const METADATA_CHECKSUM: u64 = 1 << 1;
+/// `XDP_PKT_CONTD`: <https://elixir.bootlin.com/linux/v6.18/A/ident/XDP_PKT_CONTD>.
+const CONTINUED: u32 = 1 << 0;
+/// Most descriptors of one frame that is sent: `MAX_SKB_FRAGS` and its head, <https://elixir.bootlin.com/linux/v6.18/A/ident/MAX_SKB_FRAGS>.
+pub const PIECES: usize = 17;
 /// Bytes of `struct xsk_tx_metadata`: <https://elixir.bootlin.com/linux/v6.18/A/ident/xsk_tx_metadata>.
 pub const METADATA_LEN: usize = 24;
 /// How many frames one call sends in copy mode: <https://elixir.bootlin.com/linux/v6.18/A/ident/XDP_MAX_TX_SKB_BUDGET>.
@@ -57,9 +61,26 @@ impl Descriptor {
         Descriptor { address, len: len as u32, options: 0 }
     }
 
-    /// A frame with [`checksum_metadata`] before it.
-    pub fn with_metadata(address: u64, len: usize) -> Descriptor {
-        Descriptor { options: METADATA, ..Descriptor::plain(address, len) }
+    /// With [`checksum_metadata`] right before it.
+    #[must_use]
+    pub fn with_metadata(self) -> Descriptor {
+        Descriptor { options: self.options | METADATA, ..self }
+    }
+
+    /// To be continued by the next descriptor.
+    #[must_use]
+    pub fn with_more(self) -> Descriptor {
+        Descriptor { options: self.options | CONTINUED, ..self }
+    }
+
+    /// Whether the next descriptor continues the frame.
+    pub fn is_continued(&self) -> bool {
+        self.options & CONTINUED != 0
+    }
+
+    /// Whether there is metadata before it.
+    pub fn has_metadata(&self) -> bool {
+        self.options & METADATA != 0
     }
 }
 
@@ -86,7 +107,16 @@ pub struct Umem {
 #[derive(Debug)]
 struct Sibling {
     fd: Weak<OwnedFd>,
-    metadata: bool,
+    abilities: Abilities,
+}
+
+/// What a kernel can do with frames. All sockets on the same memory can do the same.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Abilities {
+    /// Complete a checksum if metadata asks for it; since Linux 6.8.
+    pub checksum: bool,
+    /// Frames of several descriptors, which are longer than a chunk; since Linux 6.6.
+    pub pieces: bool,
 }
 
 impl Umem {
@@ -154,7 +184,7 @@ pub struct Socket {
     fd: Arc<OwnedFd>,
     rings: Rings,
     umem: Umem,
-    metadata: bool,
+    abilities: Abilities,
 }
 
 impl Socket {
@@ -181,26 +211,30 @@ impl Socket {
         let mut sockets = umem.sockets.lock().unwrap_or_else(PoisonError::into_inner);
         sockets.retain(|sibling| sibling.fd.strong_count() > 0);
         for index in 0..sockets.len() {
-            let metadata = sockets[index].metadata;
+            let abilities = sockets[index].abilities;
             let Some(sibling) = sockets[index].fd.upgrade() else { continue };
             let fd = socket_with(AddressFamily::XDP, SocketType::RAW, flags, None)?;
             let rings = make_rings(&fd, binding.ring)?;
             let addr = SocketAddrXdp::new(SocketAddrXdpFlags::XDP_SHARED_UMEM, binding.interface, binding.queue);
             let shared = SocketAddrXdpWithSharedUmem { addr, shared_umem_fd: sibling.as_fd() };
             match bind(&fd, &shared) {
-                Ok(()) => return finish(fd, rings, umem, metadata, &mut sockets),
+                Ok(()) => return finish(fd, rings, umem, abilities, &mut sockets),
                 // Its device is gone, or it has this very queue and is about to close.
                 Err(Errno::BADF | Errno::INVAL) => {}
                 Err(error) => return Err(error.into()),
             }
         }
         let fd = socket_with(AddressFamily::XDP, SocketType::RAW, flags, None)?;
-        let metadata = umem.register(&fd)?;
+        let checksum = umem.register(&fd)?;
         let rings = make_rings(&fd, binding.ring)?;
         let copy = if binding.zero_copy { SocketAddrXdpFlags::XDP_ZEROCOPY } else { SocketAddrXdpFlags::XDP_COPY };
         let flags = copy | SocketAddrXdpFlags::XDP_USE_NEED_WAKEUP;
-        bind(&fd, &SocketAddrXdp::new(flags, binding.interface, binding.queue))?;
-        finish(fd, rings, umem, metadata, &mut sockets)
+        let bind = |flags| bind(&fd, &SocketAddrXdp::new(flags, binding.interface, binding.queue));
+        let pieces = match bind(flags | SocketAddrXdpFlags::XDP_USE_SG) {
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => bind(flags).map(|()| false)?,
+            result => result.map(|()| true)?,
+        };
+        finish(fd, rings, umem, Abilities { checksum, pieces }, &mut sockets)
     }
 
     /// The memory it works on.
@@ -208,9 +242,9 @@ impl Socket {
         &self.umem
     }
 
-    /// Whether [`Descriptor::with_metadata`] works.
-    pub fn takes_metadata(&self) -> bool {
-        self.metadata
+    /// What the kernel can do with its frames.
+    pub fn abilities(&self) -> Abilities {
+        self.abilities
     }
 
     /// Its descriptor and its rings.
@@ -276,13 +310,19 @@ impl AsFd for Wakeup {
 }
 
 /// Sets the last options, and makes the socket known to those that come later.
-fn finish(fd: OwnedFd, rings: Rings, umem: &Umem, metadata: bool, sockets: &mut Vec<Sibling>) -> io::Result<Socket> {
+fn finish(
+    fd: OwnedFd,
+    rings: Rings,
+    umem: &Umem,
+    abilities: Abilities,
+    sockets: &mut Vec<Sibling>,
+) -> io::Result<Socket> {
     // Both only make sending cheaper; a kernel or a user that may not have them sends too.
     let _ = sockopt::set_socket_send_buffer_size_force(&fd, SEND_BUFFER);
     let _ = set_option(&fd, MAX_TX_BUDGET, rings.transmit.size());
     let fd = Arc::new(fd);
-    sockets.push(Sibling { fd: Arc::downgrade(&fd), metadata });
-    Ok(Socket { fd, rings, umem: umem.clone(), metadata })
+    sockets.push(Sibling { fd: Arc::downgrade(&fd), abilities });
+    Ok(Socket { fd, rings, umem: umem.clone(), abilities })
 }
 
 fn make_rings(fd: &OwnedFd, size: u32) -> io::Result<Rings> {

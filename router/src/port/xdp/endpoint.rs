@@ -14,6 +14,16 @@ const QUIET: u32 = 128;
 /// After so many batches that needed a small part of what a device holds, it holds half as many.
 const PATIENCE: u32 = 4096;
 
+/// A frame that was received, or a part of one.
+pub struct Piece {
+    /// Where it lies.
+    pub chunk: Chunk,
+    /// Where it begins there.
+    pub start: usize,
+    /// Its length.
+    pub len: usize,
+}
+
 /// Rings with their account. See the module's essay.
 pub struct Endpoint {
     rings: Rings,
@@ -21,23 +31,25 @@ pub struct Endpoint {
     /// Chunks that the kernel should have to receive into. A burst has to fit; 2 KiB for each of thousands of quiet devices would
     /// be much.
     target: u32,
+    quiet: u32,
     easy: u32,
 }
 
 impl Endpoint {
-    /// Takes the rings over. Their memory must be the arena's.
-    pub fn new(rings: Rings, arena: &Arena) -> Endpoint {
-        let mut endpoint = Endpoint { rings, lender: Lender::new(arena), target: QUIET, easy: 0 };
-        endpoint.target = QUIET.min(endpoint.rings.fill.size());
+    /// Takes the rings over. Their memory must be the arena's. Without `receives` the kernel gets no chunks to receive into.
+    pub fn new(rings: Rings, arena: &Arena, receives: bool) -> Endpoint {
+        let quiet = if receives { QUIET.min(rings.fill.size()) } else { 0 };
+        let mut endpoint = Endpoint { rings, lender: Lender::new(arena), target: quiet, quiet, easy: 0 };
         endpoint.refill();
         endpoint
     }
 
-    /// Takes a received frame: its chunk, where it begins there, and its length. `None` if there is none.
-    pub fn receive(&mut self) -> Option<Result<(Chunk, usize, usize), Wrong>> {
+    /// Takes what was received next, and says whether the one after it continues the frame. `None` if there is nothing.
+    pub fn receive(&mut self) -> Option<(Result<Piece, Wrong>, bool)> {
         let descriptor = self.rings.receive.pop()?;
         let received = self.lender.received(descriptor.address, descriptor.len);
-        Some(received.map(|(chunk, start)| (chunk, start, descriptor.len as usize)))
+        let len = descriptor.len as usize;
+        Some((received.map(|(chunk, start)| Piece { chunk, start, len }), descriptor.is_continued()))
     }
 
     /// Ends a batch of `count` received frames: the kernel gets places and chunks back.
@@ -60,21 +72,31 @@ impl Endpoint {
         self.lender.chunk()
     }
 
+    /// Entries of the transmit ring.
+    pub fn ring(&self) -> u32 {
+        self.rings.transmit.size()
+    }
+
     /// How many frames can be sent. Looks at the kernel's side only if it seems to be less than `wanted`.
     pub fn room(&mut self, wanted: u32) -> u32 {
         self.rings.transmit.room(wanted)
     }
 
-    /// Sends bytes of a chunk, if there is room and they can be lent: not, if the chunk is of another worker.
+    /// Sends bytes of a chunk, if there is room and they can be lent: not, if the chunk is of another worker. `describe` adds what
+    /// more there is to say.
     #[must_use]
-    pub fn send(&mut self, chunk: &Chunk, start: usize, len: usize, metadata: bool) -> bool {
+    pub fn send(
+        &mut self,
+        chunk: &Chunk,
+        start: usize,
+        len: usize,
+        describe: impl FnOnce(Descriptor) -> Descriptor,
+    ) -> bool {
         if self.rings.transmit.room(1) == 0 {
             return false;
         }
         let Some(address) = self.lender.lend_filled(chunk, start, len) else { return false };
-        let descriptor = Descriptor::plain(address, len);
-        let descriptor = if metadata { Descriptor::with_metadata(address, len) } else { descriptor };
-        let pushed = self.rings.transmit.push(descriptor);
+        let pushed = self.rings.transmit.push(describe(Descriptor::plain(address, len)));
         debug_assert!(pushed, "there was room");
         pushed
     }
@@ -130,7 +152,7 @@ impl Endpoint {
         } else if count * 16 < self.target {
             self.easy += 1;
             if self.easy >= PATIENCE {
-                (self.target, self.easy) = ((self.target / 2).max(QUIET.min(most)), 0);
+                (self.target, self.easy) = ((self.target / 2).max(self.quiet), 0);
             }
         }
     }

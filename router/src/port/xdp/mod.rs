@@ -14,4 +14,4 @@ pub mod programs;
 mod tests;
 
 pub use assembler::{Assembler, Helper, Label, Operation, Register, Size, Verdict, When};
-pub use port::{Attachment, LONGEST, XdpDevice, XdpPort};
+pub use port::{Attachment, IN_ONE, XdpDevice, XdpPort};

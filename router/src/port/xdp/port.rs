@@ -5,7 +5,9 @@
 //! segmentation to XDP, so nothing longer than the MTU comes from it; superframes from elsewhere are cut on the way out. Checksums
 //! are handed on unfinished in both directions where the kernel takes them so (Linux 6.8), and filled in otherwise.
 //!
-//! One queue, so one worker: the kernel gives a queue to one memory only. The pair has to be made with one queue.
+//! The kernel gives a queue to one memory only. So the pod's end is made with one transmit queue, and what it sends is received
+//! by one worker, whose socket is on queue 0. The host end has a transmit queue for each worker, where the others have sockets that
+//! only send.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -13,21 +15,24 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use arrayvec::ArrayVec;
 use rustix::io::Errno;
-use weft_encap::offload::Offload;
+use weft_encap::offload::Partial;
 
 use super::endpoint::Endpoint;
 use super::programs::{self, Tunnel};
 use super::{Verdict, partial};
 use crate::drop_reason::DropReason;
-use crate::frame::Frame;
+use crate::frame::{Body, Frame};
 use crate::pool::{CHUNK, Pool};
-use crate::port::software::{self, Cut};
+use crate::port::software::{self, Cut, HEADERS};
 use crate::port::sys::arena::Chunk;
 use crate::port::sys::bpf::{BpfError, Instruction, Link, Map, MapKind, Mode, Program};
 #[cfg(test)]
 use crate::port::sys::xsk::Rings;
-use crate::port::sys::xsk::{Binding, METADATA_LEN, Socket, Umem, Wakeup, checksum_metadata};
+use crate::port::sys::xsk::{
+    Abilities, Binding, Descriptor, METADATA_LEN, PIECES, Socket, Umem, Wakeup, checksum_metadata,
+};
 use crate::port::{BATCH, Batch, Capabilities, Port, PortId, Queue, Received, is_broken};
 use crate::stats::Stats;
 
@@ -39,8 +44,11 @@ const RING: u32 = 2048;
 const WAKEUPS: usize = 8;
 /// Receiving asks for the kernel's count of losses each so many times.
 const COUNTED: u32 = 1024;
-/// The longest frame that AF_XDP receives into a chunk, behind XDP's own headroom of 256 bytes.
-pub const LONGEST: usize = CHUNK - 256;
+/// The longest frame that is received into one chunk, behind XDP's own headroom of 256 bytes. Longer ones take several, if the kernel
+/// can do that.
+pub const IN_ONE: usize = CHUNK - 256;
+/// What of a frame fits a chunk on the way out.
+const ROOM: usize = CHUNK - START;
 
 /// A program attached to a device, and the map by which it finds sockets.
 #[derive(Debug)]
@@ -89,24 +97,35 @@ impl Attachment {
 /// A device with socket and program, not yet anyone's port. It may be sent to its worker.
 #[derive(Debug)]
 pub struct XdpDevice {
-    attachment: Attachment,
+    /// None if another worker receives.
+    attachment: Option<Attachment>,
     socket: Socket,
 }
 
 impl XdpDevice {
     /// A socket, and what leads frames to it.
     pub fn new(attachment: Attachment, socket: Socket) -> XdpDevice {
-        XdpDevice { attachment, socket }
+        XdpDevice { attachment: Some(attachment), socket }
     }
 
-    /// Opens the host end of a pod's veth, by its number in the calling thread's namespace. Takes the kernel milliseconds.
+    /// Opens the host end of a pod's veth, by its number in the calling thread's namespace, to receive and to send. Takes the
+    /// kernel milliseconds.
     ///
     /// # Errors
     /// Those of [`Socket::open`] and of [`Attachment::pod`], which say what to do.
     pub fn open(interface: u32, umem: &Umem) -> io::Result<XdpDevice> {
         let socket = Socket::open(umem, Binding { interface, queue: 0, ring: RING, zero_copy: false })?;
         let attachment = Attachment::pod(interface, &socket, Mode::Native).map_err(io::Error::other)?;
-        Ok(XdpDevice { attachment, socket })
+        Ok(XdpDevice::new(attachment, socket))
+    }
+
+    /// Opens it for a worker that only sends. `queue` is not 0, and not another such worker's.
+    ///
+    /// # Errors
+    /// Those of [`Socket::open`]: `EINVAL` if the device has too few transmit queues.
+    pub fn open_sender(interface: u32, queue: u32, umem: &Umem) -> io::Result<XdpDevice> {
+        let socket = Socket::open(umem, Binding { interface, queue, ring: RING, zero_copy: false })?;
+        Ok(XdpDevice { attachment: None, socket })
     }
 }
 
@@ -116,7 +135,7 @@ pub struct XdpPort {
     endpoint: Endpoint,
     attachment: Option<Attachment>,
     wakeup: Wakeup,
-    metadata: bool,
+    abilities: Abilities,
     calls: u32,
 }
 
@@ -130,22 +149,62 @@ impl XdpPort {
         if !socket.umem().is_of(pool.arena()) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the AF_XDP socket was opened for another pool"));
         }
-        let metadata = socket.takes_metadata();
+        let abilities = socket.abilities();
         let (wakeup, rings) = socket.into_parts();
-        let endpoint = Endpoint::new(rings, pool.arena());
-        Ok(XdpPort { id, endpoint, attachment: Some(attachment), wakeup, metadata, calls: 0 })
+        let endpoint = Endpoint::new(rings, pool.arena(), attachment.is_some());
+        Ok(XdpPort { id, endpoint, attachment, wakeup, abilities, calls: 0 })
     }
 
     /// A port over any rings and any socket.
     #[cfg(test)]
-    pub(super) fn over(rings: Rings, fd: OwnedFd, metadata: bool, pool: &Pool, id: PortId) -> XdpPort {
-        let endpoint = Endpoint::new(rings, pool.arena());
-        XdpPort { id, endpoint, attachment: None, wakeup: Wakeup::of(fd), metadata, calls: 0 }
+    pub(super) fn over(rings: Rings, fd: OwnedFd, abilities: Abilities, pool: &Pool, id: PortId) -> XdpPort {
+        let endpoint = Endpoint::new(rings, pool.arena(), true);
+        XdpPort { id, endpoint, attachment: None, wakeup: Wakeup::of(fd), abilities, calls: 0 }
     }
 
     /// How many chunks the kernel has, to receive into and to send.
     pub fn lent(&self) -> (u32, u32) {
         self.endpoint.lent()
+    }
+
+    /// Takes the next frame. Adds to `count` how many descriptors that took.
+    fn take(&mut self, pool: &Pool, count: &mut usize) -> Option<Result<Frame, DropReason>> {
+        let (first, continued) = self.endpoint.receive()?;
+        *count += 1;
+        let mut frame = first.map_err(|_| DropReason::BadDescriptor).map(|piece| {
+            let mut frame = Frame::new(piece.chunk, piece.start, piece.len, self.id);
+            frame.offload.partial = partial::recognise(frame.head());
+            frame
+        });
+        if continued {
+            let body = self.take_rest(pool, count);
+            frame = frame.and_then(|frame| Ok(frame.with_body(body?, 0)));
+        }
+        Some(frame)
+    }
+
+    /// Takes what continues a frame, to the end of it whatever happens.
+    fn take_rest(&mut self, pool: &Pool, count: &mut usize) -> Result<Body, DropReason> {
+        let mut buffer = pool.large().ok_or(DropReason::NoBuffer);
+        let (mut len, mut continued) = (0, true);
+        // The kernel shows a frame only when all of it is there.
+        while continued && let Some((piece, more)) = self.endpoint.receive() {
+            *count += 1;
+            continued = more;
+            let end = buffer.and_then(|mut buffer| {
+                let piece = piece.map_err(|_| DropReason::BadDescriptor)?;
+                let bytes = &piece.chunk[piece.start..piece.start + piece.len];
+                let whole = buffer.bytes_mut().expect("nobody else has it yet");
+                whole.get_mut(len..len + bytes.len()).ok_or(DropReason::Truncated)?.copy_from_slice(bytes);
+                Ok((buffer, len + bytes.len()))
+            });
+            buffer = end.map(|(buffer, end)| {
+                len = end;
+                buffer
+            });
+        }
+        let buffer = if continued { Err(DropReason::BadDescriptor) } else { buffer };
+        Ok(Body::one(buffer?, 0, len))
     }
 
     /// Learns from the kernel what the rings cannot say: that the device is gone, and what it dropped.
@@ -171,63 +230,85 @@ impl XdpPort {
         if frame.offload.gso.is_some() {
             return self.put_segments(frame);
         }
-        if self.endpoint.room(1) == 0 {
-            return None;
-        }
-        if !self.metadata
+        if !self.abilities.checksum
             && let Err(reason) = software::fill_checksum(frame, 0)
         {
             return Some(Parts::failed(reason));
         }
+        let needed = frame.len().div_ceil(ROOM);
+        if needed > self.most_pieces() {
+            return Some(Parts::failed(DropReason::DeviceRefused));
+        }
+        if (self.endpoint.room(needed as u32) as usize) < needed {
+            return None;
+        }
         if self.lend(frame) {
             return Some(Parts::SENT);
         }
-        let copied = self.copy(frame.slices(0..frame.len()), frame.len(), &frame.offload);
+        let copied = self.copy(frame.slices(0..frame.len()), frame.len(), frame.offload.partial);
         Some(copied.map_or_else(Parts::failed, |()| Parts::SENT))
+    }
+
+    /// Most chunks of one frame.
+    fn most_pieces(&self) -> usize {
+        if self.abilities.pieces { PIECES.min(self.endpoint.ring() as usize) } else { 1 }
     }
 
     /// Sends a frame from where it lies, if it can be.
     fn lend(&mut self, frame: &mut Frame) -> bool {
-        if frame.body().is_some() {
+        // Where metadata is possible the kernel wants room for it before every frame.
+        if frame.body().is_some() || self.abilities.checksum && frame.place().1 < METADATA_LEN {
             return false;
         }
-        let Some(room) = frame.offload.partial.map_or(Some(false), |partial| {
-            let metadata = checksum_metadata(partial.start, partial.offset);
-            frame.head_with_room(METADATA_LEN)?[..METADATA_LEN].copy_from_slice(&metadata);
-            Some(true)
-        }) else {
-            return false;
-        };
+        let partial = frame.offload.partial;
+        if let Some(partial) = partial {
+            let room =
+                frame.head_with_room(METADATA_LEN).expect("a partial checksum is left only to who has checked it");
+            room[..METADATA_LEN].copy_from_slice(&checksum_metadata(partial.start, partial.offset));
+        }
         let (chunk, start) = frame.place();
-        // With metadata the kernel wants room for it before every frame.
-        (!self.metadata || start >= METADATA_LEN) && self.endpoint.send(chunk, start, frame.head().len(), room)
+        let describe = |plain: Descriptor| if partial.is_some() { plain.with_metadata() } else { plain };
+        self.endpoint.send(chunk, start, frame.head().len(), describe)
     }
 
-    /// Sends a copy. There must be room in the ring.
+    /// Sends a copy, in as many chunks as it takes. There must be room in the ring.
     fn copy<'a>(
         &mut self,
         slices: impl Iterator<Item = &'a [u8]>,
         len: usize,
-        offload: &Offload,
+        partial: Option<Partial>,
     ) -> Result<(), DropReason> {
-        if START + len > CHUNK {
+        let count = len.div_ceil(ROOM);
+        if count > self.most_pieces() {
             return Err(DropReason::DeviceRefused);
         }
-        let mut chunk = self.endpoint.chunk().ok_or(DropReason::NoBuffer)?;
-        let mut at = START;
-        for slice in slices {
-            chunk[at..at + slice.len()].copy_from_slice(slice);
-            at += slice.len();
+        let mut chunks = ArrayVec::<Chunk, PIECES>::new();
+        for _ in 0..count {
+            chunks.push(self.endpoint.chunk().ok_or(DropReason::NoBuffer)?);
         }
-        if let Some(partial) = offload.partial {
+        let mut at = 0;
+        for mut slice in slices {
+            while !slice.is_empty() {
+                let (index, within) = (at / ROOM, at % ROOM);
+                let (now, later) = slice.split_at(slice.len().min(ROOM - within));
+                chunks[index][START + within..][..now.len()].copy_from_slice(now);
+                (at, slice) = (at + now.len(), later);
+            }
+        }
+        if let Some(partial) = partial {
             let metadata = checksum_metadata(partial.start, partial.offset);
-            chunk[START - METADATA_LEN..START].copy_from_slice(&metadata);
+            chunks[0][START - METADATA_LEN..START].copy_from_slice(&metadata);
         }
-        self.send_own(&chunk, len, offload.partial.is_some())
-    }
-
-    fn send_own(&mut self, chunk: &Chunk, len: usize, metadata: bool) -> Result<(), DropReason> {
-        if self.endpoint.send(chunk, START, len, metadata) { Ok(()) } else { Err(DropReason::QueueFull) }
+        for (index, chunk) in chunks.iter().enumerate() {
+            let describe = |plain: Descriptor| {
+                let described = if partial.is_some() && index == 0 { plain.with_metadata() } else { plain };
+                if index + 1 < count { described.with_more() } else { described }
+            };
+            if !self.endpoint.send(chunk, START, (len - index * ROOM).min(ROOM), describe) {
+                return Err(DropReason::QueueFull);
+            }
+        }
+        Ok(())
     }
 
     /// Cuts a superframe.
@@ -236,35 +317,24 @@ impl XdpPort {
             Ok(cut) => cut,
             Err(reason) => return Some(Parts::failed(reason)),
         };
-        let count = cut.count() as u32;
-        if count > RING {
+        let needed: usize = (0..cut.count()).map(|index| cut.len(index).div_ceil(ROOM)).sum();
+        if needed > self.endpoint.ring() as usize {
             return Some(Parts::failed(DropReason::Unsegmentable));
         }
-        if self.endpoint.room(count) < count {
+        if (self.endpoint.room(needed as u32) as usize) < needed {
             return None;
         }
         let mut parts = Parts { sent: 0, failed: 0, reason: DropReason::NoBuffer };
+        let mut headers = [0; HEADERS];
         for index in 0..cut.count() {
-            match self.put_segment(&cut, index) {
+            let header = cut.write(index, &mut headers);
+            let slices = std::iter::once(&headers[..header]).chain(cut.payload(index));
+            match self.copy(slices, cut.len(index), None) {
                 Ok(()) => parts.sent += 1,
                 Err(reason) => (parts.failed, parts.reason) = (parts.failed + 1, reason),
             }
         }
         Some(parts)
-    }
-
-    fn put_segment(&mut self, cut: &Cut<'_>, index: usize) -> Result<(), DropReason> {
-        let len = cut.len(index);
-        if START + len > CHUNK {
-            return Err(DropReason::DeviceRefused);
-        }
-        let mut chunk = self.endpoint.chunk().ok_or(DropReason::NoBuffer)?;
-        let mut at = START + cut.write(index, &mut chunk[START..]);
-        for slice in cut.payload(index) {
-            chunk[at..at + slice.len()].copy_from_slice(slice);
-            at += slice.len();
-        }
-        self.send_own(&chunk, len, false)
     }
 
     /// Has the kernel send. Returns whether there is room that was not there before.
@@ -333,20 +403,18 @@ impl Drop for XdpPort {
 }
 
 impl Port for XdpPort {
-    fn receive(&mut self, _pool: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received> {
+    fn receive(&mut self, pool: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received> {
         let mut count = 0;
         // What is not believed counts against the batch as well, so that it cannot keep us here.
         while !batch.is_full() && count < BATCH {
-            let Some(received) = self.endpoint.receive() else { break };
-            count += 1;
-            let Ok((chunk, start, len)) = received else {
-                stats.lost(self.id, DropReason::BadDescriptor);
-                continue;
-            };
-            let mut frame = Frame::new(chunk, start, len, self.id);
-            frame.offload.partial = partial::recognise(frame.head());
-            stats.received(&frame);
-            batch.push(frame);
+            match self.take(pool, &mut count) {
+                None => break,
+                Some(Err(reason)) => stats.lost(self.id, reason),
+                Some(Ok(frame)) => {
+                    stats.received(&frame);
+                    batch.push(frame);
+                }
+            }
         }
         self.endpoint.received(count);
         self.look(count, stats)?;
@@ -373,7 +441,7 @@ impl Port for XdpPort {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { partial_checksum: self.metadata, ..Capabilities::default() }
+        Capabilities { partial_checksum: self.abilities.checksum, ..Capabilities::default() }
     }
 
     fn kind(&self) -> &'static str {

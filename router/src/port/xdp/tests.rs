@@ -10,7 +10,7 @@ use crate::drop_reason::DropReason;
 use crate::frame::Frame;
 use crate::pool::{CHUNK, Pool};
 use crate::port::sys::ring::{Consumer, Layout, Memory, Producer};
-use crate::port::sys::xsk::{Descriptor, METADATA_LEN, Rings};
+use crate::port::sys::xsk::{Abilities, Descriptor, METADATA_LEN, Rings};
 use crate::port::{Batch, Port, PortId, Queue, Received, sample};
 use crate::stats::Stats;
 
@@ -45,36 +45,47 @@ fn rings(size: u32) -> (Rings, Kernel) {
     (ours, kernel)
 }
 
-fn port(pool: &Pool, size: u32, metadata: bool) -> (XdpPort, Kernel) {
+fn port(pool: &Pool, size: u32, checksum: bool) -> (XdpPort, Kernel) {
     let (ours, kernel) = rings(size);
     let (fd, _other) = socketpair(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::NONBLOCK, None).unwrap();
-    (XdpPort::over(ours, fd, metadata, pool, ID), kernel)
+    (XdpPort::over(ours, fd, Abilities { checksum, pieces: true }, pool, ID), kernel)
 }
 
 impl Kernel {
-    /// Receives a frame, if there is a chunk for it and a place.
+    /// Receives a frame, if there are chunks for it and places.
     fn deliver(&mut self, pool: &Pool, bytes: &[u8]) -> bool {
-        if self.receive.room(1) == 0 {
+        let pieces = bytes.chunks(IN_ONE);
+        let count = pieces.len() as u32;
+        if self.receive.room(count) < count || self.fill.available() < count {
             return false;
         }
-        let Some(address) = self.fill.pop() else { return false };
+        for (index, piece) in (1..).zip(pieces) {
+            let address = self.fill.pop().unwrap() + XDP_HEADROOM;
+            pool.arena().poke(address, piece);
+            let descriptor = Descriptor::plain(address, piece.len());
+            assert!(self.receive.push(if index < count { descriptor.with_more() } else { descriptor }));
+        }
         self.fill.release();
-        pool.arena().poke(address + XDP_HEADROOM, bytes);
-        assert!(self.receive.push(Descriptor::plain(address + XDP_HEADROOM, bytes.len())));
         self.receive.submit();
         true
     }
 
     /// Sends a frame: what it was, and the metadata before it.
     fn send(&mut self, pool: &Pool) -> Option<(Vec<u8>, Option<Vec<u8>>)> {
-        let descriptor = self.transmit.pop()?;
-        self.transmit.release();
-        let bytes = pool.arena().peek(descriptor.address, descriptor.len as usize);
-        let before = || pool.arena().peek(descriptor.address - METADATA_LEN as u64, METADATA_LEN);
-        let metadata = (descriptor.options != 0).then(before);
-        assert!(self.completion.push(descriptor.address));
-        self.completion.submit();
-        Some((bytes, metadata))
+        let (mut bytes, mut metadata) = (Vec::new(), None);
+        loop {
+            let descriptor = self.transmit.pop()?;
+            bytes.extend(pool.arena().peek(descriptor.address, descriptor.len as usize));
+            if descriptor.has_metadata() {
+                metadata = Some(pool.arena().peek(descriptor.address - METADATA_LEN as u64, METADATA_LEN));
+            }
+            assert!(self.completion.push(descriptor.address));
+            self.transmit.release();
+            self.completion.submit();
+            if !descriptor.is_continued() {
+                return Some((bytes, metadata));
+            }
+        }
     }
 }
 
@@ -165,13 +176,67 @@ fn a_full_ring_leaves_the_queue_and_what_does_not_fit_a_chunk_ends_by_name() {
     port.transmit(&mut queue, &mut stats).unwrap();
     assert_eq!((queue.len(), stats.of(OTHER).sent), (2, 4));
     while kernel.send(&pool).is_some() {}
-    queue.push_back(frame(&vec![7; 5_000], Offload::default(), &pool, &mut stats));
+    queue.push_back(frame(&vec![7; 40_000], Offload::default(), &pool, &mut stats));
     let (large, _) = sample::tcp4(10_000, 1448);
     queue.push_back(frame(&large.bytes, large.offload, &pool, &mut stats));
     port.transmit(&mut queue, &mut stats).unwrap();
-    assert_eq!(stats.of(OTHER).dropped[DropReason::DeviceRefused as usize], 1);
-    assert_eq!(queue.len(), 1, "seven segments wait for seven places, which this ring never has at once");
-    assert_eq!(stats.of(OTHER).in_flight(), 1);
+    let dropped = stats.of(OTHER).dropped;
+    assert_eq!(dropped[DropReason::DeviceRefused as usize], 1);
+    assert_eq!(dropped[DropReason::Unsegmentable as usize], 1, "seven places this ring never has at once");
+    assert_eq!((queue.len(), stats.of(OTHER).in_flight(), stats.of(OTHER).sent), (0, 0, 6));
+}
+
+#[test]
+fn a_jumbo_frame_takes_several_chunks_both_ways() {
+    for len in [IN_ONE, IN_ONE + 1, 9_000] {
+        let pool = Pool::new(512, 4).unwrap();
+        let (mut port, mut kernel) = port(&pool, 256, true);
+        let mut stats = Stats::default();
+        let (packet, _) = sample::udp4(len - 42, 0);
+        assert!(kernel.deliver(&pool, &packet.bytes));
+        let (frames, received) = receive(&mut port, &pool, &mut stats);
+        assert_eq!((frames.len(), received), (1, Received::Drained));
+        assert_eq!((frames[0].to_vec(), frames[0].offload), (packet.bytes.clone(), packet.offload));
+        let mut queue: Queue = frames.into();
+        port.transmit(&mut queue, &mut stats).unwrap();
+        let (sent, told) = kernel.send(&pool).unwrap();
+        assert_eq!((sent, told.is_some(), kernel.send(&pool)), (packet.bytes, true, None));
+        port.transmit(&mut queue, &mut stats).unwrap();
+        assert_eq!((stats.of(ID).in_flight(), port.lent().1, pool.free().1), (0, 0, 4));
+    }
+}
+
+#[test]
+fn a_jumbo_frame_without_buffer_or_with_a_wrong_piece_ends_as_a_whole() {
+    let pool = Pool::new(512, 1).unwrap();
+    let (mut port, mut kernel) = port(&pool, 256, true);
+    let mut stats = Stats::default();
+    let (packet, _) = sample::udp4(5_000, 0);
+    let (small, _) = sample::udp4(18, 0);
+    let large = pool.large().unwrap();
+    assert!(kernel.deliver(&pool, &packet.bytes) && kernel.deliver(&pool, &small.bytes));
+    assert_eq!(receive(&mut port, &pool, &mut stats).0.len(), 1, "the next frame is not lost");
+    drop(large);
+    let [first, last] = [kernel.fill.pop().unwrap(), kernel.fill.pop().unwrap()];
+    for descriptor in [
+        Descriptor::plain(first, 60).with_more(),
+        Descriptor::plain(first, 60).with_more(),
+        Descriptor::plain(last, 60),
+    ] {
+        assert!(kernel.receive.push(descriptor));
+    }
+    kernel.receive.submit();
+    assert!(receive(&mut port, &pool, &mut stats).0.is_empty());
+    // And one that never ends.
+    let cut = kernel.fill.pop().unwrap();
+    assert!(kernel.receive.push(Descriptor::plain(cut, 60).with_more()));
+    kernel.receive.submit();
+    assert!(receive(&mut port, &pool, &mut stats).0.is_empty());
+    let dropped = stats.of(ID).dropped;
+    assert_eq!((dropped[DropReason::NoBuffer as usize], dropped[DropReason::BadDescriptor as usize]), (1, 2));
+    assert_eq!((stats.of(ID).received, pool.free().1), (4, 1));
+    drop(port);
+    settle(&pool, 512);
 }
 
 #[test]
