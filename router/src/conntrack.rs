@@ -123,6 +123,12 @@ impl Entry {
         (self.flags & RESTS != 0).then_some(Learned { node, slot: self.learned_slot, word: self.learned })
     }
 
+    /// Whether its path rests on a learned MAC.
+    #[inline(always)]
+    pub fn rests(&self) -> bool {
+        self.flags & RESTS != 0
+    }
+
     /// When the FDB was last told where the sender's MAC is, if its frames teach that.
     pub fn taught(&self) -> Option<Instant> {
         (self.flags & TEACHES != 0).then_some(Instant(self.learned))

@@ -11,21 +11,19 @@
 use std::sync::Arc;
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::time::Duration;
 use std::vec::Drain;
 
 use weft_encap::mac::Mac;
-use weft_encap::vxlan::VXLAN_LEN;
 
 use crate::bridge::{Fdb, FdbEntry};
 use crate::budget::Budgets;
-use crate::conntrack::{ConnTrack, FlowEntry, To};
+use crate::conntrack::{ConnTrack, FlowEntry};
 use crate::control::RouterConfig;
 use crate::drop_reason::DropReason;
 use crate::flow::Signature;
 use crate::frame::Frame;
 use crate::gateway::Stack;
-use crate::glimpse::{Glimpse, glimpse};
+use crate::glimpse::Glimpse;
 use crate::packet::{Ip, Packet};
 use crate::path::{Commit, FlowCommit, Hop, Learned, Macs, Path, Reply, Rewrite, Sender, Verdict};
 use crate::policy::Known;
@@ -35,6 +33,8 @@ use crate::stats::Stats;
 use crate::tables::{Mode, NodeId, Role, Tables, Via};
 use crate::time::Instant;
 use crate::{conntrack, icmp, nat, neigh, policy, route, tunnel};
+
+mod known;
 
 /// What frames teach, and the counters.
 pub struct Forwarder {
@@ -52,9 +52,6 @@ pub struct Forwarder {
     /// none where frames are waited for: it is made anew then.
     seen: Vec<Glimpse>,
 }
-
-/// How often the FDB is told of a MAC whose flow is known: it counts ages in seconds.
-const TEACH_EACH: Duration = Duration::from_secs(1);
 
 /// Whom a frame is addressed to, in its segment.
 enum AddressedTo {
@@ -230,102 +227,6 @@ impl Forwarder {
             }
         }
         self.stats.drop(frame, reason);
-    }
-}
-
-// The way of a frame whose flow is known.
-impl Forwarder {
-    /// Looks at a frame's headers, and has what the flow cache says about them fetched.
-    #[inline(always)]
-    fn look(&mut self, frame: &Frame, tables: &Tables, seen: &mut Glimpse) -> Option<()> {
-        let (meta, head) = frame.parts();
-        let (start, sender) = match &meta.outer {
-            None => (0, Sender::Pod(meta.ingress())),
-            Some(_) if !tunnel::is_plain(head, tables) => return None,
-            Some(outer) => (VXLAN_LEN, Sender::Node(self.member(&outer.peer, tables)?)),
-        };
-        glimpse(meta, head, start, sender, self.conntrack.seed(), seen)?;
-        self.conntrack.prefetch(seen.hash);
-        Some(())
-    }
-
-    /// Vectors come from few nodes: the last one is remembered.
-    #[inline(always)]
-    fn member(&mut self, peer: &IpAddr, tables: &Tables) -> Option<NodeId> {
-        let (known, epoch, node) = &self.last_member;
-        if known == peer && *epoch == tables.epoch {
-            return Some(*node);
-        }
-        let node = tunnel::member(*peer, tables)?;
-        self.last_member = (*peer, tables.epoch, node);
-        Some(node)
-    }
-
-    /// Finds the path of a flow, if this packet may take it.
-    #[inline(always)]
-    fn recognise(&self, seen: &Glimpse, tables: &Tables, now: Instant) -> Option<usize> {
-        if seen.len == 0 {
-            return None;
-        }
-        let slot = self.conntrack.find(&seen.signature, seen.hash)?;
-        let entry = self.conntrack.entry(slot);
-        let fits = seen.wire_size <= entry.mtu() && (!entry.is_routed() || seen.ttl > 1);
-        (fits && self.holds(slot, tables, now)).then_some(slot)
-    }
-
-    /// Whether what is known of a flow may still be used.
-    #[inline(always)]
-    fn holds(&self, slot: usize, tables: &Tables, now: Instant) -> bool {
-        let entry = self.conntrack.entry(slot);
-        let unmoved = |learned| entry.fdb_version() == self.fdb.version() || self.fdb.holds(&learned, now);
-        entry.epoch() == tables.epoch && entry.learned().is_none_or(unmoved)
-    }
-
-    /// Sends a frame where its flow goes. Does what [`nat::rewrite`], [`Forwarder::commit`] and [`Forwarder::emit`] do, for the
-    /// few paths that the cache can hold.
-    #[inline(always)]
-    fn follow(
-        &mut self,
-        mut frame: Frame,
-        seen: &Glimpse,
-        slot: usize,
-        tables: &Tables,
-        now: Instant,
-        out: &mut Outbox,
-    ) {
-        frame.strip(seen.start.into(), seen.len as usize);
-        if let Some(gso) = &mut frame.offload.gso {
-            gso.header_len = seen.header_len;
-        }
-        if seen.start > 0 {
-            self.hear(seen, slot, now);
-        }
-        let entry = self.conntrack.entry_mut(slot);
-        entry.seen(seen.len as usize, now);
-        if entry.is_routed()
-            && let Some(macs) = entry.routed()
-        {
-            nat::route(frame.head_mut(), macs, seen.v4);
-        }
-        match entry.to() {
-            To::Port(port) => self.push(port, frame, out),
-            To::Node(node) => self.send(node, frame, conntrack::entropy(seen.hash), tables, out),
-        }
-    }
-
-    /// A node sent a frame of a known flow: tells the FDB, if it may not know or is to be told again.
-    fn hear(&mut self, seen: &Glimpse, slot: usize, now: Instant) {
-        let Sender::Node(id) = seen.signature.sender() else { return };
-        self.stats.node(id).heard(now);
-        let entry = self.conntrack.entry_mut(slot);
-        let Some(taught) = entry.taught() else { return };
-        let version = self.fdb.version();
-        if entry.fdb_version() != version || now.since(taught) >= TEACH_EACH {
-            let (_, mac) = seen.signature.macs();
-            self.fdb.learn(mac, id, now);
-            entry.confirm(version);
-            entry.teach(now);
-        }
     }
 }
 
