@@ -58,19 +58,24 @@ impl Forwarder {
         let slot = self.conntrack.find(&seen.signature, seen.hash)?;
         let entry = self.conntrack.entry(slot);
         let fits = seen.wire_size <= entry.mtu() && (!entry.is_routed() || seen.ttl > 1);
-        let version = self.fdb.version();
-        if !fits || !self.holds(slot, tables, now) {
-            return None;
-        }
-        let entry = self.conntrack.entry_mut(slot);
-        if entry.rests() {
-            entry.confirm(version);
-        }
-        Some(slot)
+        let holds = fits && entry.epoch() == tables.epoch && (!entry.rests() || self.confirm(slot, now));
+        holds.then_some(slot)
     }
 
-    /// Whether what is known of a flow may still be used.
-    #[inline(always)]
+    /// Whether the learned MAC that a flow rests on is where it was; if so, that is not asked again until some MAC moves.
+    fn confirm(&mut self, slot: usize, now: Instant) -> bool {
+        let (entry, version) = (self.conntrack.entry_mut(slot), self.fdb.version());
+        if entry.fdb_version() == version {
+            return true;
+        }
+        let holds = entry.learned().is_some_and(|learned| self.fdb.holds(&learned, now));
+        if holds {
+            entry.confirm(version);
+        }
+        holds
+    }
+
+    /// Whether what is known of a flow may still be used; asks without noting the answer.
     pub(super) fn holds(&self, slot: usize, tables: &Tables, now: Instant) -> bool {
         let entry = self.conntrack.entry(slot);
         let unmoved = |learned| entry.fdb_version() == self.fdb.version() || self.fdb.holds(&learned, now);

@@ -130,7 +130,7 @@ pub fn flows(node: &Node) -> Result<Vec<FlowInfo>, Failure> {
             source_port,
             destination: flow.key.dst(),
             destination_port,
-            from: match flow.verdict.sender {
+            from: match flow.sender {
                 Sender::Pod(port) => format!("port {port}"),
                 Sender::Node(id) => format!("node {}", names.node(id)),
             },
