@@ -101,10 +101,10 @@ impl Endpoint {
         pushed
     }
 
-    /// Lets the kernel see what was sent. Returns whether there is anything for it to do.
-    pub fn submit(&mut self) -> bool {
+    /// Lets the kernel see what was sent. Returns how much it has still to do.
+    pub fn submit(&mut self) -> u32 {
         self.rings.transmit.submit();
-        self.rings.transmit.unread() > 0
+        self.rings.transmit.unread()
     }
 
     /// Whether the kernel wants to be told that there is something to send.

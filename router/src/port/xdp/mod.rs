@@ -6,6 +6,7 @@
 //! `ring`, `lending`.
 
 pub mod assembler;
+mod channel;
 mod endpoint;
 mod partial;
 mod port;
@@ -14,4 +15,5 @@ pub mod programs;
 mod tests;
 
 pub use assembler::{Assembler, Helper, Label, Operation, Register, Size, Verdict, When};
-pub use port::{Attachment, IN_ONE, XdpDevice, XdpPort};
+pub use channel::{Attachment, IN_ONE, XdpDevice};
+pub use port::XdpPort;

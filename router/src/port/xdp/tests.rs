@@ -5,6 +5,7 @@ use std::sync::Arc;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use weft_encap::offload::Offload;
 
+use super::channel::Channel;
 use super::*;
 use crate::drop_reason::DropReason;
 use crate::frame::Frame;
@@ -48,7 +49,8 @@ fn rings(size: u32) -> (Rings, Kernel) {
 fn port(pool: &Pool, size: u32, checksum: bool) -> (XdpPort, Kernel) {
     let (ours, kernel) = rings(size);
     let (fd, _other) = socketpair(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::NONBLOCK, None).unwrap();
-    (XdpPort::over(ours, fd, Abilities { checksum, pieces: true }, pool, ID), kernel)
+    let channel = Channel::over(ours, fd, Abilities { checksum, pieces: true }, pool, ID);
+    (XdpPort::over(channel), kernel)
 }
 
 impl Kernel {
