@@ -269,6 +269,10 @@ impl Port for TapPort {
         Arc::into_inner(self.tap).map(|tap| tap.fd)
     }
 
+    fn gathers(&self) -> bool {
+        true
+    }
+
     fn kind(&self) -> &'static str {
         "tap"
     }
