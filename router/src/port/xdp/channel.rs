@@ -1,6 +1,6 @@
 //! A device as a worker has it: socket, rings, chunks and program in one, frames in and out.
 //!
-//! What the frames are is for others to know, such as [`XdpPort`](super::XdpPort).
+//! What the frames are is for others to know: [`XdpPort`](super::XdpPort) for pods, [`XdpUnderlay`](super::XdpUnderlay) for other nodes.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
