@@ -209,6 +209,8 @@ impl Ip {
 #[cfg(test)]
 mod tests {
     use etherparse::{NetSlice, SlicedPacket, TransportSlice};
+    use proptest::collection::vec;
+    use proptest::prelude::*;
 
     use super::*;
     use crate::pool::Pool;
@@ -319,5 +321,23 @@ mod tests {
         assert_eq!((write(HERE[0], 1_472), write(HERE[0], 1_473)), (None, Some(DropReason::UnderlayMtu)));
         assert_eq!(write(HERE[0], 70_000), Some(DropReason::UnderlayMtu));
         assert_eq!(write(HERE[1], 100), Some(DropReason::UnderlayUnreachable));
+    }
+
+    proptest! {
+        /// Headers are parsed by hand here, and come from anyone on the link.
+        #[test]
+        fn no_bytes_are_read_beyond_their_end(start in 0..4_usize, cuts in vec(any::<(u8, u8)>(), 0..4), len in 0..120_usize) {
+            let mut bytes = packet(start % 2, (start > 1).then_some(5), &[0x45; 40]);
+            for (at, value) in cuts {
+                let at = usize::from(at) % bytes.len();
+                bytes[at] = value;
+            }
+            bytes.truncate(len);
+            if let Ok((payload, _)) = open(&bytes) {
+                prop_assert!(payload.len() + 42 <= bytes.len());
+            }
+            let _ = super::super::partial::recognise(&bytes);
+            let _ = super::super::partial::recognise(bytes.get(14..).unwrap_or_default());
+        }
     }
 }
