@@ -12,6 +12,7 @@ use etherparse::{PacketBuilder, VlanId};
 use rustix::io::Errno;
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketType, socket, sockopt};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use weft_encap::checksum::pseudo_v4;
 use weft_encap::mac::Mac;
 use weft_encap::offload::{Gso, GsoKind, Partial};
@@ -315,6 +316,44 @@ fn a_program_of_somebody_else_is_left_alone_and_named() {
         drop(ours);
         settle(&pool);
     });
+}
+
+/// Names the node's namespace to a process that shall hold a port until it is killed.
+const HOLD: &str = "WEFT_TEST_HOLD";
+
+#[test]
+fn a_killed_process_leaves_no_program_behind() {
+    if let Ok(netns) = std::env::var(HOLD) {
+        return hold(&netns);
+    }
+    let _alone = exclusively();
+    let pods = Pods::new(1);
+    let itself = std::env::current_exe().unwrap();
+    let test = ["--exact", "xdp::a_killed_process_leaves_no_program_behind"];
+    let mut holder = Command::new(itself).args(test).env(HOLD, pods.node.name()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !pods.shown(1).contains("prog/xdp") && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let attached = pods.shown(1);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    assert!(attached.contains("prog/xdp"), "{attached}");
+    pods.expect_no_program(1);
+    pods.node.inside(|| {
+        let pool = Pool::new(CHUNKS, 1).unwrap();
+        drop(open(&pool, &Umem::of(pool.arena()), 1));
+        settle(&pool);
+    });
+}
+
+/// The other process's part.
+fn hold(netns: &str) {
+    let netns = std::fs::File::open(format!("/run/netns/{netns}")).unwrap();
+    move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+    let pool = Pool::new(CHUNKS, 1).unwrap();
+    let _port = open(&pool, &Umem::of(pool.arena()), 1);
+    std::thread::sleep(Duration::from_secs(60));
 }
 
 #[test]

@@ -380,6 +380,43 @@ fn bursts_make_a_device_hold_more_chunks() {
     assert_eq!(port.lent().0, quiet);
 }
 
+#[test]
+fn no_device_starves_the_others() {
+    let pool = Pool::new(2048, 4).unwrap();
+    let mut devices: Vec<_> = (0..4).map(|_| port(&pool, 2048, true)).collect();
+    let mut stats = Stats::default();
+    let packet = sample::udp4(18, 0).0;
+    for _ in 0..50 {
+        for (port, kernel) in &mut devices {
+            while kernel.deliver(&pool, &packet.bytes) {}
+            while receive(port, &pool, &mut stats).1 == Received::More {}
+        }
+    }
+    let lent: Vec<u32> = devices.iter().map(|(port, _)| port.lent().0).collect();
+    assert!(lent.iter().all(|lent| *lent >= 128) && lent[0] >= 512, "{lent:?}");
+    assert!(pool.free().0 >= 512, "{} are left of {lent:?}", pool.free().0);
+}
+
+#[test]
+fn a_device_without_chunks_asks_until_it_has_some() {
+    let pool = Pool::new(130, 4).unwrap();
+    let (mut port, mut kernel) = port(&pool, 256, true);
+    let mut stats = Stats::default();
+    let packet = sample::udp4(18, 0).0;
+    while kernel.deliver(&pool, &packet.bytes) {}
+    let mut held = Vec::new();
+    while port.lent().0 > 0 || kernel.deliver(&pool, &packet.bytes) {
+        held.extend(receive(&mut port, &pool, &mut stats).0);
+        while kernel.deliver(&pool, &packet.bytes) {}
+    }
+    assert_eq!((held.len(), pool.free().0), (130, 0));
+    let (none, received) = receive(&mut port, &pool, &mut stats);
+    assert_eq!((none.len(), received), (0, Received::More));
+    held.clear();
+    assert_eq!(receive(&mut port, &pool, &mut stats).1, Received::Drained);
+    assert!(kernel.deliver(&pool, &packet.bytes));
+}
+
 /// The port closes on a thread of its own.
 fn settle(pool: &Pool, free: usize) {
     for _ in 0..1_000 {

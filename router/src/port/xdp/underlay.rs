@@ -51,7 +51,7 @@ impl XdpUnderlay {
     /// number.
     ///
     /// # Errors
-    /// `InvalidInput` if the device was opened for another worker's pool; the kernel's, for want of descriptors.
+    /// `InvalidInput` if the device was opened for another worker's pool, `OutOfMemory` if the pool is empty; the kernel's, for want of descriptors.
     pub fn new(
         device: XdpDevice,
         tunnel: Tunnel,
