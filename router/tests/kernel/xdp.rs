@@ -7,16 +7,24 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use etherparse::{PacketBuilder, VlanId};
 use rustix::io::Errno;
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketType, socket, sockopt};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use weft_encap::checksum::pseudo_v4;
+use weft_encap::mac::Mac;
+use weft_encap::offload::{Gso, GsoKind, Partial};
+use weft_router::frame::{Frame, Outer};
 use weft_router::pool::Pool;
 use weft_router::port::sys::bpf::{Map, MapKind, Mode, Program};
 use weft_router::port::sys::xsk::{Binding, Descriptor, Socket, Umem};
 use weft_router::port::tap::{Tap, TapPort};
+use weft_router::port::udp::{UdpPort, Underlay};
+use weft_router::port::xdp::outer::NextHop;
 use weft_router::port::xdp::programs::Tunnel;
-use weft_router::port::xdp::{Attachment, Verdict, XdpDevice, XdpPort, programs};
+use weft_router::port::xdp::{Attachment, Hops, Verdict, XdpDevice, XdpPort, XdpUnderlay, programs};
 use weft_router::port::{Batch, Port, Queue};
 use weft_router::stats::Stats;
 use weft_router::{DropReason, PortId};
@@ -310,6 +318,44 @@ fn a_program_of_somebody_else_is_left_alone_and_named() {
     });
 }
 
+/// Names the node's namespace to a process that shall hold a port until it is killed.
+const HOLD: &str = "WEFT_TEST_HOLD";
+
+#[test]
+fn a_killed_process_leaves_no_program_behind() {
+    if let Ok(netns) = std::env::var(HOLD) {
+        return hold(&netns);
+    }
+    let _alone = exclusively();
+    let pods = Pods::new(1);
+    let itself = std::env::current_exe().unwrap();
+    let test = ["--exact", "xdp::a_killed_process_leaves_no_program_behind"];
+    let mut holder = Command::new(itself).args(test).env(HOLD, pods.node.name()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !pods.shown(1).contains("prog/xdp") && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let attached = pods.shown(1);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    assert!(attached.contains("prog/xdp"), "{attached}");
+    pods.expect_no_program(1);
+    pods.node.inside(|| {
+        let pool = Pool::new(CHUNKS, 1).unwrap();
+        drop(open(&pool, &Umem::of(pool.arena()), 1));
+        settle(&pool);
+    });
+}
+
+/// The other process's part.
+fn hold(netns: &str) {
+    let netns = std::fs::File::open(format!("/run/netns/{netns}")).unwrap();
+    move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+    let pool = Pool::new(CHUNKS, 1).unwrap();
+    let _port = open(&pool, &Umem::of(pool.arena()), 1);
+    std::thread::sleep(Duration::from_secs(60));
+}
+
 #[test]
 fn attaching_and_detaching_leaks_nothing() {
     let _alone = exclusively();
@@ -501,4 +547,111 @@ fn an_uplink_in_use_leaves_the_nodes_own_traffic_alone() {
     say(b"back again");
     let mut datagram = [0; 100];
     assert_eq!(listener.recv(&mut datagram).unwrap(), 10);
+}
+
+const TUNNEL: [u8; 8] = [8, 0, 0, 0, 0, 0, 1, 0];
+
+/// An inner UDP datagram behind a tunnel header, to be cut into datagrams of `size` bytes if that is not 0.
+fn tunnelled(len: usize, size: u16, to: IpAddr, pool: &Pool) -> Frame {
+    let payload: Vec<u8> = (0..len as u32).map(|index| (index.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let mut bytes = TUNNEL.to_vec();
+    let builder = PacketBuilder::ethernet2([2; 6], [4; 6]).ipv4([10, 244, 1, 2], [10, 244, 2, 2], 64).udp(7, 9);
+    builder.write(&mut bytes, &payload).unwrap();
+    let pseudo = pseudo_v4([10, 244, 1, 2].into(), [10, 244, 2, 2].into(), 17, 8 + len as u32).fold();
+    bytes[48..50].copy_from_slice(&pseudo.to_be_bytes());
+    let mut frame = Frame::from_bytes(&bytes, ONE, pool).unwrap();
+    frame.offload.partial = Some(Partial { start: 34, offset: 6 });
+    frame.offload.gso = (size > 0).then_some(Gso { kind: GsoKind::Udp, ecn: false, size, header_len: 42 });
+    frame.outer = Some(Outer { peer: to, entropy: 77, tos: 0 });
+    frame
+}
+
+/// Sends frames by one port, and returns the payload that comes out of the other, and whom it came from.
+fn carry(pool: &Pool, from: &mut dyn Port, to: &mut dyn Port, frames: Vec<Frame>) -> (Vec<u8>, Vec<IpAddr>) {
+    let (mut stats, mut batch) = (Stats::default(), Batch::new());
+    let wanted: usize = frames.iter().map(|frame| frame.len() - 50).sum();
+    frames.iter().for_each(|frame| stats.received(frame));
+    let mut queue: Queue = frames.into();
+    let (mut payload, mut peers) = (Vec::new(), Vec::new());
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while payload.len() < wanted {
+        assert!(Instant::now() < deadline, "{} of {wanted} bytes came: {:?}", payload.len(), stats.of(ONE));
+        from.transmit(&mut queue, &mut stats).unwrap();
+        to.receive(pool, &mut batch, &mut stats).unwrap();
+        for frame in batch.drain(..) {
+            peers.push(frame.outer.unwrap().peer);
+            let bytes = frame.to_vec();
+            assert_eq!(bytes[..8], TUNNEL);
+            payload.extend_from_slice(&bytes[50..]);
+        }
+    }
+    assert!(queue.is_empty());
+    (payload, peers)
+}
+
+/// Two nodes, each with an address of both families and a MAC that says its number.
+fn underlays() -> [Netns; 2] {
+    let nodes = [Netns::new("u1"), Netns::new("u2")];
+    let queues = "numrxqueues 1 numtxqueues 1";
+    let first = format!("link add up0 address 02:00:00:00:00:01 {queues} type veth");
+    let second = format!("peer name up0 address 02:00:00:00:00:02 netns {} {queues}", nodes[1].name());
+    ip(&nodes[0], &format!("{first} {second}"));
+    for (number, netns) in (1..).zip(&nodes) {
+        ip(netns, &format!("address add 10.200.0.{number}/24 dev up0"));
+        ip(netns, &format!("address add fd00:200::{number}/64 dev up0 nodad"));
+        ip(netns, "link set up0 up");
+    }
+    nodes
+}
+
+#[test]
+fn an_xdp_underlay_and_the_kernels_udp_understand_each_other() {
+    let _alone = exclusively();
+    for (here, there) in [("10.200.0.1", "10.200.0.2"), ("fd00:200::1", "fd00:200::2")] {
+        let (here, there): (IpAddr, IpAddr) = (here.parse().unwrap(), there.parse().unwrap());
+        let nodes = underlays();
+        let pool = Pool::new(CHUNKS, 64).unwrap();
+        let umem = Umem::of(pool.arena());
+        let tunnel = Tunnel { addresses: vec![here], port: PORT };
+        let udp = |node: &Netns, address| {
+            let sockets = node.inside(|| Underlay::open((address, PORT).into(), 4).unwrap()).into_sockets().remove(0);
+            UdpPort::new(sockets, ONE, 1450)
+        };
+        let device = nodes[0].inside(|| {
+            let any = socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
+            let interface = name_to_index(&any, "up0").unwrap();
+            let binding = Binding { interface, queue: 0, ring: 2048, zero_copy: false };
+            let socket = Socket::open(&umem, binding).unwrap();
+            let attachment = Attachment::uplink(interface, &[&socket], &tunnel, Mode::Native).unwrap();
+            XdpDevice::new(attachment, socket)
+        });
+        let hops = Arc::new(ArcSwap::from_pointee(Hops::default()));
+        let kernel = Box::new(udp(&nodes[0], here));
+        let mut xdp = XdpUnderlay::new(device, tunnel, Arc::clone(&hops), kernel, &pool, ONE).unwrap();
+        let mut other = udp(&nodes[1], there);
+        let sizes = [(18, 0), (1_300, 0), (20_000, 1_300)];
+        let expected =
+            |frames: &[Frame]| frames.iter().flat_map(|frame| frame.to_vec().split_off(50)).collect::<Vec<_>>();
+        // At first the node's next hop is not known, and the kernel finds it.
+        for known in [false, true] {
+            if known {
+                let [source, target] = [1, 2].map(|last| Mac([2, 0, 0, 0, 0, last]));
+                let hop = NextHop { source, target, vlan: None, mtu: 1500 };
+                hops.store(Arc::new([(there, hop)].into_iter().collect()));
+            }
+            for (len, size) in sizes {
+                let frames: Vec<Frame> = (0..3).map(|_| tunnelled(len, size, there, &pool)).collect();
+                let payload = expected(&frames);
+                let (came, peers) = carry(&pool, &mut xdp, &mut other, frames);
+                assert!(came == payload && peers.iter().all(|peer| *peer == here), "{len} bytes, {known}");
+                let frames: Vec<Frame> = (0..3).map(|_| tunnelled(len, size, here, &pool)).collect();
+                let payload = expected(&frames);
+                let (came, peers) = carry(&pool, &mut other, &mut xdp, frames);
+                assert!(came == payload && peers.iter().all(|peer| *peer == there), "{len} bytes back, {known}");
+            }
+        }
+        ping(&nodes[1], &here.to_string());
+        drop((xdp, other));
+        settle(&pool);
+    }
 }

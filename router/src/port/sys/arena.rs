@@ -250,6 +250,11 @@ impl Chunks {
         self.0.release(index);
     }
 
+    /// How many are free.
+    pub(super) fn free(&self) -> usize {
+        self.0.free.borrow().len()
+    }
+
     /// Gives up all of these as soon as `released` is set, by whoever closes the device.
     pub(super) fn abandon(&self, indexes: Vec<u32>, released: Arc<AtomicBool>) {
         self.0.abandoned.borrow_mut().push(Abandoned { indexes, released });

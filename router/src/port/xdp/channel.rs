@@ -1,6 +1,6 @@
 //! A device as a worker has it: socket, rings, chunks and program in one, frames in and out.
 //!
-//! What the frames are is for others to know, such as [`XdpPort`](super::XdpPort).
+//! What the frames are is for others to know: [`XdpPort`](super::XdpPort) for pods, [`XdpUnderlay`](super::XdpUnderlay) for other nodes.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -132,7 +132,7 @@ impl Channel {
     /// Puts a device to use, for frames of that port.
     ///
     /// # Errors
-    /// `InvalidInput` if the device was opened for another worker's pool.
+    /// `InvalidInput` if the device was opened for another worker's pool, `OutOfMemory` if the pool is empty.
     pub fn new(device: XdpDevice, pool: &Pool, id: PortId) -> io::Result<Channel> {
         let XdpDevice { attachment, socket } = device;
         if !socket.umem().is_of(pool.arena()) {
@@ -141,6 +141,9 @@ impl Channel {
         let abilities = socket.abilities();
         let (wakeup, rings) = socket.into_parts();
         let endpoint = Endpoint::new(rings, pool.arena(), attachment.is_some());
+        if endpoint.is_starved() {
+            return Err(io::Error::new(io::ErrorKind::OutOfMemory, "no buffers are left for another AF_XDP device"));
+        }
         Ok(Channel { id, endpoint, attachment, wakeup, abilities, calls: 0 })
     }
 
@@ -187,7 +190,9 @@ impl Channel {
         }
         self.endpoint.received(count);
         self.look(count, stats)?;
-        Ok(if self.endpoint.has_more() { Received::More } else { Received::Drained })
+        // Without chunks nothing is received, and so nothing would have us called again.
+        let more = self.endpoint.has_more() || self.endpoint.is_starved();
+        Ok(if more { Received::More } else { Received::Drained })
     }
 
     /// Takes the next frame. Adds to `count` how many descriptors that took.

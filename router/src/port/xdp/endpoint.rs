@@ -1,6 +1,9 @@
 //! A socket's rings and its chunks as one thing: receiving and sending without the kernel, so to speak.
 //!
 //! Nothing here makes a system call; with rings in plain memory all of it runs in tests.
+//!
+//! A device holds chunks to receive into even while it is quiet, and what it holds nobody else has. So it holds more only as long as half
+//! of the worker's chunks are free, and goes back to little when they become scarce.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -13,6 +16,11 @@ use crate::port::sys::xsk::{Descriptor, Rings};
 const QUIET: u32 = 128;
 /// After so many batches that needed a small part of what a device holds, it holds half as many.
 const PATIENCE: u32 = 4096;
+
+/// Above this part of all chunks being free, a device may hold more than a quiet one.
+const PLENTY: f32 = 0.5;
+/// Below this part it does not hold more for long.
+const SCARCE: f32 = 0.25;
 
 /// A frame that was received, or a part of one.
 pub struct Piece {
@@ -133,9 +141,15 @@ impl Endpoint {
         self.lender.abandon(released);
     }
 
+    /// Whether the kernel has nothing to receive into, because there was no free chunk. It will not call for more.
+    pub fn is_starved(&self) -> bool {
+        self.target > 0 && self.lender.lent().0 == 0
+    }
+
     fn refill(&mut self) {
         let mut pushed = false;
-        while self.lender.lent().0 < self.target && self.rings.fill.room(1) > 0 {
+        let target = if self.lender.free() < SCARCE { self.quiet } else { self.target };
+        while self.lender.lent().0 < target && self.rings.fill.room(1) > 0 {
             let Some(address) = self.lender.lend_empty() else { break };
             pushed |= self.rings.fill.push(address);
         }
@@ -147,7 +161,7 @@ impl Endpoint {
     /// Holds more chunks as soon as bursts come near to what is held, and fewer when they have not for long.
     fn adapt(&mut self, count: u32) {
         let most = self.rings.fill.size();
-        if count * 4 > self.target {
+        if count * 4 > self.target && self.lender.free() > PLENTY {
             (self.target, self.easy) = ((self.target * 4).min(most), 0);
         } else if count * 16 < self.target {
             self.easy += 1;

@@ -2,18 +2,21 @@
 //! which such a program can redirect frames.
 //!
 //! [`assembler`] writes programs as instructions; [`programs`] are those that lead frames to sockets. [`XdpPort`] is a pod's veth
-//! as a port of the router. System calls, rings and the account of lent chunks are in [`sys`](super::sys): `bpf`, `xsk`,
+//! as a port of the router, [`XdpUnderlay`] an uplink. System calls, rings and the account of lent chunks are in [`sys`](super::sys): `bpf`, `xsk`,
 //! `ring`, `lending`.
 
 pub mod assembler;
 mod channel;
 mod endpoint;
+pub mod outer;
 mod partial;
 mod port;
 pub mod programs;
 #[cfg(test)]
 mod tests;
+mod underlay;
 
 pub use assembler::{Assembler, Helper, Label, Operation, Register, Size, Verdict, When};
 pub use channel::{Attachment, IN_ONE, XdpDevice};
 pub use port::XdpPort;
+pub use underlay::{Hops, XdpUnderlay};

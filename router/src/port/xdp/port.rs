@@ -29,7 +29,7 @@ impl XdpPort {
     /// A port of that number.
     ///
     /// # Errors
-    /// `InvalidInput` if the device was opened for another worker's pool.
+    /// `InvalidInput` if the device was opened for another worker's pool, `OutOfMemory` if the pool is empty.
     pub fn new(device: XdpDevice, pool: &Pool, id: PortId) -> io::Result<XdpPort> {
         Ok(XdpPort { channel: Channel::new(device, pool, id)? })
     }

@@ -2,14 +2,19 @@
 
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use weft_encap::mac::Mac;
 use weft_encap::offload::Offload;
 
 use super::channel::Channel;
+use super::outer::NextHop;
+use super::programs::Tunnel;
 use super::*;
 use crate::drop_reason::DropReason;
 use crate::frame::Frame;
 use crate::pool::{CHUNK, Pool};
+use crate::port::memory::{MemoryPort, Wire};
 use crate::port::sys::ring::{Consumer, Layout, Memory, Producer};
 use crate::port::sys::xsk::{Abilities, Descriptor, METADATA_LEN, Rings};
 use crate::port::{Batch, Port, PortId, Queue, Received, sample};
@@ -284,6 +289,72 @@ fn descriptors_that_are_wrong_are_counted_and_cost_nothing() {
     settle(&pool, 512);
 }
 
+/// An underlay without next hops, the kernel of its device, and what goes the kernel's way.
+fn underlay(pool: &Pool, checksum: bool) -> (XdpUnderlay, Arc<ArcSwap<Hops>>, Kernel, Wire) {
+    let (ours, kernel) = rings(256);
+    let (fd, _other) = socketpair(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::NONBLOCK, None).unwrap();
+    let channel = Channel::over(ours, fd, Abilities { checksum, pieces: true }, pool, ID);
+    let aside = MemoryPort::new(ID);
+    let (wire, hops) = (aside.outbox(), Arc::new(ArcSwap::from_pointee(Hops::default())));
+    let tunnel = Tunnel { addresses: vec!["127.0.0.1".parse().unwrap()], port: 8472 };
+    let port = XdpUnderlay::over(channel, tunnel, Arc::clone(&hops), Box::new(aside)).unwrap();
+    (port, hops, kernel, wire)
+}
+
+#[test]
+fn a_node_without_next_hop_is_reached_by_the_kernel_until_there_is_one() {
+    for checksum in [true, false] {
+        let pool = Pool::new(512, 4).unwrap();
+        let (mut port, hops, mut kernel, aside) = underlay(&pool, checksum);
+        let mut stats = Stats::default();
+        let (inner, payload) = sample::tcp4(4_000, 1_300);
+        let packet = sample::tunnelled(&inner);
+        let mut send = |port: &mut XdpUnderlay| {
+            let mut frame = frame(&packet.bytes, packet.offload, &pool, &mut stats);
+            frame.outer = packet.outer;
+            let mut queue = Queue::from([frame]);
+            port.transmit(&mut queue, &mut stats).unwrap();
+            assert!(queue.is_empty());
+        };
+        send(&mut port);
+        assert_eq!((kernel.send(&pool), aside.borrow().len()), (None, 1));
+        let hop = NextHop { source: Mac([2; 6]), target: Mac([4; 6]), vlan: Some(7), mtu: 1_500 };
+        let peer = packet.outer.unwrap().peer;
+        hops.store(Arc::new([(peer, hop)].into_iter().collect()));
+        send(&mut port);
+        hops.store(Arc::new([(peer, NextHop { mtu: 100, ..hop })].into_iter().collect()));
+        send(&mut port);
+        assert_eq!(aside.borrow().len(), 1);
+        // The other node: what was sent is what it gets.
+        let there = Tunnel { addresses: vec![peer], port: 8472 };
+        let mut received = Vec::new();
+        while let Some((bytes, told)) = kernel.send(&pool) {
+            assert_eq!(told.is_some(), checksum, "the outer checksum is the kernel's where it can");
+            let mut frame = frame(&bytes, Offload::default(), &pool, &mut Stats::default());
+            outer::read(&mut frame, &there).unwrap();
+            assert_eq!(frame.to_vec()[..8], packet.bytes[..8]);
+            received.extend(sample::verified_payload(&frame.to_vec()[8..]));
+        }
+        assert!(received == payload);
+        let counted = stats.of(OTHER);
+        assert_eq!(counted.dropped[DropReason::UnderlayMtu as usize], 4, "four segments are too long for that way");
+        assert_eq!(counted.in_flight(), 0, "{counted:?}");
+    }
+}
+
+#[test]
+fn what_is_no_packet_of_the_tunnel_ends_by_name() {
+    let pool = Pool::new(512, 4).unwrap();
+    let (mut port, _, mut kernel, _) = underlay(&pool, true);
+    let mut stats = Stats::default();
+    assert!(kernel.deliver(&pool, &sample::udp4(100, 0).0.bytes) && kernel.deliver(&pool, &[7; 20]));
+    let mut batch = Batch::new();
+    assert_eq!(port.receive(&pool, &mut batch, &mut stats).unwrap(), Received::Drained);
+    assert!(batch.is_empty());
+    let counted = stats.of(ID);
+    assert_eq!((counted.received, counted.dropped[DropReason::NotForUs as usize]), (2, 2));
+}
+
 #[test]
 fn bursts_make_a_device_hold_more_chunks() {
     let pool = Pool::new(4096, 4).unwrap();
@@ -307,6 +378,43 @@ fn bursts_make_a_device_hold_more_chunks() {
         receive(&mut port, &pool, &mut stats);
     }
     assert_eq!(port.lent().0, quiet);
+}
+
+#[test]
+fn no_device_starves_the_others() {
+    let pool = Pool::new(2048, 4).unwrap();
+    let mut devices: Vec<_> = (0..4).map(|_| port(&pool, 2048, true)).collect();
+    let mut stats = Stats::default();
+    let packet = sample::udp4(18, 0).0;
+    for _ in 0..50 {
+        for (port, kernel) in &mut devices {
+            while kernel.deliver(&pool, &packet.bytes) {}
+            while receive(port, &pool, &mut stats).1 == Received::More {}
+        }
+    }
+    let lent: Vec<u32> = devices.iter().map(|(port, _)| port.lent().0).collect();
+    assert!(lent.iter().all(|lent| *lent >= 128) && lent[0] >= 512, "{lent:?}");
+    assert!(pool.free().0 >= 512, "{} are left of {lent:?}", pool.free().0);
+}
+
+#[test]
+fn a_device_without_chunks_asks_until_it_has_some() {
+    let pool = Pool::new(130, 4).unwrap();
+    let (mut port, mut kernel) = port(&pool, 256, true);
+    let mut stats = Stats::default();
+    let packet = sample::udp4(18, 0).0;
+    while kernel.deliver(&pool, &packet.bytes) {}
+    let mut held = Vec::new();
+    while port.lent().0 > 0 || kernel.deliver(&pool, &packet.bytes) {
+        held.extend(receive(&mut port, &pool, &mut stats).0);
+        while kernel.deliver(&pool, &packet.bytes) {}
+    }
+    assert_eq!((held.len(), pool.free().0), (130, 0));
+    let (none, received) = receive(&mut port, &pool, &mut stats);
+    assert_eq!((none.len(), received), (0, Received::More));
+    held.clear();
+    assert_eq!(receive(&mut port, &pool, &mut stats).1, Received::Drained);
+    assert!(kernel.deliver(&pool, &packet.bytes));
 }
 
 /// The port closes on a thread of its own.
