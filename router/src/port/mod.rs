@@ -51,7 +51,7 @@ impl std::fmt::Display for PortId {
 pub const BATCH: usize = 64;
 
 /// Most bytes in a vector; a vector of superframes ends earlier than one of small frames.
-pub const BATCH_BYTES: usize = 256 * 1024;
+pub const BATCH_BYTES: usize = 1024 * 1024;
 
 /// Frames received together, at most [`BATCH`]. Its memory is made once and used again.
 #[derive(Default)]
