@@ -44,8 +44,7 @@ fn main() {
         let turns = turns(|| few.turn(), || many.turn());
         print(name, &turns, |[few, many]| many / few);
     }
-    println!();
-    println!("{:<44} {:>21} {:>21}   throughput", "wall time of a frame, for each worker", "1 worker", "2 workers");
+    println!("\n{:<44} {:>21} {:>21}   throughput", "wall time of a frame, for each worker", "1 worker", "2 workers");
     for (name, mode) in WORKERS.into_iter().filter(|(name, _)| wanted(name)) {
         let turns = turns(|| workers(1, mode), || workers(2, mode));
         print(name, &turns, |[one, two]| 2.0 * one / two);
