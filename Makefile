@@ -34,14 +34,15 @@ test: ## Every test: units, models, a real kernel (root)
 	@.ci/build
 	@.ci/test
 
-check: ## Format, lints, documentation, dependencies, sizes
-	@.ci/setup build
+check: ## Format, lints, documentation, dependencies, sizes, counts
+	@.ci/setup build counts
 	@.ci/check
 
 bench: ## The core alone, then Weft beside other data paths: 25 minutes; BENCH=short: 5 (root)
 	@.ci/setup root lab bench
 	@.ci/build
 	@cargo bench --locked -p weft-benches $(if $(filter short,$(BENCH)),-- --warm-up-time 0.3 --measurement-time 0.7)
+	@cargo bench --locked -p weft-benches --bench ratios
 	@"$(WEFT_BIN_DIR)/weft" bench $(if $(filter full,$(BENCH)),--full) \
 	    --json "$(CARGO_TARGET_DIR)/weft-bench.json" --svg "$(CARGO_TARGET_DIR)/weft-bench.svg"
 	@echo "written: $(CARGO_TARGET_DIR)/weft-bench.json and $(CARGO_TARGET_DIR)/weft-bench.svg"

@@ -34,8 +34,11 @@ pub struct Case {
     turn: usize,
 }
 
-/// All kinds, by name.
-pub const ALL: &[(&str, fn() -> Case)] = &[
+/// A name, and what it stands for.
+pub type Named = (&'static str, fn() -> Case);
+
+/// All kinds.
+pub const ALL: &[Named] = &[
     ("switch/IPv4", || pod_sends(node::neighbours(V4))),
     ("switch/IPv6", || pod_sends(node::neighbours(V6))),
     ("switch/superframe", || superframes(node::neighbours(V4), Template::from_pod)),
