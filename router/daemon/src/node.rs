@@ -16,11 +16,13 @@ use weft_api::{AttachmentKey, Counters, Failure, code};
 use weft_ipam::Store;
 use weft_router::port::udp::Underlay;
 use weft_router::stats::PortStats;
-use weft_router::{Device, PortEnd, PortId, Router, RouterConfig, Snapshot};
+use weft_router::{Device, PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
+use crate::attach::device::{self, Devices};
 use crate::attach::pod::Interface;
 use crate::attach::turn::Turns;
+use crate::attach::veth::Veth;
 use crate::control::compile::compile;
 use crate::control::config::reader::{Problem, decode};
 use crate::control::config::{Checked, Config, default_workers};
@@ -45,6 +47,8 @@ pub struct Node {
     pub started: Instant,
     /// The data plane.
     pub router: Router,
+    /// The kinds of devices that pods can have here.
+    pub devices: Devices,
     /// One request at a time for each attachment.
     pub turns: Turns,
     log_level: LogLevel,
@@ -77,6 +81,8 @@ pub struct Attachment {
     pub port: PortId,
     /// Its interface in the pod.
     pub interface: Interface,
+    /// Its veth, if it has no TAP.
+    pub veth: Option<Arc<Veth>>,
 }
 
 /// Reads the configuration and checks it against this machine.
@@ -124,10 +130,11 @@ impl Node {
         })?;
         let desired = DesiredState::new(Arc::new(config));
         let epoch = 1;
-        let sizes = RouterConfig { workers, seed: random_seed()?, ..desired.config.limits.into() };
+        let sizes = RouterConfig { workers, seed: random_seed()?, ..desired.config.sizes() };
         let router = Router::start(sizes, compile(&desired, epoch))
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
         router.add_port(UNDERLAY, Device::Underlay(underlay)).context("the data plane cannot use the underlay")?;
+        let devices = Devices::new(desired.config.port, desired.config.mtu, workers);
         let state = State {
             desired,
             store,
@@ -141,6 +148,7 @@ impl Node {
             config_path,
             started: Instant::now(),
             router,
+            devices,
             turns: Turns::default(),
             log_level,
             reloading: Mutex::default(),
@@ -155,29 +163,31 @@ impl Node {
     }
 
     /// Enters an attachment and puts it in force; `None` if no port number is free.
-    pub fn attach(&self, key: &AttachmentKey, interface: Interface) -> Option<PortId> {
+    pub fn attach(&self, key: &AttachmentKey, interface: Interface, veth: Option<Arc<Veth>>) -> Option<PortId> {
         let mut state = self.state();
         let port = state.desired.free_port(|port| state.leaving.contains(&port))?;
         let mut desired = state.desired.clone();
         desired.pods.insert(port, Attachment::pod(&interface));
-        state.attachments.insert(key.clone(), Attachment { port, interface });
+        state.attachments.insert(key.clone(), Attachment { port, interface, veth });
         self.put_in_force(&mut state, desired);
         Some(port)
     }
 
     /// Takes an attachment's port and its place in the tables away; whether it had one. The lease stays.
     pub fn detach(&self, key: &AttachmentKey) -> bool {
-        let port = {
+        let attachment = {
             let mut state = self.state();
             let Some(attachment) = state.attachments.remove(key) else { return false };
             let mut desired = state.desired.clone();
             desired.pods.remove(&attachment.port);
             state.leaving.push(attachment.port);
             self.put_in_force(&mut state, desired);
-            attachment.port
+            attachment
         };
+        let port = attachment.port;
         // Closing a device takes the kernel a while: not with the state held.
         let last = self.router.remove_port(port);
+        drop(attachment);
         let mut state = self.state();
         state.leaving.retain(|leaving| *leaving != port);
         match last {
@@ -220,13 +230,37 @@ impl Node {
 
     /// A worker of the data plane ended by itself.
     pub fn worker_ended(&self, worker: usize) {
-        let pods = self.router.take_over(worker);
+        let TakenOver { moved, left } = self.router.take_over(worker);
         tracing::error!(
             worker,
-            pods,
+            pods = moved.len() + left.len(),
             "a worker of the data plane panicked, see above: the others go on, and receive from its pods; restart weftd, and report \
              this as a bug"
         );
+        left.into_iter().for_each(|port| self.open_again(port));
+    }
+
+    /// Gives a veth that nobody receives from to the workers anew.
+    fn open_again(&self, port: PortId) {
+        let found = {
+            let state = self.state();
+            let mut all = state.attachments.iter();
+            all.find(|(_, attachment)| attachment.port == port)
+                .map(|(key, attachment)| (key.clone(), attachment.clone()))
+        };
+        let Some((key, Attachment { veth: Some(veth), .. })) = found else { return };
+        if let Ok(Some(last)) = self.router.remove_port(port) {
+            add(&mut self.state().retired, &counters(&last));
+        }
+        if let Err(error) = device::open_veth(&self.router, port, &veth) {
+            tracing::error!(
+                container = key.container,
+                ifname = key.ifname,
+                "the pod is cut off, for no other worker could take its device: recreate the pod: {error}"
+            );
+            drop(veth);
+            self.detach(&key);
+        }
     }
 
     /// Reads the configuration again. If it is wrong the old one stays.
