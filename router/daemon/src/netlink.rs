@@ -28,6 +28,9 @@ use crate::control::host::{Host, Interface};
 /// A netlink message of one dump is at most this long; the kernel sizes its own by what the reader offers, up to 32 KiB.
 const BUFFER: usize = 32 * 1024;
 
+/// <https://elixir.bootlin.com/linux/v6.18/A/ident/RTNLGRP_LINK>.
+const RTNLGRP_LINK: u32 = 1;
+
 /// A netlink socket of the thread's network namespace.
 pub struct Netlink {
     socket: Socket,
@@ -161,6 +164,35 @@ impl Netlink {
             result => drop(result?),
         }
         self.change_link(index, LinkChange { up: true, ..LinkChange::default() })
+    }
+
+    /// Waits until an interface of this namespace may have gone. For this the socket has to be [`Netlink::follow_links`]'s.
+    ///
+    /// # Errors
+    /// The kernel's; not that it had more to say than the socket could hold, for then something may have gone.
+    pub fn await_removal(&mut self) -> io::Result<()> {
+        loop {
+            let mut buffer = Vec::with_capacity(BUFFER);
+            match self.socket.recv(&mut buffer, 0) {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            }
+            let told = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&buffer);
+            if told
+                .is_ok_and(|told| matches!(told.payload, NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(_))))
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    /// A socket that is told of changes to interfaces.
+    pub fn follow_links() -> io::Result<Netlink> {
+        let netlink = Netlink::open()?;
+        netlink.socket.add_membership(RTNLGRP_LINK)?;
+        Ok(netlink)
     }
 
     /// Removes an interface; one that is gone already is no error.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
 use anyhow::Context;
@@ -110,11 +110,16 @@ fn read_config_for(path: &Path, host: &Host) -> anyhow::Result<Checked> {
 }
 
 impl Node {
-    /// Opens the lease store, starts the data plane and gives it the underlay.
+    /// Opens the lease store, starts the data plane and gives it the underlay. What it returns beside the node says that veths may have
+    /// gone: [`Node::veths_removed`].
     ///
     /// # Errors
     /// What could not be had, and what to do.
-    pub fn start(config: Config, config_path: PathBuf, log_level: LogLevel) -> anyhow::Result<Node> {
+    pub fn start(
+        config: Config,
+        config_path: PathBuf,
+        log_level: LogLevel,
+    ) -> anyhow::Result<(Node, mpsc::Receiver<()>)> {
         let folder = config.state_dir.join(LEASES);
         let store = Store::open(&folder).with_context(|| format!("cannot open the leases in {}", folder.display()))?;
         if let Some(recovery) = store.recovery() {
@@ -134,7 +139,8 @@ impl Node {
         let router = Router::start(sizes, compile(&desired, epoch))
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
         router.add_port(UNDERLAY, Device::Underlay(underlay)).context("the data plane cannot use the underlay")?;
-        let devices = Devices::new(desired.config.port, desired.config.mtu, workers);
+        let (removed, removals) = mpsc::channel();
+        let devices = Devices::new(desired.config.port, desired.config.mtu, workers, removed);
         let state = State {
             desired,
             store,
@@ -144,7 +150,7 @@ impl Node {
             leaving: Vec::new(),
             epoch,
         };
-        Ok(Node {
+        let node = Node {
             config_path,
             started: Instant::now(),
             router,
@@ -153,7 +159,8 @@ impl Node {
             log_level,
             reloading: Mutex::default(),
             state: Mutex::new(state),
-        })
+        };
+        Ok((node, removals))
     }
 
     /// What requests change. Never hold it while working on devices or inside namespaces.
@@ -216,15 +223,43 @@ impl Node {
         };
         if let Some(key) = key {
             self.detach(&key);
-            let (container, ifname) = (key.container, key.ifname);
             match why {
-                PortEnd::Device => tracing::info!(container, ifname, "the pod's network namespace is gone"),
+                PortEnd::Device => log_gone(&key),
                 PortEnd::Panic => tracing::error!(
-                    container,
-                    ifname,
+                    container = key.container,
+                    ifname = key.ifname,
                     "the pod is cut off, for its port's code panicked, see above: recreate the pod, and report this as a bug"
                 ),
             }
+        }
+    }
+
+    /// Veths may have gone, with the namespaces of their pods. The leases stay until DEL or GC.
+    pub fn veths_removed(&self) {
+        // Attachments first: a veth is there before its attachment is entered.
+        let attached: Vec<(AttachmentKey, u32)> = {
+            let state = self.state();
+            let all = state.attachments.iter();
+            all.filter_map(|(key, attachment)| Some((key.clone(), attachment.veth.as_ref()?.index()))).collect()
+        };
+        let present = self.devices.started().map(|veths| veths.present());
+        match present {
+            None => {}
+            Some(Err(error)) => tracing::warn!(%error, "the pods' veths could not be listed"),
+            Some(Ok(present)) => {
+                let gone = attached.into_iter().filter(|(_, index)| !present.contains(index));
+                gone.for_each(|(key, index)| self.veth_gone(&key, index));
+            }
+        }
+    }
+
+    fn veth_gone(&self, key: &AttachmentKey, index: u32) {
+        // The runtime may have asked for another since.
+        let _turn = self.turns.take(key);
+        let same = |attachment: &Attachment| attachment.veth.as_ref().is_some_and(|veth| veth.index() == index);
+        let is_there = self.state().attachments.get(key).is_some_and(same);
+        if is_there && self.detach(key) {
+            log_gone(key);
         }
     }
 
@@ -322,6 +357,10 @@ impl Node {
         self.router.set_tables(compile(&desired, state.epoch));
         state.desired = desired;
     }
+}
+
+fn log_gone(key: &AttachmentKey) {
+    tracing::info!(container = key.container, ifname = key.ifname, "the pod's network namespace is gone");
 }
 
 /// CPUs that weftd may use.

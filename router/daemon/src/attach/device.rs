@@ -6,6 +6,7 @@
 //! pod first asks for it, and what came of it holds until weftd is started again.
 
 use std::io;
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
 
 use rustix::io::Errno;
@@ -27,6 +28,7 @@ pub struct Devices {
     mtu: u32,
     /// How many workers a veth is made for.
     workers: u32,
+    removed: Sender<()>,
     tap: OnceLock<Result<(), String>>,
     veths: OnceLock<Result<Arc<Veths>, String>>,
 }
@@ -41,10 +43,10 @@ pub enum Chosen {
 }
 
 impl Devices {
-    /// For a node where `configured` is the rule. Tries what that needs.
-    pub fn new(configured: PortKind, mtu: u32, workers: usize) -> Devices {
+    /// For a node where `configured` is the rule. Tries what that needs. `removed` is told whenever a veth may have gone.
+    pub fn new(configured: PortKind, mtu: u32, workers: usize, removed: Sender<()>) -> Devices {
         let workers = u32::try_from(workers).unwrap_or(u32::MAX);
-        let devices = Devices { configured, mtu, workers, tap: OnceLock::new(), veths: OnceLock::new() };
+        let devices = Devices { configured, mtu, workers, removed, tap: OnceLock::new(), veths: OnceLock::new() };
         match (configured, devices.choose(None)) {
             (PortKind::Tap, _) => {}
             (_, Ok(_)) => tracing::info!("pods' ports: {}", devices.shown()),
@@ -96,8 +98,13 @@ impl Devices {
     }
 
     fn veths(&self) -> Result<&Arc<Veths>, &String> {
-        let start = || Veths::start(self.mtu).map_err(|error| format!("{error:#}"));
+        let start = || Veths::start(self.mtu, self.removed.clone()).map_err(|error| format!("{error:#}"));
         self.veths.get_or_init(start).as_ref()
+    }
+
+    /// The veths, if there ever was one.
+    pub fn started(&self) -> Option<&Arc<Veths>> {
+        self.veths.get()?.as_ref().ok()
     }
 
     /// Makes a veth, one end of it in the pod and still down.

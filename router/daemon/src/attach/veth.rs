@@ -3,10 +3,14 @@
 //! A TAP ends with the process that has its descriptor; a veth would stay, with nobody behind it. So the host ends lie in a network
 //! namespace of weftd's own, which has no name and ends with weftd however that ends: the kernel then removes them, and the
 //! pods' ends with them. Nothing of it is seen on the node, and nothing is left to be cleaned up.
+//!
+//! A veth that goes with its pod's namespace makes no AF_XDP socket readable, so the kernel's notices of removed interfaces are followed.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 
 use anyhow::Context;
 use rustix::io::Errno;
@@ -33,15 +37,29 @@ pub struct Veth {
 }
 
 impl Veths {
-    /// Makes the namespace, and tries AF_XDP with frames of up to this MTU.
+    /// Makes the namespace, and tries AF_XDP with frames of up to this MTU. `removed` is told whenever a veth may have gone.
     ///
     /// # Errors
     /// Why AF_XDP cannot be used.
-    pub fn start(mtu: u32) -> anyhow::Result<Arc<Veths>> {
+    pub fn start(mtu: u32, removed: Sender<()>) -> anyhow::Result<Arc<Veths>> {
         let namespace = new_network().context("cannot make a network namespace (CAP_SYS_ADMIN)")?;
         let capabilities =
             enter(namespace.as_fd(), || Ok(probe(mtu))).context("cannot enter a network namespace")??;
+        let mut links =
+            enter(namespace.as_fd(), Netlink::follow_links).context("cannot follow the interfaces of a namespace")?;
+        let follow = move || while links.await_removal().is_ok() && removed.send(()).is_ok() {};
+        let thread = std::thread::Builder::new().name("weft-veths".into()).stack_size(256 << 10);
+        thread.spawn(follow).context("cannot start a thread (ulimit -u)")?;
         Ok(Arc::new(Veths { namespace, capabilities }))
+    }
+
+    /// The numbers of the host ends that are there.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn present(&self) -> io::Result<BTreeSet<u32>> {
+        let links = self.enter(|| Netlink::open()?.links())?;
+        Ok(links.into_iter().map(|link| link.index).collect())
     }
 
     /// Makes a veth with that name at both ends, one of them in the pod and down.
@@ -66,6 +84,11 @@ impl Veths {
 }
 
 impl Veth {
+    /// Its number where it is.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
     /// Runs `work` where the host end is, with its number there.
     pub fn enter<T: Send>(&self, work: impl FnOnce(u32) -> io::Result<T> + Send) -> io::Result<T> {
         self.veths.enter(|| work(self.index))
