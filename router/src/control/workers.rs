@@ -394,10 +394,11 @@ mod tests {
         let router = router(2);
         let others: Vec<OwnedFd> = (1..=PODS).map(|id| plug(&router, id)).collect();
         assert_eq!(router.take_over(0), TakenOver::default(), "it runs");
+        assert_eq!(router.workers.place(PortId(9), false).unwrap(), 0);
         assert!(router.workers.all[0].tell(Command::Panic));
         assert_eq!(router.events().recv().unwrap(), Event::WorkerEnded(0));
         passes(&others[1], &others[0], &packets().1);
-        assert_eq!(router.take_over(0), TakenOver { moved: vec![PortId(1), PortId(3)], left: Vec::new() });
+        assert_eq!(router.take_over(0), TakenOver { moved: vec![PortId(1), PortId(3)], left: vec![PortId(9)] });
         talk(&others[0], &others[1]);
         let _late = {
             router.remove_port(PortId(3)).unwrap();

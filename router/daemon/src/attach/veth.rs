@@ -118,7 +118,7 @@ fn probe(mtu: u32) -> anyhow::Result<Capabilities> {
     let [one, two] = ends;
     let ends = [one?, two?];
     let probed = xdp::probe(ends, mtu).context(
-        "AF_XDP was tried on a veth (it takes CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN or CAP_BPF, and locked memory: ulimit -l)",
+        "AF_XDP was tried on a veth (it takes CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN, and CAP_IPC_LOCK or a large `ulimit -l`)",
     );
     netlink.delete_link(ends[0]).context("cannot remove the veth that AF_XDP was tried on")?;
     probed
