@@ -10,6 +10,8 @@
 //!
 //! Nothing is held back for a frame that may come: what lies in the buffer is all that is merged.
 
+use core::ops::Range;
+
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::checksum::{self, Sum};
@@ -72,6 +74,52 @@ pub fn run(buf: &[u8], stride: usize, skip: usize) -> Run {
         }
     }
     merge.run
+}
+
+/// A run of frames that lie apart: each in a buffer of its own, in the order in which they came.
+///
+/// The rules are those of [`run`]. A frame whose checksum is still partial needs no verification: nobody has claimed that it
+/// is right, and the superframe claims no more.
+#[derive(Copy, Clone, Debug)]
+pub struct Merger {
+    run: Run,
+    kind: GsoKind,
+    l4: usize,
+    fixed_id: bool,
+    ended: bool,
+}
+
+impl Merger {
+    /// Begins with an Ethernet frame; `None` if nothing can follow it.
+    pub fn begin(first: &[u8], partial: Option<Partial>) -> Option<Merger> {
+        let first = Candidate::read(first)?;
+        if !first.may_begin() || !first.is_sound(partial) {
+            return None;
+        }
+        let (kind, l4) = (first.kind, first.l4);
+        let run = Run { header_len: first.header_len, end_flags: first.end_flags(), ..Run::unread(first.payload()) };
+        Some(Merger { run, kind, l4, fixed_id: false, ended: false })
+    }
+
+    /// Takes the next Ethernet frame of the same flow in, if it belongs there; `first` is the frame that it began with. Where the
+    /// frame's payload lies is returned.
+    pub fn push(&mut self, first: &[u8], next: &[u8], partial: Option<Partial>) -> Option<Range<usize>> {
+        let next = Candidate::read(next).filter(|_| !self.ended)?;
+        let end = self.run.header_len + self.run.first_payload;
+        let bytes = first.get(..end)?;
+        let first = Candidate { bytes, kind: self.kind, l4: self.l4, header_len: self.run.header_len };
+        let mut merge = Merge { first, run: self.run, fixed_id: self.fixed_id, ended: false };
+        if !merge.push_if(&next, |next| next.is_sound(partial)) {
+            return None;
+        }
+        (self.run, self.fixed_id, self.ended) = (merge.run, merge.fixed_id, merge.ended);
+        Some(next.header_len..next.bytes.len())
+    }
+
+    /// What has been merged so far; for [`finish`].
+    pub fn run(&self) -> &Run {
+        &self.run
+    }
 }
 
 /// Turns a copy of the first frame's headers (from Ethernet to transport, without the tunnel header) into the
@@ -194,13 +242,18 @@ impl<'a> Merge<'a> {
         Self { first, run, fixed_id: false, ended: false }
     }
 
-    /// Takes a frame in if it belongs here. The cheap questions come first, the checksum last.
+    /// Takes a frame in if it belongs here.
     fn push(&mut self, next: &Candidate<'_>) -> bool {
+        self.push_if(next, |next| next.is_valid())
+    }
+
+    /// The same. The cheap questions come first; `is_sound`, which may have to sum the frame up, is the last.
+    fn push_if(&mut self, next: &Candidate<'_>, is_sound: impl FnOnce(&Candidate<'_>) -> bool) -> bool {
         let total_payload = self.run.total_payload + next.payload();
         let fits =
             next.payload() <= self.run.first_payload && self.run.header_len - ETH_LEN + total_payload <= MAX_IP_LEN;
         let belongs = fits && next.may_join() && self.same_network(next) && self.same_transport(next);
-        if !belongs || !next.is_valid() {
+        if !belongs || !is_sound(next) {
             return false;
         }
         self.fixed_id = self.is_fixed_id(next);
@@ -309,6 +362,17 @@ impl<'a> Candidate<'a> {
         Some(Self { bytes: &frame[..ETH_LEN + len], kind, l4, header_len: l4 + transport_len })
     }
 
+    /// Whether its checksum is correct, or is this one and still to be filled in.
+    fn is_sound(&self, partial: Option<Partial>) -> bool {
+        let offset = if self.kind == GsoKind::Udp { udp::CHECKSUM_OFFSET } else { tcp::CHECKSUM_OFFSET };
+        match partial {
+            Some(partial) => {
+                partial == Partial { start: self.l4 as u16, offset: offset as u16 } && self.is_header_valid()
+            }
+            None => self.is_valid(),
+        }
+    }
+
     fn payload(&self) -> usize {
         self.bytes.len() - self.header_len
     }
@@ -348,6 +412,11 @@ impl<'a> Candidate<'a> {
         self.may_join() && self.end_flags() == 0
     }
 
+    /// Whether IP's checksum is correct, if it has one.
+    fn is_header_valid(&self) -> bool {
+        self.ipv4().is_none_or(|header| checksum::verify_ipv4_header(header.as_bytes()))
+    }
+
     /// Whether IP's and the transport's checksums are correct.
     fn is_valid(&self) -> bool {
         let network = &self.bytes[ETH_LEN..self.l4];
@@ -356,7 +425,7 @@ impl<'a> Candidate<'a> {
         let len = transport.len() as u32;
         if let Ok(header) = Ipv4Header::ref_from_bytes(network) {
             let pseudo = checksum::pseudo_v4(header.src(), header.dst(), protocol, len);
-            checksum::verify_ipv4_header(network) && checksum::verify(pseudo, transport)
+            self.is_header_valid() && checksum::verify(pseudo, transport)
         } else {
             let header = Ipv6Header::ref_from_bytes(network).expect("the frame was read as one of the two");
             checksum::verify(checksum::pseudo_v6(header.src(), header.dst(), protocol, len), transport)

@@ -70,10 +70,11 @@ impl Forwarder {
     /// Takes one frame and leaves zero or more in `out`. Never blocks, never fails.
     pub fn forward(&mut self, frame: Frame, tables: &Tables, now: Instant, pool: &Pool, out: &mut Outbox) {
         let mut seen = Glimpse::default();
-        let slot = self.look(&frame, tables, &mut seen).and_then(|()| self.recognise(&seen, tables, now));
-        match slot {
-            Some(slot) => self.follow(frame, &seen, slot, tables, now, out),
-            None => self.forward_thoroughly(frame, &Round { tables, now, pool }, out),
+        if self.look(&frame, tables, &mut seen).is_none() {
+            seen.len = 0;
+        }
+        if let Err(frame) = self.follow(frame, &seen, tables, now, out) {
+            self.forward_thoroughly(frame, &Round { tables, now, pool }, out);
         }
     }
 
@@ -98,9 +99,8 @@ impl Forwarder {
             }
         }
         for (frame, seen) in frames.zip(&seen) {
-            match self.recognise(seen, tables, now) {
-                Some(slot) => self.follow(frame, seen, slot, tables, now, out),
-                None => self.forward_thoroughly(frame, &Round { tables, now, pool }, out),
+            if let Err(frame) = self.follow(frame, seen, tables, now, out) {
+                self.forward_thoroughly(frame, &Round { tables, now, pool }, out);
             }
         }
         self.seen = seen;

@@ -14,7 +14,9 @@ use weft_encap::offload::Offload;
 
 use crate::pool::{CHUNK, Pool};
 use crate::port::PortId;
-use crate::port::sys::arena::{Chunk, Super};
+use crate::port::sys::arena::Chunk;
+
+pub use crate::port::sys::arena::Super;
 
 pub use crate::port::sys::lazy::Lazy;
 pub use crate::port::sys::prefetch::prefetch;
@@ -203,6 +205,12 @@ impl Frame {
         self.body = (!body.is_empty()).then_some(body);
         self.merged = merged;
         self
+    }
+
+    /// Attaches payload to a frame that has none behind its head.
+    pub fn attach(&mut self, body: Body) {
+        debug_assert!(self.body.is_none());
+        self.body = (!body.is_empty()).then_some(body);
     }
 
     /// Says that `merged` frames beyond the first became part of this one, which has no body.

@@ -24,6 +24,7 @@ pub mod flow;
 pub mod forward;
 pub mod frame;
 pub mod gateway;
+pub mod gather;
 pub mod glimpse;
 pub mod icmp;
 pub mod nat;

@@ -34,6 +34,7 @@ use crate::control::{
 };
 use crate::drop_reason::DropReason;
 use crate::forward::Forwarder;
+use crate::gather::gather;
 use crate::pool::Pool;
 use crate::port::sys::xsk::Umem;
 use crate::port::tap::TapPort;
@@ -222,7 +223,13 @@ impl Worker {
         let Some(Some(slot)) = self.ports.get_mut(id.index()) else { return false };
         slot.ready = false;
         let Some(port) = &mut slot.port else { return false };
-        let received = guarded(|| port.receive(&self.pool, &mut self.batch, self.forwarder.stats()));
+        let received = guarded(|| {
+            let received = port.receive(&self.pool, &mut self.batch, self.forwarder.stats());
+            if port.gathers() {
+                gather(&mut self.batch, &self.pool, self.forwarder.stats());
+            }
+            received
+        });
         let worked = !self.batch.is_empty();
         self.forward(tables);
         match received {

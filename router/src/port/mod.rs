@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::ops::{Deref, RangeFull};
+use std::ops::{Deref, DerefMut, RangeFull};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::vec::Drain;
 
@@ -22,7 +22,7 @@ pub mod memory;
 mod outbox;
 #[cfg(test)]
 pub(crate) mod sample;
-mod software;
+pub(crate) mod software;
 pub mod sys;
 pub mod tap;
 pub mod udp;
@@ -51,7 +51,7 @@ impl std::fmt::Display for PortId {
 pub const BATCH: usize = 64;
 
 /// Most bytes in a vector; a vector of superframes ends earlier than one of small frames.
-pub const BATCH_BYTES: usize = 256 * 1024;
+pub const BATCH_BYTES: usize = 1024 * 1024;
 
 /// Frames received together, at most [`BATCH`]. Its memory is made once and used again.
 #[derive(Default)]
@@ -86,9 +86,20 @@ impl Batch {
         self.frames.drain(all)
     }
 
+    /// Keeps the first `len` frames, and gives the others back.
+    pub fn truncate(&mut self, len: usize) {
+        self.frames.truncate(len);
+    }
+
     /// Gives all frames back.
     pub fn clear(&mut self) {
         self.frames.clear();
+    }
+}
+
+impl DerefMut for Batch {
+    fn deref_mut(&mut self) -> &mut [Frame] {
+        &mut self.frames
     }
 }
 
@@ -187,6 +198,11 @@ pub trait Port {
 
     /// Says how long a packet inside the tunnel may be; of interest to the underlay alone.
     fn set_tunnel_mtu(&mut self, _mtu: u32) {}
+
+    /// Whether segments that it receives one by one are worth merging (see [`crate::gather`]).
+    fn gathers(&self) -> bool {
+        false
+    }
 
     /// Ends the port and hands out the device whose closing takes the kernel long, for somebody else to close.
     fn retire(self: Box<Self>) -> Option<OwnedFd> {

@@ -269,6 +269,10 @@ impl Port for TapPort {
         Arc::into_inner(self.tap).map(|tap| tap.fd)
     }
 
+    fn gathers(&self) -> bool {
+        true
+    }
+
     fn kind(&self) -> &'static str {
         "tap"
     }
@@ -430,9 +434,10 @@ pub(crate) mod tests {
         assert_eq!(port.receive(&pool, &mut batch, &mut stats).unwrap(), Received::More);
         assert_eq!(batch.len(), BATCH);
         batch.clear();
-        (0..6).for_each(|_| give(&other, &sample::tcp4(60_000, 1448).0));
+        let full = BATCH_BYTES.div_ceil(60_000);
+        (0..full + 1).for_each(|_| give(&other, &sample::tcp4(60_000, 1448).0));
         assert_eq!(port.receive(&pool, &mut batch, &mut stats).unwrap(), Received::More);
-        assert_eq!(batch.len(), BATCH_BYTES.div_ceil(60_000));
+        assert_eq!(batch.len(), full);
         batch.clear();
         assert_eq!(port.receive(&pool, &mut batch, &mut stats).unwrap(), Received::Drained);
         assert_eq!(batch.len(), 1);

@@ -178,6 +178,10 @@ impl Port for UdpPort {
         self.receiver.tunnel_mtu = mtu;
     }
 
+    fn gathers(&self) -> bool {
+        true
+    }
+
     fn kind(&self) -> &'static str {
         "udp"
     }

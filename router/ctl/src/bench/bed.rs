@@ -94,6 +94,11 @@ impl Bed {
         for layout in [Layout::Same, Layout::Two] {
             bed.check(layout).with_context(|| format!("no traffic between {}", layout.label()))?;
         }
+        for netns in
+            [bed.ends(Layout::Same).from.netns, bed.ends(Layout::Same).to.netns, bed.ends(Layout::Two).to.netns]
+        {
+            forget_pacing(&netns)?;
+        }
         for netns in [bed.ends(Layout::Same).to.netns, bed.ends(Layout::Two).to.netns] {
             bed.servers.push(Server::start(&netns)?);
         }
@@ -209,6 +214,13 @@ impl Drop for Bed {
             output::complain(&format!("{error:#}"));
         }
     }
+}
+
+/// Makes Reno the congestion control that sockets of a namespace begin with. One that begins with BBR, as many systems have it,
+/// goes on pacing by a timer also after `iperf3 -C cubic`, and then a timer is measured. Reno may be set in any namespace.
+fn forget_pacing(netns: &str) -> Result<()> {
+    let set = "echo reno > /proc/sys/net/ipv4/tcp_congestion_control";
+    Run::inside(netns, "sh").args(["-c", set]).succeed().map(drop)
 }
 
 /// The MAC of the gateway by which a pod reaches an address; none if it reaches it directly.
