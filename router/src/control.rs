@@ -163,7 +163,7 @@ impl std::error::Error for RouterError {}
 /// What one worker gets of a device.
 pub(crate) enum Half {
     Tap { tap: Arc<Tap>, receives: bool },
-    Xdp { device: XdpDevice, receives: bool },
+    Xdp { device: Box<XdpDevice>, receives: bool },
     Underlay(Sockets),
 }
 

@@ -358,7 +358,7 @@ impl Worker {
         let tunnel_mtu = self.tables.load().tunnel_mtu;
         let port: Box<dyn Port> = match half {
             Half::Tap { tap, receives } => Box::new(TapPort::new(tap, id, receives)),
-            Half::Xdp { device, .. } => Box::new(XdpPort::new(device, &self.pool, id).map_err(RouterError::Device)?),
+            Half::Xdp { device, .. } => Box::new(XdpPort::new(*device, &self.pool, id).map_err(RouterError::Device)?),
             Half::Underlay(sockets) => Box::new(UdpPort::new(sockets, id, tunnel_mtu)),
         };
         self.insert(id, port, shared).map_err(RouterError::Device)

@@ -149,10 +149,10 @@ impl Workers {
         let mut halves = Vec::new();
         for (queue, worker) in (1..).zip(others) {
             let device = XdpDevice::open_sender(interface, queue, &self.all[worker].umem)?;
-            halves.push((worker, Half::Xdp { device, receives: false }));
+            halves.push((worker, Half::Xdp { device: Box::new(device), receives: false }));
         }
         let device = XdpDevice::open(interface, &self.all[owner].umem)?;
-        halves.push((owner, Half::Xdp { device, receives: true }));
+        halves.push((owner, Half::Xdp { device: Box::new(device), receives: true }));
         Ok(halves)
     }
 
