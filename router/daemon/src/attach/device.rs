@@ -92,9 +92,8 @@ impl Devices {
         }
     }
 
-    fn tap(&self) -> Result<(), &String> {
-        let tried = self.tap.get_or_init(|| create_tap().map(drop).map_err(|error| error.to_string()));
-        tried.as_ref().map(|()| ())
+    fn tap(&self) -> Result<&(), &String> {
+        self.tap.get_or_init(|| create_tap().map(drop).map_err(|error| error.to_string())).as_ref()
     }
 
     fn veths(&self) -> Result<&Arc<Veths>, &String> {
