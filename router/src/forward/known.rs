@@ -24,9 +24,16 @@ use crate::{nat, tunnel};
 const TEACH_EACH: Duration = Duration::from_secs(1);
 
 impl Forwarder {
-    /// Looks at a frame's headers, and has what the flow cache says about them fetched.
+    /// Looks at a frame's headers, and has what the flow cache says about them fetched. What is not understood gets the length zero.
     #[inline(always)]
-    pub(super) fn look(&mut self, frame: &Frame, tables: &Tables, seen: &mut Glimpse) -> Option<()> {
+    pub(super) fn look(&mut self, frame: &Frame, tables: &Tables, seen: &mut Glimpse) {
+        if self.read(frame, tables, seen).is_none() {
+            seen.len = 0;
+        }
+    }
+
+    #[inline(always)]
+    fn read(&mut self, frame: &Frame, tables: &Tables, seen: &mut Glimpse) -> Option<()> {
         let (meta, head) = frame.parts();
         let (start, sender) = match &meta.outer {
             None => (0, Sender::Pod(meta.ingress())),
