@@ -7,7 +7,8 @@
 //! itself (a port whose namespace went away) comes back as an [`Event`].
 //!
 //! A worker that ends by itself, which takes a bug, leaves the others running: the daemon hears of it as an
-//! event, and has them receive from its devices ([`Router::take_over`]).
+//! event, and has them receive from its TAPs ([`Router::take_over`]). A veth's frames came into that worker's own memory, so a veth has to
+//! be added again.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -22,6 +23,7 @@ use crate::bridge::{Fdb, FdbEntry};
 use crate::conntrack::FlowEntry;
 use crate::port::tap::Tap;
 use crate::port::udp::{Sockets, Underlay};
+use crate::port::xdp::XdpDevice;
 use crate::port::{Capabilities, PortId};
 use crate::stats::{NodeStats, PortStats};
 use crate::tables::Tables;
@@ -75,6 +77,9 @@ impl Default for RouterConfig {
 pub enum Device {
     /// A pod's TAP, offloads negotiated.
     Tap(Tap),
+    /// The host end of a pod's veth, by its number in the calling thread's network namespace. It has a transmit queue for each worker and
+    /// one receive queue.
+    Veth(u32),
     /// The UDP underlay, with sockets for each worker.
     Underlay(Underlay),
 }
@@ -84,7 +89,7 @@ pub enum Device {
 pub enum Event {
     /// This port is out of service, which is told once: its counters stay until [`Router::remove_port`].
     PortGone(PortId, PortEnd),
-    /// The worker of this number ended by itself, which is a bug: [`Router::take_over`] moves its devices to others.
+    /// The worker of this number ended by itself, which is a bug: [`Router::take_over`] moves its TAPs to others.
     WorkerEnded(usize),
 }
 
@@ -102,7 +107,7 @@ pub enum PortEnd {
 pub struct PortSnapshot {
     /// Its number.
     pub id: PortId,
-    /// `tap`, `udp`, `memory`.
+    /// `tap`, `xdp`, `udp`, `memory`.
     pub kind: &'static str,
     /// Whether its device works, for all workers.
     pub up: bool,
@@ -158,6 +163,7 @@ impl std::error::Error for RouterError {}
 /// What one worker gets of a device.
 pub(crate) enum Half {
     Tap { tap: Arc<Tap>, receives: bool },
+    Xdp { device: Box<XdpDevice>, receives: bool },
     Underlay(Sockets),
 }
 
@@ -197,6 +203,15 @@ pub(crate) enum Command {
     Stop,
     #[cfg(test)]
     Panic,
+}
+
+/// What became of the devices of a worker that ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TakenOver {
+    /// From these another worker receives.
+    pub moved: Vec<PortId>,
+    /// From these nobody receives until they are removed and added again.
+    pub left: Vec<PortId>,
 }
 
 /// The running data plane.
@@ -239,7 +254,8 @@ impl Router {
     /// Gives the workers a port. It forwards nothing until the tables say who is behind it.
     ///
     /// # Errors
-    /// The device cannot be polled, the underlay has sockets for another number of workers, or no worker runs.
+    /// The device cannot be polled, the underlay has sockets for another number of workers, AF_XDP cannot be used with the veth, or no
+    /// worker runs.
     pub fn add_port(&self, id: PortId, device: Device) -> Result<(), RouterError> {
         self.workers.add_port(id, device)
     }
@@ -261,8 +277,8 @@ impl Router {
         Ok(Snapshot { fdb: self.fdb.entries().collect(), ..snapshot })
     }
 
-    /// Has others receive from the devices of a worker that ended. Returns from how many.
-    pub fn take_over(&self, worker: usize) -> usize {
+    /// Has others receive from the TAPs of a worker that ended.
+    pub fn take_over(&self, worker: usize) -> TakenOver {
         self.workers.take_over(worker)
     }
 

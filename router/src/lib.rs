@@ -43,7 +43,7 @@ pub mod worker;
 
 mod control;
 
-pub use control::{Device, Event, PortEnd, PortSnapshot, Router, RouterConfig, RouterError, Snapshot};
+pub use control::{Device, Event, PortEnd, PortSnapshot, Router, RouterConfig, RouterError, Snapshot, TakenOver};
 pub use drop_reason::DropReason;
 pub use frame::Frame;
 pub use port::PortId;

@@ -36,8 +36,10 @@ use crate::drop_reason::DropReason;
 use crate::forward::Forwarder;
 use crate::gather::gather;
 use crate::pool::Pool;
+use crate::port::sys::xsk::Umem;
 use crate::port::tap::TapPort;
 use crate::port::udp::UdpPort;
+use crate::port::xdp::XdpPort;
 use crate::port::{Batch, Capabilities, Outbox, Port, PortId, Received};
 use crate::tables::Tables;
 use crate::time::Instant;
@@ -56,15 +58,23 @@ pub(crate) struct Shared {
     pub(crate) events: Sender<Event>,
 }
 
-/// Starts the thread of worker `number`. Returns what wakes it up after a command was sent; `ended` is set when nobody will
-/// answer any more.
+/// A worker's thread, as others see it.
+pub(crate) struct Spawned {
+    /// Wakes it up after a command was sent.
+    pub(crate) waker: Arc<Waker>,
+    /// Its chunks, for AF_XDP sockets that are opened for it.
+    pub(crate) umem: Umem,
+    pub(crate) thread: JoinHandle<()>,
+}
+
+/// Starts the thread of worker `number`. `ended` is set when nobody will answer any more.
 pub(crate) fn spawn(
     number: usize,
     config: RouterConfig,
     shared: Shared,
     inbox: Receiver<Command>,
     ended: Arc<AtomicBool>,
-) -> io::Result<(Arc<Waker>, JoinHandle<()>)> {
+) -> io::Result<Spawned> {
     let poll = Poll::new()?;
     let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
     let (started, start) = channel::bounded(1);
@@ -75,7 +85,7 @@ pub(crate) fn spawn(
         let inbox = inbox;
         match Worker::new(&config, poll, shared) {
             Ok(mut worker) => {
-                let _ = started.send(Ok(()));
+                let _ = started.send(Ok(Umem::of(worker.pool.arena())));
                 farewell.expected = false;
                 farewell.expected = worker.run(&inbox);
             }
@@ -83,8 +93,8 @@ pub(crate) fn spawn(
         }
     };
     let thread = Builder::new().name(format!("weft-worker-{number}")).spawn(run)?;
-    start.recv().unwrap_or_else(|_| Err(io::Error::other("a worker thread ended while starting")))?;
-    Ok((waker, thread))
+    let umem = start.recv().unwrap_or_else(|_| Err(io::Error::other("a worker thread ended while starting")))?;
+    Ok(Spawned { waker, umem, thread })
 }
 
 /// Tells of the end of a worker that nobody asked for, also when it panics.
@@ -348,6 +358,7 @@ impl Worker {
         let tunnel_mtu = self.tables.load().tunnel_mtu;
         let port: Box<dyn Port> = match half {
             Half::Tap { tap, receives } => Box::new(TapPort::new(tap, id, receives)),
+            Half::Xdp { device, .. } => Box::new(XdpPort::new(*device, &self.pool, id).map_err(RouterError::Device)?),
             Half::Underlay(sockets) => Box::new(UdpPort::new(sockets, id, tunnel_mtu)),
         };
         self.insert(id, port, shared).map_err(RouterError::Device)
@@ -609,7 +620,7 @@ mod tests {
     fn the_thread_answers_commands_in_order_and_ends_when_it_is_told_to() {
         let (commands, inbox) = channel::unbounded();
         let (shared, events) = shared();
-        let (waker, thread) = spawn(3, RouterConfig::default(), shared, inbox, Arc::default()).unwrap();
+        let Spawned { waker, thread, .. } = spawn(3, RouterConfig::default(), shared, inbox, Arc::default()).unwrap();
         let (answer, snapshot) = channel::bounded(1);
         commands.send(Command::Snapshot { flows: true, answer }).unwrap();
         waker.wake().unwrap();
@@ -627,7 +638,7 @@ mod tests {
     fn a_thread_that_panics_is_told_of_after_its_commands_end() {
         let (commands, inbox) = channel::unbounded();
         let (shared, events) = shared();
-        let (waker, thread) = spawn(3, RouterConfig::default(), shared, inbox, Arc::default()).unwrap();
+        let Spawned { waker, thread, .. } = spawn(3, RouterConfig::default(), shared, inbox, Arc::default()).unwrap();
         commands.send(Command::Panic).unwrap();
         waker.wake().unwrap();
         assert_eq!(events.recv().unwrap(), Event::WorkerEnded(3));

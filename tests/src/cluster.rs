@@ -13,7 +13,7 @@ use weft_api::{Empty, Request};
 
 use crate::command::{Background, eventually};
 use crate::daemon::Daemon;
-use crate::machine::{binary, unique};
+use crate::machine::{binary, port, unique};
 use crate::netns::OwnNetns;
 use crate::plugin::Runtime;
 
@@ -76,11 +76,18 @@ impl Cluster {
     /// A node with a weftd. `more` is appended to its configuration: peers, limits.
     #[track_caller]
     pub fn weft_node(&self, number: u8, mode: &str, more: &str) -> WeftNode {
+        self.weft_node_by(number, mode, more, "")
+    }
+
+    /// The same, with a weftd that is started by another program: `wrapper` and its arguments, which must in the end execute what
+    /// follows them.
+    #[track_caller]
+    pub fn weft_node_by(&self, number: u8, mode: &str, more: &str, wrapper: &str) -> WeftNode {
         let netns = self.machine(number);
         let file = |end: &str| self.folder.path().join(format!("n{number}.{end}"));
         let (config, log, socket, state) = (file("toml"), file("log"), file("sock"), file("state"));
         std::fs::write(&config, self.config(number, mode, more)).expect("the folder is writable");
-        let process = start(&netns, &config, &log);
+        let process = start(wrapper, &netns, &config, &log);
         let node = WeftNode { netns, number, runtime: Runtime::new(&socket, &state), config, log, process };
         node.await_ready();
         node
@@ -94,8 +101,9 @@ impl Cluster {
         } else {
             ""
         };
+        let port = port().map(|port| format!("port = \"{port}\"\n")).unwrap_or_default();
         format!(
-            "node = \"n{number}\"\nmode = \"{mode}\"\nvni = 1\nmtu = 1450\n\
+            "{port}node = \"n{number}\"\nmode = \"{mode}\"\nvni = 1\nmtu = 1450\n\
              socket = \"{folder}/n{number}.sock\"\nstate_dir = \"{folder}/n{number}.state\"\n\
              ranges = [\"10.244.{number}.0/24\", \"fd00:10:244:{number}::/64\"]\n{segment}\
              \n[underlay]\naddress = \"10.200.0.{number}\"\nport = 8472\ndevice = \"uplink\"\n\n{more}"
@@ -112,10 +120,10 @@ pub fn peer(number: u8, vtep_mac: Option<&str>) -> String {
     )
 }
 
-fn start(netns: &OwnNetns, config: &Path, log: &Path) -> Background {
+fn start(wrapper: &str, netns: &OwnNetns, config: &Path, log: &Path) -> Background {
     // `exec` all the way, so that the process id is weftd's.
     let script = format!(
-        "exec ip netns exec {} {} --config {} >>{} 2>&1",
+        "exec {wrapper} ip netns exec {} {} --config {} >>{} 2>&1",
         netns.0,
         binary("weftd").display(),
         config.display(),
@@ -140,7 +148,13 @@ impl WeftNode {
     /// Attaches a pod: its addresses and its MAC.
     #[track_caller]
     pub fn attach(&self, container: &str, netns: &OwnNetns) -> Value {
-        let result = self.runtime.call("ADD", container, Some(&netns.path()), &Value::Null);
+        self.attach_with(container, netns, &Value::Null)
+    }
+
+    /// The same, with further keys in the network's configuration.
+    #[track_caller]
+    pub fn attach_with(&self, container: &str, netns: &OwnNetns, keys: &Value) -> Value {
+        let result = self.runtime.call("ADD", container, Some(&netns.path()), keys);
         assert!(result.success, "{}\n{}", result.json, self.log());
         result.json
     }
@@ -167,7 +181,7 @@ impl WeftNode {
     /// Starts the daemon again.
     #[track_caller]
     pub fn start_again(&mut self) {
-        self.process = start(&self.netns, &self.config, &self.log);
+        self.process = start("", &self.netns, &self.config, &self.log);
         self.await_ready();
     }
 

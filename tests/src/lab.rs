@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::command::{Said, run_with};
 use crate::daemon::Daemon;
-use crate::machine::{binaries, binary, unique};
+use crate::machine::{binaries, binary, port, unique};
 use crate::netns::Netns;
 
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -102,9 +102,15 @@ impl Lab {
         let name = unique(suffix);
         let mut lab = Lab { name, nodes: Vec::new() };
         let (nodes, pods) = (nodes.to_string(), pods.to_string());
+        let port = port().filter(|_| !rest.contains(&"--port"));
+        let port: Vec<&str> = port.iter().flat_map(|port| ["--port", port]).collect();
         let said = lab.weft(
-            &[&["lab", "up", "--nodes", &nodes, "--pods", &pods, "--mode", mode, "--json", "--name", &lab.name], rest]
-                .concat(),
+            &[
+                &["lab", "up", "--nodes", &nodes, "--pods", &pods, "--mode", mode, "--json", "--name", &lab.name],
+                rest,
+                &port,
+            ]
+            .concat(),
         );
         let printed: Printed = serde_json::from_str(&said.must()).expect("weft lab up --json prints the cluster");
         lab.nodes = printed.nodes;

@@ -75,6 +75,11 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
+/// The kind of the pods' ports that the tests shall use where they do not care: `WEFT_TEST_PORT`, or weftd's own choice.
+pub fn port() -> Option<String> {
+    std::env::var("WEFT_TEST_PORT").ok()
+}
+
 /// A name that no other process uses: `weft-t<pid>-<what>` for namespaces, `t<pid><what>` for labs.
 pub fn unique(what: impl AsRef<OsStr>) -> String {
     format!("t{}{}", std::process::id(), what.as_ref().to_string_lossy())

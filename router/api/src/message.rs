@@ -168,6 +168,9 @@ pub struct Attach {
     /// An MTU that was asked for; the node's if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
+    /// The kind of port that was asked for: `tap`, `xdp` or `auto`; the node's if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<String>,
     /// `K8S_POD_NAMESPACE`, `K8S_POD_NAME`, `K8S_POD_UID` and the like, for people.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
@@ -282,6 +285,9 @@ pub struct Status {
     /// Threads of the data plane; 0 if weftd is too old to say.
     #[serde(default)]
     pub workers: usize,
+    /// What pods get as ports unless they ask for a kind, and why, e.g. `tap`; empty if weftd is too old to say.
+    #[serde(default)]
+    pub port: String,
     /// VXLAN network identifier.
     pub vni: u32,
     /// MTU of pods in bytes.
@@ -337,7 +343,7 @@ pub struct PortInfo {
     pub id: u32,
     /// `pod`, `underlay` or `host`.
     pub role: String,
-    /// `tap`, `udp`, `memory`.
+    /// `tap`, `xdp`, `udp`, `memory`.
     pub kind: String,
     /// `up`, or why not.
     pub state: String,

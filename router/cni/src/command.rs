@@ -101,6 +101,7 @@ fn add(version: Version, config: &Config) -> Result<Value, Failure> {
         ranges: wanted.ranges,
         mac: wanted.mac,
         mtu: wanted.mtu,
+        port: wanted.port,
         labels: arguments.labels,
     });
     let wait = config.wait.unwrap_or(WAIT);

@@ -2,7 +2,7 @@
 //!
 //! Keys of our own, all optional: `socket` (weftd's, [`weft_api::SOCKET`]), `stateDir` (where DEL leaves
 //! tombstones, [`STATE_DIR`]), `wait` (seconds to wait for a weftd that is being restarted; by default each
-//! command's own), `mtu` (0 or absent: the node's), and `ipam` with type `weft` (or none): `ranges`, or the old
+//! command's own), `mtu` (0 or absent: the node's), `port` (`tap`, `xdp` or `auto`; absent: the node's), and `ipam` with type `weft` (or none): `ranges`, or the old
 //! `subnet`, `rangeStart`, `rangeEnd`, `gateway`, as host-local reads them. From the runtime:
 //! `runtimeConfig.{ips,ipRanges,mac}`, `args.cni.{ips,mac}`, `prevResult`, `cni.dev/valid-attachments`.
 //!
@@ -49,6 +49,7 @@ pub struct Wanted {
     pub ranges: Vec<Vec<Range>>,
     pub mac: Option<String>,
     pub mtu: Option<u32>,
+    pub port: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -149,7 +150,7 @@ impl Config {
         if let Some(set) = ranges.iter().position(Vec::is_empty) {
             return Err(invalid(format!("range set {set} is empty")));
         }
-        Ok(Wanted { requested, ranges, mac: self.mac(runtime.mac, arguments)?, mtu: self.mtu()? })
+        Ok(Wanted { requested, ranges, mac: self.mac(runtime.mac, arguments)?, mtu: self.mtu()?, port: self.port()? })
     }
 
     /// The result of the plugin before, or of the ADD that a CHECK is about.
@@ -231,6 +232,16 @@ impl Config {
 
     fn mtu(&self) -> Result<Option<u32>, Failure> {
         Ok(section(&self.document, "/mtu")?.filter(|&mtu: &u32| mtu != 0))
+    }
+
+    fn port(&self) -> Result<Option<String>, Failure> {
+        let asked: Option<String> = section(&self.document, "/port")?.filter(|port: &String| !port.is_empty());
+        match asked {
+            Some(port) if !["tap", "xdp", "auto"].contains(&port.as_str()) => {
+                Err(invalid(format!("port is {}, which is none of tap, xdp, auto", quoted(&port))))
+            }
+            asked => Ok(asked),
+        }
     }
 }
 
@@ -324,6 +335,8 @@ mod tests {
             (json!({ "wait": "1" }), "wait"),
             (json!({ "mtu": -1 }), "mtu"),
             (json!({ "mtu": "1500" }), "mtu"),
+            (json!({ "port": "veth" }), "port"),
+            (json!({ "port": 1 }), "port"),
             (json!({ "runtimeConfig": [] }), "runtimeConfig"),
             (json!({ "runtimeConfig": { "ips": ["x"] } }), "runtimeConfig.ips"),
             (json!({ "runtimeConfig": { "mac": "x" } }), "runtimeConfig.mac"),

@@ -13,6 +13,7 @@ mod node;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -81,7 +82,8 @@ fn main() -> ExitCode {
     if let Err(error) = raise_descriptor_limit() {
         tracing::warn!(%error, "cannot raise the limit of open files (ulimit -n); each pod takes one");
     }
-    let result = Node::start(config, arguments.config, level).and_then(|node| run(runtime, signals, node));
+    let result =
+        Node::start(config, arguments.config, level).and_then(|(node, removals)| run(runtime, signals, node, removals));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -140,8 +142,9 @@ fn raise_descriptor_limit() -> rustix::io::Result<()> {
 }
 
 /// Serves until a signal or the end of the data plane.
-fn run(runtime: Runtime, signals: Signals, node: Node) -> anyhow::Result<()> {
+fn run(runtime: Runtime, signals: Signals, node: Node, removals: Receiver<()>) -> anyhow::Result<()> {
     let node = Arc::new(node);
+    watch_veths(&node, removals)?;
     let stopped = runtime.block_on(serve(&node, signals));
     // Requests under way have until their deadline; silent clients are cut off.
     runtime.shutdown_timeout(api::GRACE);
@@ -206,6 +209,22 @@ fn watch_data_plane(node: &Arc<Node>) -> anyhow::Result<mpsc::Receiver<()>> {
     let thread = std::thread::Builder::new().name("weft-events".into()).stack_size(256 * 1024);
     thread.spawn(follow).context("cannot start a thread: not enough memory or processes (ulimit -u)")?;
     Ok(ended)
+}
+
+/// Follows the ends of veths.
+fn watch_veths(node: &Arc<Node>, removals: Receiver<()>) -> anyhow::Result<()> {
+    let node: Weak<Node> = Arc::downgrade(node);
+    let follow = move || {
+        while removals.recv().is_ok() {
+            let Some(node) = node.upgrade() else { break };
+            // One look sees all that has gone until then.
+            while removals.try_recv().is_ok() {}
+            node.veths_removed();
+        }
+    };
+    let thread = std::thread::Builder::new().name("weft-removals".into()).stack_size(256 * 1024);
+    thread.spawn(follow).context("cannot start a thread: not enough memory or processes (ulimit -u)")?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -12,7 +12,10 @@ use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo,
+    LinkMessage,
+};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -24,6 +27,9 @@ use crate::control::host::{Host, Interface};
 
 /// A netlink message of one dump is at most this long; the kernel sizes its own by what the reader offers, up to 32 KiB.
 const BUFFER: usize = 32 * 1024;
+
+/// <https://elixir.bootlin.com/linux/v6.18/A/ident/RTNLGRP_LINK>.
+const RTNLGRP_LINK: u32 = 1;
 
 /// A netlink socket of the thread's network namespace.
 pub struct Netlink {
@@ -65,6 +71,19 @@ pub struct LinkChange<'a> {
     pub namespace: Option<BorrowedFd<'a>>,
     /// Set it up.
     pub up: bool,
+}
+
+/// A veth to be made: its host end here, its other end in a pod. Neither end speaks by itself.
+#[derive(Debug, Clone, Copy)]
+pub struct VethPair<'a> {
+    /// The name of both ends.
+    pub names: [&'a str; 2],
+    /// The MTU of both ends in bytes.
+    pub mtu: u32,
+    /// The namespace of the pod's end; here if there is none.
+    pub pod: Option<BorrowedFd<'a>>,
+    /// How many queues the host end sends by, each of which is received by one of the pod's end.
+    pub queues: u32,
 }
 
 impl Netlink {
@@ -111,6 +130,79 @@ impl Netlink {
         ];
         message.attributes.extend(attributes.into_iter().flatten());
         self.ask(RouteNetlinkMessage::SetLink(message), NLM_F_ACK).map(drop)
+    }
+
+    /// Makes a veth.
+    pub fn add_veth(&mut self, pair: VethPair<'_>) -> io::Result<()> {
+        let [host, pod] = pair.names;
+        let end = |name: &str, transmit: u32, receive: u32| {
+            let mut message = LinkMessage::default();
+            message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+            message.attributes.push(LinkAttribute::Mtu(pair.mtu));
+            message.attributes.push(LinkAttribute::NumTxQueues(transmit));
+            message.attributes.push(LinkAttribute::NumRxQueues(receive));
+            message
+        };
+        let mut peer = end(pod, 1, pair.queues);
+        peer.attributes.extend(pair.pod.map(|pod| LinkAttribute::NetNsFd(pod.as_raw_fd())));
+        let mut message = end(host, pair.queues, 1);
+        let data = InfoData::Veth(InfoVeth::Peer(peer));
+        message.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(data)]));
+        let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+        self.ask(RouteNetlinkMessage::NewLink(message), flags).map(drop)
+    }
+
+    /// Sets an interface up without giving it an IPv6 address of its own, so that the kernel says nothing by it.
+    pub fn set_up_silently(&mut self, index: u32) -> io::Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        let silent = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+        message.attributes.push(LinkAttribute::AfSpecUnspec(vec![silent]));
+        match self.ask(RouteNetlinkMessage::SetLink(message), NLM_F_ACK) {
+            // A kernel without IPv6 is silent anyway.
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()) => {}
+            result => drop(result?),
+        }
+        self.change_link(index, LinkChange { up: true, ..LinkChange::default() })
+    }
+
+    /// Waits until an interface of this namespace may have gone. For this the socket has to be [`Netlink::follow_links`]'s.
+    ///
+    /// # Errors
+    /// The kernel's; not that it had more to say than the socket could hold, for then something may have gone.
+    pub fn await_removal(&mut self) -> io::Result<()> {
+        loop {
+            let mut buffer = Vec::with_capacity(BUFFER);
+            match self.socket.recv(&mut buffer, 0) {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            }
+            let told = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&buffer);
+            if told
+                .is_ok_and(|told| matches!(told.payload, NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(_))))
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    /// A socket that is told of changes to interfaces.
+    pub fn follow_links() -> io::Result<Netlink> {
+        let netlink = Netlink::open()?;
+        netlink.socket.add_membership(RTNLGRP_LINK)?;
+        Ok(netlink)
+    }
+
+    /// Removes an interface; one that is gone already is no error.
+    pub fn delete_link(&mut self, index: u32) -> io::Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        match self.ask(RouteNetlinkMessage::DelLink(message), NLM_F_ACK) {
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) => Ok(()),
+            result => result.map(drop),
+        }
     }
 
     /// Gives an interface an address, without duplicate address detection: leases are unique, and a pod cannot wait.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
 use anyhow::Context;
@@ -16,11 +16,13 @@ use weft_api::{AttachmentKey, Counters, Failure, code};
 use weft_ipam::Store;
 use weft_router::port::udp::Underlay;
 use weft_router::stats::PortStats;
-use weft_router::{Device, PortEnd, PortId, Router, RouterConfig, Snapshot};
+use weft_router::{Device, PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
+use crate::attach::device::{self, Devices};
 use crate::attach::pod::Interface;
 use crate::attach::turn::Turns;
+use crate::attach::veth::Veth;
 use crate::control::compile::compile;
 use crate::control::config::reader::{Problem, decode};
 use crate::control::config::{Checked, Config, default_workers};
@@ -45,6 +47,8 @@ pub struct Node {
     pub started: Instant,
     /// The data plane.
     pub router: Router,
+    /// The kinds of devices that pods can have here.
+    pub devices: Devices,
     /// One request at a time for each attachment.
     pub turns: Turns,
     log_level: LogLevel,
@@ -77,6 +81,8 @@ pub struct Attachment {
     pub port: PortId,
     /// Its interface in the pod.
     pub interface: Interface,
+    /// Its veth, if it has no TAP.
+    pub veth: Option<Arc<Veth>>,
 }
 
 /// Reads the configuration and checks it against this machine.
@@ -104,11 +110,16 @@ fn read_config_for(path: &Path, host: &Host) -> anyhow::Result<Checked> {
 }
 
 impl Node {
-    /// Opens the lease store, starts the data plane and gives it the underlay.
+    /// Opens the lease store, starts the data plane and gives it the underlay. What it returns beside the node says that veths may have
+    /// gone: [`Node::veths_removed`].
     ///
     /// # Errors
     /// What could not be had, and what to do.
-    pub fn start(config: Config, config_path: PathBuf, log_level: LogLevel) -> anyhow::Result<Node> {
+    pub fn start(
+        config: Config,
+        config_path: PathBuf,
+        log_level: LogLevel,
+    ) -> anyhow::Result<(Node, mpsc::Receiver<()>)> {
         let folder = config.state_dir.join(LEASES);
         let store = Store::open(&folder).with_context(|| format!("cannot open the leases in {}", folder.display()))?;
         if let Some(recovery) = store.recovery() {
@@ -124,10 +135,12 @@ impl Node {
         })?;
         let desired = DesiredState::new(Arc::new(config));
         let epoch = 1;
-        let sizes = RouterConfig { workers, seed: random_seed()?, ..desired.config.limits.into() };
+        let sizes = RouterConfig { workers, seed: random_seed()?, ..desired.config.sizes() };
         let router = Router::start(sizes, compile(&desired, epoch))
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
         router.add_port(UNDERLAY, Device::Underlay(underlay)).context("the data plane cannot use the underlay")?;
+        let (removed, removals) = mpsc::channel();
+        let devices = Devices::new(desired.config.port, desired.config.mtu, workers, removed);
         let state = State {
             desired,
             store,
@@ -137,15 +150,17 @@ impl Node {
             leaving: Vec::new(),
             epoch,
         };
-        Ok(Node {
+        let node = Node {
             config_path,
             started: Instant::now(),
             router,
+            devices,
             turns: Turns::default(),
             log_level,
             reloading: Mutex::default(),
             state: Mutex::new(state),
-        })
+        };
+        Ok((node, removals))
     }
 
     /// What requests change. Never hold it while working on devices or inside namespaces.
@@ -155,29 +170,31 @@ impl Node {
     }
 
     /// Enters an attachment and puts it in force; `None` if no port number is free.
-    pub fn attach(&self, key: &AttachmentKey, interface: Interface) -> Option<PortId> {
+    pub fn attach(&self, key: &AttachmentKey, interface: Interface, veth: Option<Arc<Veth>>) -> Option<PortId> {
         let mut state = self.state();
         let port = state.desired.free_port(|port| state.leaving.contains(&port))?;
         let mut desired = state.desired.clone();
         desired.pods.insert(port, Attachment::pod(&interface));
-        state.attachments.insert(key.clone(), Attachment { port, interface });
+        state.attachments.insert(key.clone(), Attachment { port, interface, veth });
         self.put_in_force(&mut state, desired);
         Some(port)
     }
 
     /// Takes an attachment's port and its place in the tables away; whether it had one. The lease stays.
     pub fn detach(&self, key: &AttachmentKey) -> bool {
-        let port = {
+        let attachment = {
             let mut state = self.state();
             let Some(attachment) = state.attachments.remove(key) else { return false };
             let mut desired = state.desired.clone();
             desired.pods.remove(&attachment.port);
             state.leaving.push(attachment.port);
             self.put_in_force(&mut state, desired);
-            attachment.port
+            attachment
         };
+        let port = attachment.port;
         // Closing a device takes the kernel a while: not with the state held.
         let last = self.router.remove_port(port);
+        drop(attachment);
         let mut state = self.state();
         state.leaving.retain(|leaving| *leaving != port);
         match last {
@@ -206,27 +223,79 @@ impl Node {
         };
         if let Some(key) = key {
             self.detach(&key);
-            let (container, ifname) = (key.container, key.ifname);
             match why {
-                PortEnd::Device => tracing::info!(container, ifname, "the pod's network namespace is gone"),
+                PortEnd::Device => log_gone(&key),
                 PortEnd::Panic => tracing::error!(
-                    container,
-                    ifname,
+                    container = key.container,
+                    ifname = key.ifname,
                     "the pod is cut off, for its port's code panicked, see above: recreate the pod, and report this as a bug"
                 ),
             }
         }
     }
 
+    /// Veths may have gone, with the namespaces of their pods. The leases stay until DEL or GC.
+    pub fn veths_removed(&self) {
+        // Attachments first: a veth is there before its attachment is entered.
+        let attached: Vec<(AttachmentKey, u32)> = {
+            let state = self.state();
+            let all = state.attachments.iter();
+            all.filter_map(|(key, attachment)| Some((key.clone(), attachment.veth.as_ref()?.index()))).collect()
+        };
+        let present = self.devices.started().map(|veths| veths.present());
+        match present {
+            None => {}
+            Some(Err(error)) => tracing::warn!(%error, "the pods' veths could not be listed"),
+            Some(Ok(present)) => {
+                let gone = attached.into_iter().filter(|(_, index)| !present.contains(index));
+                gone.for_each(|(key, index)| self.veth_gone(&key, index));
+            }
+        }
+    }
+
+    fn veth_gone(&self, key: &AttachmentKey, index: u32) {
+        // The runtime may have asked for another since.
+        let _turn = self.turns.take(key);
+        let same = |attachment: &Attachment| attachment.veth.as_ref().is_some_and(|veth| veth.index() == index);
+        let is_there = self.state().attachments.get(key).is_some_and(same);
+        if is_there && self.detach(key) {
+            log_gone(key);
+        }
+    }
+
     /// A worker of the data plane ended by itself.
     pub fn worker_ended(&self, worker: usize) {
-        let pods = self.router.take_over(worker);
+        let TakenOver { moved, left } = self.router.take_over(worker);
         tracing::error!(
             worker,
-            pods,
+            pods = moved.len() + left.len(),
             "a worker of the data plane panicked, see above: the others go on, and receive from its pods; restart weftd, and report \
              this as a bug"
         );
+        left.into_iter().for_each(|port| self.open_again(port));
+    }
+
+    /// Gives a veth that nobody receives from to the workers anew.
+    fn open_again(&self, port: PortId) {
+        let found = {
+            let state = self.state();
+            let mut all = state.attachments.iter();
+            all.find(|(_, attachment)| attachment.port == port)
+                .map(|(key, attachment)| (key.clone(), attachment.clone()))
+        };
+        let Some((key, Attachment { veth: Some(veth), .. })) = found else { return };
+        if let Ok(Some(last)) = self.router.remove_port(port) {
+            add(&mut self.state().retired, &counters(&last));
+        }
+        if let Err(error) = device::open_veth(&self.router, port, &veth) {
+            tracing::error!(
+                container = key.container,
+                ifname = key.ifname,
+                "the pod is cut off, for no other worker could take its device: recreate the pod: {error}"
+            );
+            drop(veth);
+            self.detach(&key);
+        }
     }
 
     /// Reads the configuration again. If it is wrong the old one stays.
@@ -288,6 +357,10 @@ impl Node {
         self.router.set_tables(compile(&desired, state.epoch));
         state.desired = desired;
     }
+}
+
+fn log_gone(key: &AttachmentKey) {
+    tracing::info!(container = key.container, ifname = key.ifname, "the pod's network namespace is gone");
 }
 
 /// CPUs that weftd may use.

@@ -194,6 +194,7 @@ fn attach(container: &str) -> Attach {
         ranges: Vec::new(),
         mac: None,
         mtu: None,
+        port: None,
         labels: std::collections::BTreeMap::new(),
     }
 }

@@ -1,7 +1,7 @@
 //! The workers as a set: what all of them are told and asked, and which of them receives from what.
 //!
 //! A device goes to the worker that receives from the fewest, and stays there as long as both live: to move it would
-//! reorder its flows. All workers have its sending half before one receives from it, and a device is closed when
+//! reorder its flows. A TAP outlives its worker; a veth's socket is of its worker's memory and ends with it. All workers have its sending half before one receives from it, and a device is closed when
 //! all have let go.
 
 use std::collections::BTreeMap;
@@ -13,24 +13,37 @@ use std::thread::JoinHandle;
 use arc_swap::ArcSwap;
 use crossbeam::channel::{self, Receiver, Sender};
 
-use super::{Command, Device, Event, Half, NewPort, Removed, RouterConfig, RouterError, Shared, Snapshot, merge};
+use super::{
+    Command, Device, Event, Half, NewPort, Removed, RouterConfig, RouterError, Shared, Snapshot, TakenOver, merge,
+};
 use crate::bridge::Fdb;
 use crate::port::PortId;
+use crate::port::sys::xsk::Umem;
+use crate::port::xdp::XdpDevice;
 use crate::stats::PortStats;
 use crate::tables::Tables;
-use crate::worker;
+use crate::worker::{self, Spawned};
 
 /// The running workers.
 pub(super) struct Workers {
     all: Vec<Handle>,
-    /// Which worker receives from each port that one alone receives from.
-    owners: Mutex<BTreeMap<PortId, usize>>,
+    /// Who receives from each port that one worker alone receives from.
+    owners: Mutex<BTreeMap<PortId, Owner>>,
+}
+
+/// Who receives from a port.
+#[derive(Copy, Clone)]
+struct Owner {
+    worker: usize,
+    /// Whether another worker can receive instead.
+    is_movable: bool,
 }
 
 /// One worker; its thread ends with this.
 struct Handle {
     commands: Sender<Command>,
     waker: Arc<mio::Waker>,
+    umem: Umem,
     /// Set before its end is told.
     ended: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -49,8 +62,8 @@ impl Workers {
             let (commands, inbox) = channel::unbounded();
             let shared = worker::Shared { tables: Arc::clone(tables), fdb: Arc::clone(fdb), events: events.clone() };
             let ended = Arc::new(AtomicBool::new(false));
-            let (waker, thread) = worker::spawn(number, each, shared, inbox, Arc::clone(&ended))?;
-            Ok(Handle { commands, waker, ended, thread: Some(thread) })
+            let Spawned { waker, umem, thread } = worker::spawn(number, each, shared, inbox, Arc::clone(&ended))?;
+            Ok(Handle { commands, waker, umem, ended, thread: Some(thread) })
         };
         Ok(Workers { all: (0..count).map(start).collect::<io::Result<_>>()?, owners: Mutex::default() })
     }
@@ -75,8 +88,7 @@ impl Workers {
 
     fn add_halves(&self, id: PortId, device: Device) -> Result<(), RouterError> {
         let halves = self.halves(id, device)?;
-        let (receiving, sending): (Vec<_>, Vec<_>) =
-            halves.into_iter().enumerate().partition(|(_, port)| port.receives());
+        let (receiving, sending): (Vec<_>, Vec<_>) = halves.into_iter().partition(|(_, port)| port.receives());
         let mut added = Vec::new();
         for ports in [sending, receiving] {
             let asked: Vec<_> = ports
@@ -105,15 +117,19 @@ impl Workers {
     }
 
     /// What each worker gets of a device.
-    fn halves(&self, id: PortId, device: Device) -> Result<Vec<NewPort>, RouterError> {
+    fn halves(&self, id: PortId, device: Device) -> Result<Vec<(usize, NewPort)>, RouterError> {
         let told = Arc::new(AtomicBool::new(false));
         let port = |half, receivers| NewPort { id, half, shared: Shared { receivers, told: Arc::clone(&told) } };
         let count = self.count();
         match device {
             Device::Tap(tap) => {
-                let (tap, owner) = (Arc::new(tap), self.place(id)?);
+                let (tap, owner) = (Arc::new(tap), self.place(id, true)?);
                 let half = |worker| Half::Tap { tap: Arc::clone(&tap), receives: worker == owner };
-                Ok((0..count).map(|worker| port(half(worker), 1)).collect())
+                Ok((0..count).map(|worker| (worker, port(half(worker), 1))).collect())
+            }
+            Device::Veth(interface) => {
+                let halves = self.open_veth(interface, self.place(id, false)?).map_err(RouterError::Device)?;
+                Ok(halves.into_iter().map(|(worker, half)| (worker, port(half, 1))).collect())
             }
             Device::Underlay(underlay) => {
                 let sockets = underlay.into_sockets();
@@ -121,25 +137,39 @@ impl Workers {
                     let what = format!("there are sockets for {} workers, but {count} workers", sockets.len());
                     return Err(RouterError::Device(io::Error::new(io::ErrorKind::InvalidInput, what)));
                 }
-                Ok(sockets.into_iter().map(|sockets| port(Half::Underlay(sockets), count as u32)).collect())
+                let half = |sockets| port(Half::Underlay(sockets), count as u32);
+                Ok(sockets.into_iter().map(half).enumerate().collect())
             }
         }
     }
 
-    /// Chooses who receives from a port.
-    fn place(&self, id: PortId) -> Result<usize, RouterError> {
-        let mut owners = self.owners();
-        if let Some(owner) = owners.get(&id).filter(|owner| self.all[**owner].runs()) {
-            // It is in use, as the workers will say.
-            return Ok(*owner);
+    /// Opens a veth for each worker that runs: the owner receives by queue 0, the others have the queues behind it to send.
+    fn open_veth(&self, interface: u32, owner: usize) -> io::Result<Vec<(usize, Half)>> {
+        let others = (0..self.count()).filter(|worker| *worker != owner && self.runs(*worker));
+        let mut halves = Vec::new();
+        for (queue, worker) in (1..).zip(others) {
+            let device = XdpDevice::open_sender(interface, queue, &self.all[worker].umem)?;
+            halves.push((worker, Half::Xdp { device: Box::new(device), receives: false }));
         }
-        let owner = self.least_loaded(&owners).ok_or(RouterError::Stopped)?;
-        owners.insert(id, owner);
-        Ok(owner)
+        let device = XdpDevice::open(interface, &self.all[owner].umem)?;
+        halves.push((owner, Half::Xdp { device: Box::new(device), receives: true }));
+        Ok(halves)
     }
 
-    fn least_loaded(&self, owners: &BTreeMap<PortId, usize>) -> Option<usize> {
-        let load = |worker: &usize| owners.values().filter(|owner| *owner == worker).count();
+    /// Chooses who receives from a port.
+    fn place(&self, id: PortId, is_movable: bool) -> Result<usize, RouterError> {
+        let mut owners = self.owners();
+        if let Some(owner) = owners.get(&id).filter(|owner| self.runs(owner.worker)) {
+            // It is in use, as the workers will say.
+            return Ok(owner.worker);
+        }
+        let worker = self.least_loaded(&owners).ok_or(RouterError::Stopped)?;
+        owners.insert(id, Owner { worker, is_movable });
+        Ok(worker)
+    }
+
+    fn least_loaded(&self, owners: &BTreeMap<PortId, Owner>) -> Option<usize> {
+        let load = |worker: &usize| owners.values().filter(|owner| owner.worker == *worker).count();
         (0..self.count()).filter(|worker| self.all[*worker].runs()).min_by_key(load)
     }
 
@@ -158,22 +188,31 @@ impl Workers {
         let all = self.ask_all(|answer| Command::Snapshot { flows, answer })?;
         let mut snapshot = merge::snapshots(all).ok_or(RouterError::Stopped)?;
         let owners = self.owners();
-        snapshot.ports.iter_mut().for_each(|port| port.worker = owners.get(&port.id).copied());
+        snapshot.ports.iter_mut().for_each(|port| port.worker = owners.get(&port.id).map(|owner| owner.worker));
         Ok(snapshot)
     }
 
-    /// Has others receive from what an ended worker received from.
-    pub(super) fn take_over(&self, ended: usize) -> usize {
-        let mut owners = self.owners();
-        let orphans: Vec<PortId> =
-            owners.iter().filter(|(_, owner)| **owner == ended && !self.runs(ended)).map(|(id, _)| *id).collect();
-        for id in &orphans {
-            owners.remove(id);
-            let Some(owner) = self.least_loaded(&owners) else { return 0 };
-            owners.insert(*id, owner);
-            self.all[owner].tell(Command::Receive(*id));
+    /// Has others receive from what an ended worker received from, as far as they can.
+    pub(super) fn take_over(&self, ended: usize) -> TakenOver {
+        let mut taken = TakenOver::default();
+        if self.runs(ended) {
+            return taken;
         }
-        orphans.len()
+        let mut owners = self.owners();
+        let orphans: Vec<(PortId, Owner)> =
+            owners.iter().filter(|(_, owner)| owner.worker == ended).map(|(id, owner)| (*id, *owner)).collect();
+        for (id, owner) in orphans {
+            owners.remove(&id);
+            match self.least_loaded(&owners) {
+                Some(worker) if owner.is_movable => {
+                    owners.insert(id, Owner { worker, ..owner });
+                    self.all[worker].tell(Command::Receive(id));
+                    taken.moved.push(id);
+                }
+                _ => taken.left.push(id),
+            }
+        }
+        taken
     }
 
     fn runs(&self, worker: usize) -> bool {
@@ -187,14 +226,14 @@ impl Workers {
         if answers.is_empty() { Err(RouterError::Stopped) } else { Ok(answers) }
     }
 
-    fn owners(&self) -> MutexGuard<'_, BTreeMap<PortId, usize>> {
+    fn owners(&self) -> MutexGuard<'_, BTreeMap<PortId, Owner>> {
         self.owners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl NewPort {
     fn receives(&self) -> bool {
-        !matches!(self.half, Half::Tap { receives: false, .. })
+        !matches!(self.half, Half::Tap { receives: false, .. } | Half::Xdp { receives: false, .. })
     }
 }
 
@@ -354,11 +393,12 @@ mod tests {
     fn when_a_worker_ends_the_others_receive_from_its_devices() {
         let router = router(2);
         let others: Vec<OwnedFd> = (1..=PODS).map(|id| plug(&router, id)).collect();
-        assert_eq!(router.take_over(0), 0, "it runs");
+        assert_eq!(router.take_over(0), TakenOver::default(), "it runs");
+        assert_eq!(router.workers.place(PortId(9), false).unwrap(), 0);
         assert!(router.workers.all[0].tell(Command::Panic));
         assert_eq!(router.events().recv().unwrap(), Event::WorkerEnded(0));
         passes(&others[1], &others[0], &packets().1);
-        assert_eq!(router.take_over(0), 2);
+        assert_eq!(router.take_over(0), TakenOver { moved: vec![PortId(1), PortId(3)], left: vec![PortId(9)] });
         talk(&others[0], &others[1]);
         let _late = {
             router.remove_port(PortId(3)).unwrap();

@@ -17,3 +17,4 @@ mod lifecycle;
 mod reach;
 mod throughput;
 mod workers;
+mod xdp;

@@ -10,14 +10,14 @@ use weft_tests::traffic;
 const SIZES: [usize; 16] = [0, 1, 17, 18, 19, 56, 1372, 1402, 1403, 1422, 1423, 2844, 2845, 9000, 32_768, 65_000];
 
 #[track_caller]
-fn pings(from: &Pod, to: IpAddr, options: &str) {
+pub fn pings(from: &Pod, to: IpAddr, options: &str) {
     let family = if to.is_ipv4() { "-4" } else { "-6" };
     let said = from.netns().exec(&format!("ping {family} -n -q -i 0.05 -W 2 {options} {to}"));
     assert!(said.success, "{} to {to} with {options}: {}{}", from.name, said.out, said.err);
 }
 
 #[track_caller]
-fn everyone_reaches_everyone(lab: &Lab) {
+pub fn everyone_reaches_everyone(lab: &Lab) {
     for from in lab.pods() {
         for to in lab.pods() {
             for address in [IpAddr::V4(to.ipv4), IpAddr::V6(to.ipv6)] {
@@ -29,7 +29,7 @@ fn everyone_reaches_everyone(lab: &Lab) {
 
 /// A few sizes each way; `-c 2`, so that a flow's first frame and one that is cached both count.
 #[track_caller]
-fn every_size_passes(from: &Pod, to: &Pod) {
+pub fn every_size_passes(from: &Pod, to: &Pod) {
     for size in SIZES {
         for address in [IpAddr::V4(to.ipv4), IpAddr::V6(to.ipv6)] {
             pings(from, address, &format!("-c 2 -s {size}"));

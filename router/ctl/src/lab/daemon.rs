@@ -59,6 +59,8 @@ struct Config {
     mode: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     workers: Option<u8>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    port: Option<plan::Port>,
     vni: u32,
     mtu: u32,
     socket: PathBuf,
@@ -151,6 +153,7 @@ fn config_text(plan: &Plan, node: u8, files: &Files) -> Result<String> {
         node: plan::node_name(node),
         mode: plan.mode.name(),
         workers: plan.workers,
+        port: plan.port,
         vni: plan::VNI,
         mtu: plan.pod_mtu(),
         socket: files.socket.clone(),

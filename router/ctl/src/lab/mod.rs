@@ -94,6 +94,9 @@ pub struct Up {
     /// Workers of each node's weftd; as many as it chooses unless given.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(plan::MAX_WORKERS)))]
     workers: Option<u8>,
+    /// What pods get as devices; TAPs unless given.
+    #[arg(long, value_enum)]
+    port: Option<plan::Port>,
     /// Print the cluster as JSON.
     #[arg(long)]
     json: bool,
@@ -183,7 +186,7 @@ pub fn run_peer(command: PeerCommand) -> Result<()> {
 
 fn up(args: &Up) -> Result<()> {
     let plan = plan::Plan::new(&args.name.name, args.nodes, args.pods, args.mode, args.mtu)?;
-    let plan = plan::Plan { workers: args.workers, ..plan };
+    let plan = plan::Plan { workers: args.workers, port: args.port, ..plan };
     let programs = args.binaries.find()?;
     let cluster = up::up(&plan, &programs, args.keep)?;
     if args.json { output::print_json(&cluster) } else { output::print(&up::summary(&plan, &cluster, Style::stdout())) }

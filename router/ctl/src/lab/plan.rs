@@ -54,6 +54,18 @@ impl Mode {
     }
 }
 
+/// What pods get as devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Port {
+    /// A TAP.
+    Tap,
+    /// A veth that leads to AF_XDP sockets.
+    Xdp,
+    /// What suits the node.
+    Auto,
+}
+
 /// A lab to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
@@ -69,6 +81,8 @@ pub struct Plan {
     pub mtu: u32,
     /// Workers of each weftd; as many as it chooses unless given.
     pub workers: Option<u8>,
+    /// Kind of the pods' ports; what weftd has unless given.
+    pub port: Option<Port>,
     /// Whether the process that builds it ends it as well.
     pub is_passing: bool,
 }
@@ -86,7 +100,7 @@ impl Plan {
         if !(MIN_MTU..=MAX_MTU).contains(&mtu) {
             bail!("the underlay's MTU must be between {MIN_MTU} and {MAX_MTU}, not {mtu}");
         }
-        Ok(Plan { lab: lab.to_owned(), nodes, pods, mode, mtu, workers: None, is_passing: false })
+        Ok(Plan { lab: lab.to_owned(), nodes, pods, mode, mtu, workers: None, port: None, is_passing: false })
     }
 
     /// Nodes count from 1.

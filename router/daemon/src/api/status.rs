@@ -26,6 +26,7 @@ pub fn ready(node: &Node) -> Result<(), Failure> {
     };
     // Asking the kernel takes a while: not with the state held.
     let host = host();
+    node.devices.choose(None)?;
     let state = node.state();
     let config = &state.desired.config;
     if let Some(problem) = underlay_problem(&snapshot, config, host.as_ref()) {
@@ -59,6 +60,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     let kind = snapshot.ports.iter().find(|port| port.id == UNDERLAY);
     let mut problems = problems(&state, &snapshot, host.as_ref());
     problems.extend(worker_problem(snapshot.workers, node.router.workers()));
+    problems.extend(node.devices.choose(None).err().map(|failure| failure.to_string()));
     problems.extend(state.samples.problems(&sample, node.started, config));
     Ok(Status {
         problems,
@@ -77,6 +79,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         underlay: SocketAddr::new(config.underlay.address, config.underlay.port).to_string(),
         underlay_kind: kind.map(|port| format!("{}, offloads: {}", port.kind, port.capabilities)).unwrap_or_default(),
         workers: node.router.workers(),
+        port: node.devices.shown(),
         vni: config.vni.get(),
         mtu: config.mtu,
         underlay_mtu: device.map_or(config.underlay.mtu, |device| device.mtu),

@@ -127,6 +127,7 @@ mod tests {
             ranges,
             mac: None,
             mtu: None,
+            port: None,
             labels: std::collections::BTreeMap::new(),
         }
     }

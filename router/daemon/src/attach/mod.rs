@@ -5,36 +5,40 @@
 //!     → tables say who is behind the port → port given to the workers → answer
 //! ```
 //!
+//! A veth ([`device`]) is given to the workers before its end in the pod is set up, for the pod's kernel speaks as soon as it is.
+//!
 //! Each step has an undo, and [`Attempt`] runs what was reached in reverse if the next step fails: a failed ADD leaves
 //! no lease, device or port. The namespace's descriptor is closed at the end of the request, for an open one keeps
 //! the namespace alive. Requests for different attachments run side by side, for the same one in turn ([`turn`]).
 
 pub mod addresses;
+pub mod device;
 pub mod namespace;
 pub mod pod;
 pub mod tombstone;
 pub mod turn;
+pub mod veth;
 
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::SystemTime;
 
-use rustix::io::Errno;
 use weft_api::{Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Check, Collected, Failure, Gc, code};
 use weft_encap::mac::Mac;
 use weft_ipam::{Facts, LeaseError, Owner};
-use weft_router::port::tap::Tap;
 use weft_router::tables::Pod;
-use weft_router::{Device, PortId};
+use weft_router::{Device, PortId, RouterError};
 
-use crate::control::config::Config;
+use crate::control::config::{Config, PortKind};
 use crate::control::derive;
-use crate::netlink::{LinkChange, Netlink};
 use crate::node::{Attachment, Node, State};
+use device::Chosen;
 use namespace::Namespace;
-use pod::{Interface, SetUpError};
+use pod::Interface;
+use veth::{Veth, Veths};
 
 /// Longest network name and container id in bytes. Runtimes use 64 digits; anything much longer is no id.
 const MAX_NAME: usize = 1024;
@@ -47,13 +51,16 @@ const DRAWS: usize = 16;
 pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attached, Failure> {
     check_key(&request.key)?;
     let mac = request.mac.as_deref().map(parse_mac).transpose()?;
+    let kind = request.port.as_deref().map(parse_port).transpose()?;
     let namespace = Namespace::check(fd, &request.netns)?;
     let _turn = node.turns.take(&request.key);
     tombstone::honour(node, &request.key);
     let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
     let mut interface = attempt.lease(request, mac, &namespace)?;
-    let tap = make_device(&namespace, &mut interface)?;
-    attempt.open_port(&interface, tap)?;
+    match node.devices.choose(kind)? {
+        Chosen::Tap => attempt.open_tap(&namespace, &mut interface)?,
+        Chosen::Veth(veths) => attempt.open_veth(&veths, &namespace, &mut interface)?,
+    }
     attempt.finish();
     tracing::info!(
         network = request.key.network, container = request.key.container, ifname = request.key.ifname,
@@ -187,20 +194,39 @@ impl Attempt<'_> {
         Ok(Interface { name: self.key.ifname.clone(), mac, mtu, addresses, routes: Vec::new() })
     }
 
-    /// Says in the tables who is behind the port, then gives it to the workers. In this order an event about the port always
+    fn open_tap(&mut self, namespace: &Namespace, interface: &mut Interface) -> Result<(), Failure> {
+        let tap = device::make_tap(namespace, interface)?;
+        let port = self.enter(interface, None)?;
+        self.node.router.add_port(port, Device::Tap(tap)).map_err(|error| refused(&error))
+    }
+
+    fn open_veth(
+        &mut self,
+        veths: &Arc<Veths>,
+        namespace: &Namespace,
+        interface: &mut Interface,
+    ) -> Result<(), Failure> {
+        let device::NewVeth { veth, name } = self.node.devices.make_veth(veths, namespace, interface.mtu)?;
+        let veth = Arc::new(veth);
+        let port = self.enter(interface, Some(Arc::clone(&veth)))?;
+        device::open_veth(&self.node.router, port, &veth).map_err(|error| refused(&error))?;
+        device::set_up(namespace, &name, interface)?;
+        if let Some(attachment) = self.node.state().attachments.get_mut(self.key) {
+            attachment.interface.routes.clone_from(&interface.routes);
+        }
+        Ok(())
+    }
+
+    /// Says in the tables who is behind a port, which is then given to the workers. In this order an event about the port always
     /// finds its attachment.
-    fn open_port(&mut self, interface: &Interface, tap: Tap) -> Result<(), Failure> {
-        let port = self.node.attach(self.key, interface.clone()).ok_or_else(|| Failure {
+    fn enter(&mut self, interface: &Interface, veth: Option<Arc<Veth>>) -> Result<PortId, Failure> {
+        let port = self.node.attach(self.key, interface.clone(), veth).ok_or_else(|| Failure {
             code: code::EXHAUSTED,
             msg: "every port number of this node is in use".into(),
             details: "remove pods from this node".into(),
         })?;
         self.port = Some(port);
-        self.node.router.add_port(port, Device::Tap(tap)).map_err(|error| Failure {
-            code: code::INTERNAL,
-            msg: format!("the data plane refused the device: {error}"),
-            details: "see weftd's log".into(),
-        })
+        Ok(port)
     }
 
     fn finish(mut self) {
@@ -217,57 +243,6 @@ impl Drop for Attempt<'_> {
             self.node.state().store.release(&owner(self.key));
         }
     }
-}
-
-/// Makes the TAP here and moves it into the pod. A descriptor opened there would keep the namespace alive.
-/// Dropping the TAP is the undo, wherever the device is.
-fn make_device(namespace: &Namespace, interface: &mut Interface) -> Result<Tap, Failure> {
-    let kernel = |what: &str, error: io::Error| {
-        let no_descriptor = matches!(Errno::from_io_error(&error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM));
-        Failure {
-            code: if no_descriptor { code::TRY_AGAIN } else { code::INTERNAL },
-            msg: format!("cannot {what}: {error}"),
-            details: match Errno::from_io_error(&error) {
-                Some(Errno::PERM) => "weftd needs CAP_NET_ADMIN and CAP_SYS_ADMIN".into(),
-                Some(Errno::NOENT | Errno::NODEV) => "load the kernel module tun and provide /dev/net/tun".into(),
-                _ => String::new(),
-            },
-        }
-    };
-    let tap = create_tap().map_err(|error| kernel("make a TAP device", error))?;
-    let name = tap.name().to_owned();
-    let moved = (|| {
-        let mut netlink = Netlink::open()?;
-        let link = netlink.link(&name)?.ok_or(Errno::NODEV)?;
-        use std::os::fd::AsFd;
-        netlink.change_link(link.index, LinkChange { namespace: Some(namespace.as_fd()), ..LinkChange::default() })
-    })();
-    moved.map_err(|error| kernel("move the TAP device into the pod's network namespace", error))?;
-    let set_up = namespace.enter(|| Ok(pod::set_up(&name, &*interface)));
-    match set_up.map_err(|error| kernel("enter the pod's network namespace", error))? {
-        Ok(routes) => {
-            interface.routes = routes;
-            Ok(tap)
-        }
-        Err(SetUpError::Exists) => Err(Failure {
-            code: code::EXISTS,
-            msg: format!("the pod has an interface {} already", interface.name),
-            details: "DEL comes before another ADD; or choose another CNI_IFNAME".into(),
-        }),
-        Err(SetUpError::Step(what, error)) => Err(kernel(&format!("{what} in the pod"), error)),
-    }
-}
-
-/// A TAP of a random name, which no other ADD and no user has.
-fn create_tap() -> io::Result<Tap> {
-    for _ in 0..DRAWS {
-        let [a, b, c, d] = random()?;
-        match Tap::create(&format!("weft{a:02x}{b:02x}{c:02x}{d:02x}")) {
-            Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::BUSY | Errno::EXIST)) => {}
-            made => return made,
-        }
-    }
-    Err(Errno::EXIST.into())
 }
 
 fn random<const N: usize>() -> io::Result<[u8; N]> {
@@ -300,6 +275,23 @@ fn choose_mac(state: &State, config: &Config, asked: Option<Mac>) -> Result<Mac,
             })
         }
     }
+}
+
+fn refused(error: &RouterError) -> Failure {
+    let no_memory = matches!(error, RouterError::Device(error) if error.kind() == io::ErrorKind::OutOfMemory);
+    Failure {
+        code: if no_memory { code::TRY_AGAIN } else { code::INTERNAL },
+        msg: format!("the data plane refused the device: {error}"),
+        details: if no_memory { "raise limits.chunks in weftd's configuration" } else { "see weftd's log" }.into(),
+    }
+}
+
+fn parse_port(text: &str) -> Result<PortKind, Failure> {
+    text.parse().map_err(|()| Failure {
+        code: code::CONFIG,
+        msg: format!("the requested port {text:?} is not known"),
+        details: format!("write {}", PortKind::FORM),
+    })
 }
 
 fn choose_mtu(config: &Config, asked: Option<u32>) -> Result<u32, Failure> {

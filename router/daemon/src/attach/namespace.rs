@@ -61,16 +61,21 @@ impl Namespace {
 
     /// Runs `work` on a thread inside the namespace and waits for it.
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-        let inside = || {
-            move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network))?;
-            work()
-        };
-        thread::scope(|scope| {
-            let thread =
-                thread::Builder::new().name("weft-pod".into()).stack_size(256 * 1024).spawn_scoped(scope, inside)?;
-            thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread in the pod's namespace panicked")))
-        })
+        enter(self.fd.as_fd(), work)
     }
+}
+
+/// Runs `work` on a thread inside a network namespace and waits for it.
+pub fn enter<T: Send>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    let inside = || {
+        move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))?;
+        work()
+    };
+    thread::scope(|scope| {
+        let thread =
+            thread::Builder::new().name("weft-pod".into()).stack_size(256 * 1024).spawn_scoped(scope, inside)?;
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread in the namespace panicked")))
+    })
 }
 
 impl AsFd for Namespace {

@@ -8,6 +8,7 @@ pub mod bpf;
 pub mod lazy;
 pub mod lending;
 pub mod message;
+pub mod namespace;
 pub mod prefetch;
 pub mod ring;
 pub mod tun;

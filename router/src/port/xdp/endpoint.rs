@@ -12,8 +12,8 @@ use crate::port::sys::arena::{Arena, Chunk};
 use crate::port::sys::lending::{Lender, Wrong};
 use crate::port::sys::xsk::{Descriptor, Rings};
 
-/// Chunks that a quiet device holds, to receive into.
-const QUIET: u32 = 128;
+/// Chunks that a quiet device holds, to receive into: the fragments of the largest datagram at an MTU of 1500.
+const QUIET: u32 = 64;
 /// After so many batches that needed a small part of what a device holds, it holds half as many.
 const PATIENCE: u32 = 4096;
 

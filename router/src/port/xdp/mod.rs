@@ -11,6 +11,7 @@ mod endpoint;
 pub mod outer;
 mod partial;
 mod port;
+mod probe;
 pub mod programs;
 #[cfg(test)]
 mod tests;
@@ -19,4 +20,5 @@ mod underlay;
 pub use assembler::{Assembler, Helper, Label, Operation, Register, Size, Verdict, When};
 pub use channel::{Attachment, IN_ONE, XdpDevice};
 pub use port::XdpPort;
+pub use probe::probe;
 pub use underlay::{Hops, XdpUnderlay};

@@ -10,7 +10,7 @@ use weft_encap::vxlan::Vni;
 use weft_router::tables::{Gateway, Mode};
 
 use super::reader::{At, Place, Problem, Reader};
-use super::{Config, DEFAULT_PORT, DEFAULT_STATE_DIR, Draft, DraftPeer, DraftUnderlay, Peer, Underlay};
+use super::{Config, DEFAULT_PORT, DEFAULT_STATE_DIR, Draft, DraftPeer, DraftUnderlay, Peer, PortKind, Underlay};
 use crate::control::derive;
 use crate::control::host::{Host, Interface};
 
@@ -48,6 +48,7 @@ pub fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Conf
             node: node.value.clone(),
             mode,
             workers: draft.workers.as_ref().map(|workers| workers.value),
+            port: draft.port.as_ref().map_or(PortKind::Tap, |port| port.value),
             vni: Vni::new(draft.vni.as_ref().map_or(1, |vni| vni.value))?,
             mtu,
             socket: draft.socket.as_ref().map_or(PathBuf::from(weft_api::SOCKET), |path| path.value.clone()),

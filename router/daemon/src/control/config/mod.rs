@@ -17,7 +17,7 @@
 //! ranges = ["10.244.2.0/24", "fd00:10:244:2::/64"]
 //! ```
 //!
-//! Optional: `workers` (by the number of CPUs, see [`default_workers`]), `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
+//! Optional: `workers` (by the number of CPUs, see [`default_workers`]), `port` (`"tap"`), `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
 //! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
 //! `underlay.device`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[log]`.
@@ -47,10 +47,45 @@ const DEFAULT_STATE_DIR: &str = "/var/lib/weft";
 /// Most workers: more than any node has CPUs to spare.
 const MAX_WORKERS: usize = 64;
 
+/// Most small buffers of a worker: 2 GiB.
+const MAX_CHUNKS: u32 = 1 << 20;
+
+/// Small buffers of each worker where veths are the rule: each holds some for the kernel to receive into, and a node has up to 110
+/// pods unless the kubelet is told otherwise.
+const XDP_CHUNKS: u32 = 16_384;
+
 /// How many workers a node with so many CPUs has unless configured: one, or a quarter of the CPUs if that is more, up to eight. The pods
 /// themselves, whose work is the larger part, need the others.
 pub fn default_workers(cpus: usize) -> usize {
     (cpus / 4).clamp(1, 8)
+}
+
+/// What a pod gets as a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PortKind {
+    /// A TAP.
+    Tap,
+    /// A veth that leads to AF_XDP sockets.
+    Xdp,
+    /// What suits the node.
+    Auto,
+}
+
+impl PortKind {
+    /// How it is written.
+    pub const FORM: &str = "one of \"tap\", \"xdp\", \"auto\"";
+}
+
+impl std::str::FromStr for PortKind {
+    type Err = ();
+    fn from_str(text: &str) -> Result<PortKind, ()> {
+        match text {
+            "tap" => Ok(PortKind::Tap),
+            "xdp" => Ok(PortKind::Xdp),
+            "auto" => Ok(PortKind::Auto),
+            _ => Err(()),
+        }
+    }
 }
 
 /// A valid configuration.
@@ -62,6 +97,8 @@ pub struct Config {
     pub mode: Mode,
     /// Threads of the data plane; by the number of CPUs unless given.
     pub workers: Option<usize>,
+    /// What pods get as devices.
+    pub port: PortKind,
     /// VXLAN network identifier.
     pub vni: Vni,
     /// MTU of pods in bytes.
@@ -123,6 +160,8 @@ pub struct Limits {
     pub fdb_age: u64,
     /// Flows in the cache.
     pub flows: usize,
+    /// Small buffers of each worker; by the kind of the pods' devices unless given.
+    pub chunks: Option<u32>,
     /// Broadcast and multicast copies per second and port.
     pub flood_rate: u32,
     /// ICMP errors per second and port.
@@ -181,6 +220,7 @@ impl Config {
             ("node", self.node != new.node),
             ("mode", self.mode != new.mode),
             ("workers", self.workers != new.workers),
+            ("port", self.port != new.port),
             ("vni", self.vni != new.vni),
             ("socket", self.socket != new.socket),
             ("state_dir", self.state_dir != new.state_dir),
@@ -195,6 +235,12 @@ impl Config {
             ("log.format", self.log.json != new.log.json),
         ];
         fixed.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect()
+    }
+
+    /// Sizes and limits of the data plane.
+    pub fn sizes(&self) -> RouterConfig {
+        let chunks = self.limits.chunks.or((self.port == PortKind::Xdp).then_some(XDP_CHUNKS));
+        Limits { chunks, ..self.limits }.into()
     }
 
     /// The gateway of the family of `address`.
@@ -215,13 +261,15 @@ impl Underlay {
 
 impl From<Limits> for RouterConfig {
     fn from(limits: Limits) -> RouterConfig {
+        let defaults = RouterConfig::default();
         RouterConfig {
             fdb_limit: limits.fdb_limit,
             fdb_age: Duration::from_secs(limits.fdb_age),
             flows: limits.flows,
+            chunks: limits.chunks.unwrap_or(defaults.chunks),
             flood_rate: limits.flood_rate,
             icmp_rate: limits.icmp_rate,
-            ..RouterConfig::default()
+            ..defaults
         }
     }
 }
@@ -235,6 +283,7 @@ struct Draft {
     node: Option<At<String>>,
     mode: Option<At<String>>,
     workers: Option<At<usize>>,
+    port: Option<At<PortKind>>,
     vni: Option<At<u32>>,
     mtu: Option<At<u32>>,
     socket: Option<At<PathBuf>>,
@@ -271,6 +320,7 @@ impl Draft {
             node: reader.parsed(&mut root, "node", TEXT),
             mode: reader.parsed(&mut root, "mode", TEXT),
             workers: reader.number(&mut root, "workers", 1..=MAX_WORKERS),
+            port: reader.parsed(&mut root, "port", PortKind::FORM),
             vni: reader.number(&mut root, "vni", 0..=Vni::MAX.get()),
             mtu: reader.number(&mut root, "mtu", 0..=u32::from(u16::MAX)),
             socket: reader.parsed(&mut root, "socket", "a path"),
@@ -329,6 +379,7 @@ impl Default for Limits {
             fdb_limit: defaults.fdb_limit,
             fdb_age: defaults.fdb_age.as_secs(),
             flows: defaults.flows,
+            chunks: None,
             flood_rate: defaults.flood_rate,
             icmp_rate: defaults.icmp_rate,
         }
@@ -345,6 +396,7 @@ impl Limits {
         limits.fdb_age =
             reader.number(&mut section, "fdb_age", 1..=86_400).map_or(limits.fdb_age, |found: At<u64>| found.value);
         limits.flows = size(reader.number(&mut section, "flows", 64..=1 << 24), limits.flows);
+        limits.chunks = reader.number(&mut section, "chunks", 1024..=MAX_CHUNKS).map(|found: At<u32>| found.value);
         limits.flood_rate = number(reader.number(&mut section, "flood_rate", 0..=u32::MAX), limits.flood_rate);
         limits.icmp_rate = number(reader.number(&mut section, "icmp_rate", 0..=u32::MAX), limits.icmp_rate);
         reader.finish(section);
