@@ -20,7 +20,7 @@ const SHAPES: [Shape; 8] = [
 ];
 
 /// Without it the TCP stream beside the flows would hardly get through.
-const PAUSE: Duration = Duration::from_micros(500);
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// All senders to one pod at once, and a TCP stream beside them whose bytes are compared.
 #[track_caller]
@@ -29,7 +29,7 @@ fn stays_in_order(senders: &[&Pod], to: &Pod, over6: bool) {
     let receiver = Receiver::start(&to.netns(), address);
     let floods: Vec<Flood> =
         senders.iter().map(|from| Flood::start(&from.netns(), receiver.address, &SHAPES, PAUSE)).collect();
-    traffic::transfer(&senders[0].netns(), &to.netns(), address, 16 << 20);
+    traffic::transfer(&senders[0].netns(), &to.netns(), address, 2 << 20);
     std::thread::sleep(Duration::from_secs(1));
     let sent: u64 = floods.into_iter().map(Flood::stop).sum();
     let seen = receiver.stop();
