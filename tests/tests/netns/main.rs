@@ -14,8 +14,6 @@ mod hostile;
 mod interop;
 mod labs;
 mod lifecycle;
-mod order;
-mod overload;
 mod reach;
 mod throughput;
 mod workers;
