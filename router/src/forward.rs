@@ -48,8 +48,7 @@ pub struct Forwarder {
     last_member: (IpAddr, u64, NodeId),
     /// The port of the frame that is on its way.
     current: PortId,
-    /// What a vector's frames looked like; one of length zero was not understood. A panic may leave fewer places, never
-    /// none where frames are waited for: it is made anew then.
+    /// What a vector's frames looked like. Empty after a panic, and then made anew.
     seen: Vec<Glimpse>,
 }
 
@@ -70,10 +69,9 @@ impl Forwarder {
     /// Takes one frame and leaves zero or more in `out`. Never blocks, never fails.
     pub fn forward(&mut self, frame: Frame, tables: &Tables, now: Instant, pool: &Pool, out: &mut Outbox) {
         let mut seen = Glimpse::default();
-        let slot = self.look(&frame, tables, &mut seen).and_then(|()| self.recognise(&seen, tables, now));
-        match slot {
-            Some(slot) => self.follow(frame, &seen, slot, tables, now, out),
-            None => self.forward_thoroughly(frame, &Round { tables, now, pool }, out),
+        self.look(&frame, tables, &mut seen);
+        if let Err(frame) = self.follow(frame, &seen, tables, now, out) {
+            self.forward_thoroughly(frame, &Round { tables, now, pool }, out);
         }
     }
 
@@ -88,19 +86,18 @@ impl Forwarder {
         pool: &Pool,
         out: &mut Outbox,
     ) {
-        // A vector comes from one port.
-        self.current = frames.as_slice().first().map_or(self.current, |frame| frame.ingress());
         let mut seen = std::mem::take(&mut self.seen);
         seen.resize(BATCH, Glimpse::default());
-        for (frame, seen) in frames.as_slice().iter().zip(&mut seen) {
-            if self.look(frame, tables, seen).is_none() {
-                seen.len = 0;
+        while let Some(first) = frames.as_slice().first() {
+            // A vector comes from one port.
+            self.current = first.ingress();
+            for (frame, seen) in frames.as_slice().iter().zip(&mut seen) {
+                self.look(frame, tables, seen);
             }
-        }
-        for (frame, seen) in frames.zip(&seen) {
-            match self.recognise(seen, tables, now) {
-                Some(slot) => self.follow(frame, seen, slot, tables, now, out),
-                None => self.forward_thoroughly(frame, &Round { tables, now, pool }, out),
+            for (seen, frame) in seen.iter().zip(&mut *frames) {
+                if let Err(frame) = self.follow(frame, seen, tables, now, out) {
+                    self.forward_thoroughly(frame, &Round { tables, now, pool }, out);
+                }
             }
         }
         self.seen = seen;
@@ -415,7 +412,7 @@ impl Forwarder {
             flood_budget: Budgets::new(config.flood_rate),
             icmp_budget: Budgets::new(config.icmp_rate),
             stats: Stats::default(),
-            last_member: (IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0, NodeId(0)),
+            last_member: (IpAddr::V4(Ipv4Addr::UNSPECIFIED), u64::MAX, NodeId(0)),
             current: PortId(0),
             seen: vec![Glimpse::default(); BATCH],
         }

@@ -10,7 +10,8 @@ use std::time::Duration;
 use weft_encap::vxlan::VXLAN_LEN;
 
 use super::Forwarder;
-use crate::conntrack::{self, To};
+use crate::bridge::Fdb;
+use crate::conntrack::{self, Entry, To};
 use crate::frame::Frame;
 use crate::glimpse::{Glimpse, glimpse};
 use crate::path::Sender;
@@ -23,9 +24,16 @@ use crate::{nat, tunnel};
 const TEACH_EACH: Duration = Duration::from_secs(1);
 
 impl Forwarder {
-    /// Looks at a frame's headers, and has what the flow cache says about them fetched.
+    /// Looks at a frame's headers, and has what the flow cache says about them fetched. What is not understood gets the length zero.
     #[inline(always)]
-    pub(super) fn look(&mut self, frame: &Frame, tables: &Tables, seen: &mut Glimpse) -> Option<()> {
+    pub(super) fn look(&mut self, frame: &Frame, tables: &Tables, seen: &mut Glimpse) {
+        if self.read(frame, tables, seen).is_none() {
+            seen.len = 0;
+        }
+    }
+
+    #[inline(always)]
+    fn read(&mut self, frame: &Frame, tables: &Tables, seen: &mut Glimpse) -> Option<()> {
         let (meta, head) = frame.parts();
         let (start, sender) = match &meta.outer {
             None => (0, Sender::Pod(meta.ingress())),
@@ -49,30 +57,44 @@ impl Forwarder {
         Some(node)
     }
 
-    /// Finds the path of a flow, if this packet may take it.
+    /// Sends a frame that was looked at where its flow goes, if the cache knows and this packet may go there; otherwise gives it
+    /// back as it was. Does what `nat::rewrite`, `commit` and `emit` do, for the few paths that the cache can hold.
     #[inline(always)]
-    pub(super) fn recognise(&mut self, seen: &Glimpse, tables: &Tables, now: Instant) -> Option<usize> {
+    pub(super) fn follow(
+        &mut self,
+        mut frame: Frame,
+        seen: &Glimpse,
+        tables: &Tables,
+        now: Instant,
+        out: &mut Outbox,
+    ) -> Result<(), Frame> {
         if seen.len == 0 {
-            return None;
+            return Err(frame);
         }
-        let slot = self.conntrack.find(&seen.signature, seen.hash)?;
-        let entry = self.conntrack.entry(slot);
-        let fits = seen.wire_size <= entry.mtu() && (!entry.is_routed() || seen.ttl > 1);
-        let holds = fits && entry.epoch() == tables.epoch && (!entry.rests() || self.confirm(slot, now));
-        holds.then_some(slot)
-    }
-
-    /// Whether the learned MAC that a flow rests on is where it was; if so, that is not asked again until some MAC moves.
-    fn confirm(&mut self, slot: usize, now: Instant) -> bool {
-        let (entry, version) = (self.conntrack.entry_mut(slot), self.fdb.version());
-        if entry.fdb_version() == version {
-            return true;
+        let Some(slot) = self.conntrack.find(&seen.signature, seen.hash) else { return Err(frame) };
+        let entry = self.conntrack.entry_mut(slot);
+        let routed = entry.is_routed();
+        let fits = seen.wire_size <= entry.mtu() && (!routed || seen.ttl > 1);
+        if !fits || entry.epoch() != tables.epoch || (entry.rests() && !confirm(entry, &self.fdb, now)) {
+            return Err(frame);
         }
-        let holds = entry.learned().is_some_and(|learned| self.fdb.holds(&learned, now));
-        if holds {
-            entry.confirm(version);
+        entry.seen(seen.len as usize, now);
+        let to = entry.to();
+        frame.strip(seen.start.into(), seen.len as usize);
+        if let Some(gso) = &mut frame.offload.gso {
+            gso.header_len = seen.header_len;
         }
-        holds
+        if routed && let Some(macs) = entry.routed() {
+            nat::route(frame.head_mut(), macs, seen.v4);
+        }
+        if seen.start > 0 {
+            self.hear(seen, slot, now);
+        }
+        match to {
+            To::Port(port) => self.push(port, frame, out),
+            To::Node(node) => self.send(node, frame, conntrack::entropy(seen.hash), tables, out),
+        }
+        Ok(())
     }
 
     /// Whether what is known of a flow may still be used; asks without noting the answer.
@@ -80,38 +102,6 @@ impl Forwarder {
         let entry = self.conntrack.entry(slot);
         let unmoved = |learned| entry.fdb_version() == self.fdb.version() || self.fdb.holds(&learned, now);
         entry.epoch() == tables.epoch && entry.learned().is_none_or(unmoved)
-    }
-
-    /// Sends a frame where its flow goes. Does what [`nat::rewrite`], [`Forwarder::commit`] and [`Forwarder::emit`] do, for the
-    /// few paths that the cache can hold.
-    #[inline(always)]
-    pub(super) fn follow(
-        &mut self,
-        mut frame: Frame,
-        seen: &Glimpse,
-        slot: usize,
-        tables: &Tables,
-        now: Instant,
-        out: &mut Outbox,
-    ) {
-        frame.strip(seen.start.into(), seen.len as usize);
-        if let Some(gso) = &mut frame.offload.gso {
-            gso.header_len = seen.header_len;
-        }
-        if seen.start > 0 {
-            self.hear(seen, slot, now);
-        }
-        let entry = self.conntrack.entry_mut(slot);
-        entry.seen(seen.len as usize, now);
-        if entry.is_routed()
-            && let Some(macs) = entry.routed()
-        {
-            nat::route(frame.head_mut(), macs, seen.v4);
-        }
-        match entry.to() {
-            To::Port(port) => self.push(port, frame, out),
-            To::Node(node) => self.send(node, frame, conntrack::entropy(seen.hash), tables, out),
-        }
     }
 
     /// A node sent a frame of a known flow: tells the FDB, if it may not know or is to be told again.
@@ -128,4 +118,17 @@ impl Forwarder {
             entry.teach(now);
         }
     }
+}
+
+/// Whether the learned MAC that a flow rests on is where it was; if so, that is not asked again until some MAC moves.
+fn confirm(entry: &mut Entry, fdb: &Fdb, now: Instant) -> bool {
+    let version = fdb.version();
+    if entry.fdb_version() == version {
+        return true;
+    }
+    let holds = entry.learned().is_some_and(|learned| fdb.holds(&learned, now));
+    if holds {
+        entry.confirm(version);
+    }
+    holds
 }

@@ -94,7 +94,9 @@ impl Bed {
         for layout in [Layout::Same, Layout::Two] {
             bed.check(layout).with_context(|| format!("no traffic between {}", layout.label()))?;
         }
-        for netns in [bed.ends(Layout::Same).from.netns, bed.ends(Layout::Same).to.netns, bed.ends(Layout::Two).to.netns] {
+        for netns in
+            [bed.ends(Layout::Same).from.netns, bed.ends(Layout::Same).to.netns, bed.ends(Layout::Two).to.netns]
+        {
             forget_pacing(&netns)?;
         }
         for netns in [bed.ends(Layout::Same).to.netns, bed.ends(Layout::Two).to.netns] {
