@@ -5,8 +5,10 @@ use std::path::Path;
 use weft_encap::virtio;
 use weft_ipam::{Facts, Owner, Range, RangeSet, Store};
 use weft_tests::frames::{self, L2, L3};
+use weft_tests::gathering::RECORD;
 use weft_tests::hostile::seeds;
 use weft_tests::memory::{Input, pod_mac, pod4, remote4};
+use weft_tests::random::Random;
 
 fn main() -> std::io::Result<()> {
     let forward: Vec<Vec<u8>> = seeds().chunks(40).map(|group| group.iter().flat_map(framed).collect()).collect();
@@ -14,6 +16,7 @@ fn main() -> std::io::Result<()> {
     let tunnelled: Vec<Vec<u8>> =
         seeds().into_iter().filter(|seed| seed.outer.is_some()).map(|seed| seed.bytes).step_by(9).collect();
     write("underlay", &[tunnelled, vec![train()]].concat())?;
+    write("gather", &vectors())?;
     write("virtio", &superframes())?;
     let link: Vec<Vec<u8>> = seeds().into_iter().filter(|seed| seed.outer.is_none()).map(|seed| seed.bytes).collect();
     let upper =
@@ -51,6 +54,24 @@ fn train() -> Vec<u8> {
     };
     let stride = (segment(0).len() as u16).to_be_bytes();
     [&stride[..], &[8], &segment(0), &segment(1), &segment(2)].concat()
+}
+
+/// Streams from a pod and from nodes, undisturbed and in which anything happens; and frames for the raw form.
+fn vectors() -> Vec<Vec<u8>> {
+    let mut random = Random::new(0x6a);
+    let mut all = Vec::new();
+    for from_nodes in [0, 1] {
+        let undisturbed = (0..24).flat_map(|number| [number % 3, 0x80, 0, 255, 0, 128, 0, 0]);
+        all.push([from_nodes].into_iter().chain(undisturbed).collect());
+        all.push([&[from_nodes][..], &random.bytes(30 * RECORD)].concat());
+    }
+    let l2 = L2 { src: pod_mac(1), dst: pod_mac(2) };
+    let segment = |number: u32| {
+        let bytes = frames::tcp(l2, L3::new(pod4(1), pod4(2)), (1, 2), 1 + number * 600, &[number as u8; 600]);
+        [&[1][..], &[0; virtio::LEN], &(bytes.len() as u16).to_be_bytes(), &bytes].concat()
+    };
+    all.push([vec![0x80], segment(0), segment(1), segment(2)].concat());
+    all
 }
 
 fn superframes() -> Vec<Vec<u8>> {

@@ -7,17 +7,21 @@ use weft_encap::exercise;
 use weft_encap::offload::Offload;
 use weft_router::PortId;
 use weft_router::frame::Outer;
+use weft_router::port::BATCH;
+use weft_router::port::memory::Packet;
 use weft_router::tables::Mode;
 
+use crate::gathering;
 use crate::memory::{Input, Memory, PODS, node_underlay, tables};
 
 /// An entry: it takes anything.
 pub type Entry = fn(&[u8]);
 
 /// All entries of this crate by the name of their target. `cni` and `config` are programs of their own.
-pub const ALL: [(&str, Entry); 6] = [
+pub const ALL: [(&str, Entry); 7] = [
     ("forward", forward),
     ("underlay", underlay),
+    ("gather", gather),
     ("virtio", virtio),
     ("neighbour", neighbour),
     ("api", api),
@@ -63,6 +67,24 @@ pub fn underlay(bytes: &[u8]) {
         let input = Input { outer, ..Input::pod(0, bytes.get(..bytes.len().min(4096)).unwrap_or_default().to_vec()) };
         memory.feed(&input);
     }
+}
+
+/// Vectors to be gathered. The first byte says of what: streams as [`gathering::packets`] reads them or, if bit 7 is set, any frames as
+/// [`forward`] reads them, all from one port.
+pub fn gather(bytes: &[u8]) {
+    if bytes.first().is_none_or(|first| first & 0x80 == 0) {
+        gathering::check(&gathering::packets(bytes));
+        return;
+    }
+    let (mut packets, mut rest) = (Vec::new(), &bytes[1..]);
+    while let Some((input, tail)) = frame(rest) {
+        rest = tail;
+        let same_port = packets.first().is_none_or(|first: &Packet| first.outer.is_some() == input.outer.is_some());
+        if same_port && packets.len() < BATCH {
+            packets.push(Packet { bytes: input.bytes, offload: input.offload, outer: input.outer });
+        }
+    }
+    gathering::check(&packets);
 }
 
 /// What a pod's virtio header says, and cutting superframes.

@@ -10,8 +10,10 @@ use weft_encap::offload::Offload;
 use weft_encap::vxlan::Vni;
 use weft_router::forward::Forwarder;
 use weft_router::frame::{Body, Frame, Outer};
+use weft_router::gather::gather;
 use weft_router::pool::Pool;
-use weft_router::port::Outbox;
+use weft_router::port::memory::Packet;
+use weft_router::port::{Batch, Outbox};
 use weft_router::stats::PortStats;
 use weft_router::tables::{Gateway, Mode, Node, NodeId, Pod, Via};
 use weft_router::{DropReason, Instant, PortId, RouterConfig, Tables};
@@ -199,6 +201,24 @@ impl Memory {
         let after = self.forwarder.stats().of(input.port);
         self.check(input, &after);
         Outcome { sent, ended: ended(&before, &after) }
+    }
+
+    /// Forwards what lies in one vector of a port, after segments of one stream were gathered, as the worker does.
+    pub fn feed_together(&mut self, port: PortId, packets: &[Packet]) -> Vec<Output> {
+        let mut batch = Batch::new();
+        for packet in packets {
+            let mut frame = Frame::from_bytes(&packet.bytes, port, &self.pool).expect("there are free buffers");
+            (frame.offload, frame.outer) = (packet.offload, packet.outer);
+            self.forwarder.stats().received(&frame);
+            batch.push(frame);
+        }
+        gather(&mut batch, &self.pool, self.forwarder.stats());
+        self.forwarder.forward_all(&mut batch.drain(..), &self.tables, self.now, &self.pool, &mut self.out);
+        let sent = self.drain();
+        let stats = self.forwarder.stats().of(port);
+        assert_eq!(stats.in_flight(), 0, "frames are not conserved after {packets:?}");
+        assert_eq!(self.pool.free(), (CHUNKS as usize, SUPERS as usize), "a buffer is lost after {packets:?}");
+        sent
     }
 
     /// Counters of a port.

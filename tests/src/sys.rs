@@ -1,4 +1,4 @@
-//! The one place with unsafe code: raw Ethernet sockets, for which `rustix` has no address type.
+//! The one place with unsafe code: raw Ethernet sockets, for which `rustix` has no address type, and a socket option.
 //!
 //! See packet(7).
 
@@ -26,4 +26,15 @@ pub fn packet_socket(index: u32) -> io::Result<OwnedFd> {
     // SAFETY: the pointer and the length describe `address`, which lives beyond the call; bind(2) only reads it.
     let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) };
     if bound < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
+}
+
+/// Has the kernel cut what is sent by this socket into datagrams of so many bytes: UDP_SEGMENT of udp(7), for which `rustix` has no call.
+pub fn segment(socket: &std::net::UdpSocket, size: usize) -> io::Result<()> {
+    let size = size as libc::c_int;
+    let len = size_of_val(&size) as libc::socklen_t;
+    // SAFETY: the pointer and the length describe `size`, which lives beyond the call; setsockopt(2) only reads it.
+    let set = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, (&raw const size).cast(), len)
+    };
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

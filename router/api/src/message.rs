@@ -304,6 +304,18 @@ pub struct Status {
     pub epoch: u64,
     /// Sums over all ports.
     pub counters: Counters,
+    /// Buffers that hold no frame; absent if weftd is too old to say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub free: Option<FreeBuffers>,
+}
+
+/// Buffers of all workers that hold no frame. When nothing is in flight there are as many as ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreeBuffers {
+    /// Small ones, for headers and short frames.
+    pub chunks: usize,
+    /// Large ones, for payload.
+    pub supers: usize,
 }
 
 /// How full a range is.

@@ -121,6 +121,7 @@ fn status(status: &Status, style: Style) -> String {
         ("tunnel", format!("VXLAN, VNI {}, VTEP MAC {}", status.vni, status.vtep_mac)),
         ("tables", format!("epoch {}", status.epoch)),
         ("in", format!("{} frames, {}", counters.received, bytes(counters.received_bytes))),
+        ("merged", format!("{} of them became part of a superframe", counters.merged)),
         ("out", format!("{} frames, {}", counters.sent, bytes(counters.sent_bytes))),
         ("dropped", format!("{} frames (`weft drops` says why)", counters.dropped)),
     ];
@@ -160,6 +161,7 @@ fn ports(mut list: Vec<PortInfo>, style: Style) -> String {
         "addresses",
         ">in",
         ">bytes in",
+        ">merged",
         ">out",
         ">bytes out",
         ">dropped",
@@ -179,6 +181,7 @@ fn ports(mut list: Vec<PortInfo>, style: Style) -> String {
             addresses(&port.addresses),
             port.counters.received.to_string(),
             bytes(port.counters.received_bytes),
+            port.counters.merged.to_string(),
             port.out.to_string(),
             bytes(port.out_bytes),
             port.counters.dropped.to_string(),
@@ -358,6 +361,7 @@ mod tests {
             leases: vec![weft_api::RangeUse { range: "10.244.1.0/24".into(), leased: 2, size: 253 }],
             epoch: 3,
             counters: Counters { received: 10, sent: 8, dropped: 2, ..Counters::default() },
+            free: None,
         }
     }
 
@@ -426,6 +430,15 @@ mod tests {
         };
         let text = ports(vec![port(1, "up"), port(2, "gone")], Style::PLAIN);
         assert!(text.lines().nth(1).unwrap().contains("gone"), "{text}");
+    }
+
+    #[test]
+    fn frames_that_became_part_of_a_superframe_are_shown() {
+        let mut answer = sample();
+        (answer.counters.received, answer.counters.merged) = (4321, 4311);
+        let text = status(&answer, Style::PLAIN);
+        assert!(text.contains("merged   4311 of them became part of a superframe\n"), "{text}");
+        assert!(!text.contains("unaccounted"), "{text}");
     }
 
     #[test]

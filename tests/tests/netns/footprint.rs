@@ -3,8 +3,12 @@
 use std::time::Duration;
 
 use weft_tests::cluster::Cluster;
+use weft_tests::command::eventually;
+use weft_tests::daemon::Daemon;
+use weft_tests::flood::{Flood, Receiver, Shape};
 use weft_tests::lab::Lab;
 use weft_tests::machine::{binary, turn};
+use weft_tests::{plugin, traffic};
 
 #[test]
 fn an_idle_daemon_with_ten_pods_uses_under_one_percent_of_a_cpu_and_64_mib() {
@@ -18,6 +22,59 @@ fn an_idle_daemon_with_ten_pods_uses_under_one_percent_of_a_cpu_and_64_mib() {
     let used = daemon.cpu_time() - before;
     assert!(used <= Duration::from_millis(100), "{used:?} of CPU time in ten idle seconds");
     assert!(daemon.resident_kib() < 64 << 10, "{} KiB", daemon.resident_kib());
+}
+
+/// CPU time in `seconds` in which nothing happens, at most half a percent of one; and memory: 64 MiB, and 256 KiB for each pod.
+#[track_caller]
+fn assert_idle(daemon: &Daemon, pods: u64, when: &str) {
+    const PATIENCE: Duration = Duration::from_secs(16);
+    // What pods say when they come up, or when a connection ends, is over.
+    std::thread::sleep(Duration::from_secs(4));
+    let before = daemon.cpu_time();
+    std::thread::sleep(PATIENCE);
+    let (used, resident) = (daemon.cpu_time() - before, daemon.resident_kib());
+    println!("{when}: {used:?} of CPU time in {PATIENCE:?}, {resident} KiB");
+    assert!(used < PATIENCE / 200, "{used:?} of CPU time in {PATIENCE:?} {when}");
+    assert!(resident < (64 << 10) + pods * 256, "{resident} KiB {when}");
+}
+
+#[test]
+fn with_a_hundred_pods_an_idle_daemon_stays_under_half_a_percent_and_256_kib_for_each() {
+    const PODS: usize = 100;
+    let _turn = turn();
+    let cluster = Cluster::new("hundred");
+    let node = cluster.weft_node(1, "routed", "");
+    let attach = |number| {
+        let name = format!("p{number}");
+        let sandbox = cluster.sandbox(&name);
+        let addresses = plugin::addresses(&node.attach(&name, &sandbox));
+        (sandbox, addresses[0])
+    };
+    let pods: Vec<_> = (0..PODS).map(attach).collect();
+    let daemon = node.daemon();
+    assert_eq!(daemon.status().pods, PODS);
+    assert_idle(&daemon, PODS as u64, "before any traffic");
+    let train = [Shape { size: 1400, train: 40 }, Shape { size: 100, train: 1 }];
+    for group in pods.chunks(10) {
+        let receivers: Vec<_> = group.iter().map(|(pod, address)| Receiver::start(pod, *address)).collect();
+        let next = receivers.iter().cycle().skip(1);
+        let floods: Vec<_> = group
+            .iter()
+            .zip(next)
+            .map(|((pod, _), to)| Flood::start(pod, to.address, &train, Duration::ZERO))
+            .collect();
+        for (_, address) in group {
+            eventually("datagrams pass", Duration::from_secs(10), || daemon.port_of(*address).out > 2_000);
+        }
+        let sent: u64 = floods.into_iter().map(Flood::stop).sum();
+        assert!(sent > 2_000 * group.len() as u64);
+        receivers.into_iter().for_each(|receiver| assert_eq!(receiver.stop().flows.len(), train.len()));
+    }
+    for pair in pods.chunks(2).take(3) {
+        traffic::transfer(&pair[0].0, &pair[1].0, pair[1].1, 64 << 20);
+    }
+    assert_idle(&daemon, PODS as u64, "after a burst");
+    daemon.assert_conserved();
 }
 
 #[test]
@@ -53,9 +110,7 @@ fn descriptors_and_leases_are_back_to_the_start_after_pods_came_and_went() {
     round();
     let before = node.daemon().descriptors();
     (0..20).for_each(|_| round());
-    weft_tests::command::eventually("descriptors are back", Duration::from_secs(3), || {
-        node.daemon().descriptors() <= before
-    });
+    eventually("descriptors are back", Duration::from_secs(3), || node.daemon().descriptors() <= before);
     assert_eq!(node.daemon().leases().len(), 0);
     assert_eq!(node.daemon().ports().iter().filter(|port| port.role == "pod").count(), 0);
 }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use weft_api::{Failure, RangeUse, Status, code};
+use weft_api::{Failure, FreeBuffers, RangeUse, Status, code};
 use weft_ipam::Usage;
 use weft_router::Snapshot;
 use weft_router::tables::Mode;
@@ -90,6 +90,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
             .collect(),
         epoch: snapshot.epoch,
         counters: sum,
+        free: Some(FreeBuffers { chunks: snapshot.free.0, supers: snapshot.free.1 }),
     })
 }
 
