@@ -78,8 +78,8 @@ pub fn run(buf: &[u8], stride: usize, skip: usize) -> Run {
 
 /// A run of frames that lie apart: each in a buffer of its own, in the order in which they came.
 ///
-/// The rules are those of [`run`]. A frame whose checksum is still partial needs no verification: nobody has claimed that it
-/// is right, and the superframe claims no more.
+/// The rules are those of [`run`]. Of a frame whose checksum is still partial, what stands in the field must be the
+/// pseudo-header's sum, as it will be in the superframe: a wrong one stays wrong.
 #[derive(Copy, Clone, Debug)]
 pub struct Merger {
     run: Run,
@@ -367,7 +367,10 @@ impl<'a> Candidate<'a> {
         let offset = if self.kind == GsoKind::Udp { udp::CHECKSUM_OFFSET } else { tcp::CHECKSUM_OFFSET };
         match partial {
             Some(partial) => {
-                partial == Partial { start: self.l4 as u16, offset: offset as u16 } && self.is_header_valid()
+                let protocol = if self.kind == GsoKind::Udp { ip::UDP } else { ip::TCP };
+                partial == Partial { start: self.l4 as u16, offset: offset as u16 }
+                    && self.is_header_valid()
+                    && partial_checksum(self.bytes, ETH_LEN, self.l4, protocol)
             }
             None => self.is_valid(),
         }
