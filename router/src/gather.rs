@@ -5,7 +5,7 @@
 //! receiving pod's stack; copying a segment's payload costs a fortieth of that. So what lies in one vector is merged, by the
 //! rules of [`weft_encap::coalesce`]. Nothing waits for a frame that may come.
 //!
-//! Up to [`OPEN`] streams are merged at once. A frame joins the superframe that its stream has open, ahead of other streams'
+//! A few streams are merged at once. A frame joins the superframe that its stream has open, ahead of other streams'
 //! frames, never ahead of its own stream's.
 
 use arrayvec::ArrayVec;
