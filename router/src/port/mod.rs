@@ -71,11 +71,6 @@ impl Batch {
         self.frames.push(frame);
     }
 
-    /// Appends as many frames as there is room for.
-    pub fn fill(&mut self, frames: impl Iterator<Item = Frame>) {
-        self.frames.extend(frames.take(BATCH - self.frames.len()));
-    }
-
     /// Whether no more frames shall be added.
     pub fn is_full(&self) -> bool {
         self.frames.len() >= BATCH
