@@ -22,7 +22,8 @@ const STEPS: [&str; 10] =
 const BELOW_STEPS: [&str; 7] = ["drop_reason", "flow", "frame", "packet", "path", "pool", "time"];
 
 /// Modules that steps stand on, and which therefore know no step.
-const BELOW: [&str; 9] = ["drop_reason", "flow", "frame", "packet", "path", "pool", "port", "stats", "time"];
+const BELOW: [&str; 10] =
+    ["drop_reason", "flow", "frame", "glimpse", "packet", "path", "pool", "port", "stats", "time"];
 
 /// What reads clocks and moves bytes.
 const SHELL: [&str; 4] = ["worker", "control", "time", "port"];
