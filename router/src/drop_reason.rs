@@ -42,6 +42,7 @@ reasons! {
     #[fine] Answered = "the frame was for the gateway, which answered or took it",
     #[fine] NoReceiver = "a broadcast or multicast frame with nobody else in its segment to hear it",
     #[fine] Hairpin = "the destination is behind the port the frame came in on",
+    #[fine] PortAbsent = "the port has no device yet or no longer: its pod is being attached or removed",
 
     // Reading the frame.
     TooShort = "the frame is shorter than its headers say",
@@ -84,7 +85,7 @@ reasons! {
     // Leaving.
     NoBuffer = "no free buffer was left",
     QueueFull = "the transmit queue of the port was full",
-    PortDown = "the port is down or gone",
+    PortDown = "the port's device is down or gone",
     DeviceRefused = "the device refused this frame",
     UnderlayMtu = "the encapsulated frame is larger than the underlay's MTU",
     UnderlayUnreachable = "the kernel has no route to the node, or refused to send there",

@@ -281,10 +281,13 @@ impl Worker {
         }
     }
 
-    /// Drops what waits for a port that is not there.
+    /// Drops what waits for a port that is not there. The tables know a pod a little before its device is here, and its device goes
+    /// a little before the frames to it: only a device that ended by itself is a loss.
     fn empty_queue(&mut self, id: PortId) {
+        let known = self.ports.get(id.index()).is_some_and(Option::is_some);
+        let reason = if known { DropReason::PortDown } else { DropReason::PortAbsent };
         for frame in self.outbox.queue(id).drain(..) {
-            self.forwarder.stats().drop(frame, DropReason::PortDown);
+            self.forwarder.stats().drop(frame, reason);
         }
     }
 
@@ -574,7 +577,7 @@ mod tests {
         inbox.borrow_mut().push_back(sample::udp4(100, 0).0);
         worker.run_dry();
         let counted = worker.forwarder.stats().of(A);
-        assert_eq!((counted.dropped[DropReason::PortDown as usize], counted.in_flight()), (1, 0));
+        assert_eq!((counted.dropped[DropReason::PortAbsent as usize], counted.in_flight()), (1, 0));
     }
 
     /// A port whose code has a bug.

@@ -171,9 +171,31 @@ pub struct Attach {
     /// The kind of port that was asked for: `tap`, `xdp` or `auto`; the node's if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<String>,
+    /// Limits on the pod's traffic; none if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<Bandwidth>,
     /// `K8S_POD_NAMESPACE`, `K8S_POD_NAME`, `K8S_POD_UID` and the like, for people.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+}
+
+/// Limits on a pod's traffic, in the terms of CNI's capability `bandwidth`: rates in bit/s, bursts in bits. A rate of 0 is
+/// no limit; a burst of 0 is left to the daemon.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Bandwidth {
+    /// Towards the pod.
+    #[serde(default)]
+    pub ingress_rate: u64,
+    /// Towards the pod.
+    #[serde(default)]
+    pub ingress_burst: u64,
+    /// From the pod.
+    #[serde(default)]
+    pub egress_rate: u64,
+    /// From the pod.
+    #[serde(default)]
+    pub egress_burst: u64,
 }
 
 /// One range of addresses, as in host-local's configuration.

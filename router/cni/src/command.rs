@@ -102,6 +102,7 @@ fn add(version: Version, config: &Config) -> Result<Value, Failure> {
         mac: wanted.mac,
         mtu: wanted.mtu,
         port: wanted.port,
+        bandwidth: None,
         labels: arguments.labels,
     });
     let wait = config.wait.unwrap_or(WAIT);

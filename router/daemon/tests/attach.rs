@@ -195,6 +195,7 @@ fn attach(container: &str) -> Attach {
         mac: None,
         mtu: None,
         port: None,
+        bandwidth: None,
         labels: std::collections::BTreeMap::new(),
     }
 }

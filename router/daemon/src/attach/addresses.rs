@@ -128,6 +128,7 @@ mod tests {
             mac: None,
             mtu: None,
             port: None,
+            bandwidth: None,
             labels: std::collections::BTreeMap::new(),
         }
     }
