@@ -8,10 +8,12 @@
 mod answers;
 mod bench;
 mod bridged;
+mod chains;
 mod cni;
 mod footprint;
 mod hostile;
 mod interop;
+mod ipam_plugins;
 mod labs;
 mod lifecycle;
 mod reach;
