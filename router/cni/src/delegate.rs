@@ -63,7 +63,9 @@ impl Delegate {
         let path = found.ok_or_else(|| {
             let folders: String = folders.chars().take(200).collect();
             invalid(format!("the IPAM plugin {} is in none of the folders of CNI_PATH ({folders})", quoted(name)))
-                .with_details("install it (on Debian: apt-get install containernetworking-plugins), or change ipam.type")
+                .with_details(
+                    "install it (on Debian: apt-get install containernetworking-plugins), or change ipam.type",
+                )
         })?;
         Ok(Delegate { name: name.to_owned(), path, whose: None })
     }
@@ -80,7 +82,10 @@ impl Delegate {
     /// Frees what an ADD gave that came to nothing after all.
     pub fn undo(&self, document: &Value) {
         if let Err(failure) = self.run("DEL", document) {
-            eprintln!("weft-cni: what {} gave could not be freed, which is left to the runtime's DEL: {failure}", self.name);
+            eprintln!(
+                "weft-cni: what {} gave could not be freed, which is left to the runtime's DEL: {failure}",
+                self.name
+            );
         }
     }
 
@@ -198,13 +203,25 @@ mod tests {
         });
         let given = delegate.given(&result).unwrap();
         assert_eq!(given.addresses[0].gateway.to_string(), "10.0.0.1");
-        assert_eq!((given.addresses[1].address.as_str(), given.addresses[1].gateway.to_string()), ("fd00::5/64", "::".into()));
-        let routes: Vec<String> = given.routes.unwrap().iter().map(|route| format!("{} {}", route.destination, route.gateway)).collect();
+        assert_eq!(
+            (given.addresses[1].address.as_str(), given.addresses[1].gateway.to_string()),
+            ("fd00::5/64", "::".into())
+        );
+        let routes: Vec<String> =
+            given.routes.unwrap().iter().map(|route| format!("{} {}", route.destination, route.gateway)).collect();
         assert_eq!(routes, ["0.0.0.0/0 0.0.0.0", "10.0.0.0/8 10.0.0.9"]);
         assert_eq!(given.dns, Some(json!({ "search": ["a"] })));
-        let bare = delegate.given(&json!({ "ips": [{ "address": "10.0.0.5/24" }], "routes": null, "dns": {} })).unwrap();
+        let bare =
+            delegate.given(&json!({ "ips": [{ "address": "10.0.0.5/24" }], "routes": null, "dns": {} })).unwrap();
         assert!(bare.routes.is_none() && bare.dns.is_none());
-        for bad in [json!({}), json!({ "ips": [] }), json!({ "ips": [{}] }), json!({ "ips": [7] }), json!(null), json!({ "ips": [{ "address": "10.0.0.5/24" }], "routes": 7 })] {
+        for bad in [
+            json!({}),
+            json!({ "ips": [] }),
+            json!({ "ips": [{}] }),
+            json!({ "ips": [7] }),
+            json!(null),
+            json!({ "ips": [{ "address": "10.0.0.5/24" }], "routes": 7 }),
+        ] {
             assert_eq!(delegate.given(&bad).unwrap_err().code, code::DELEGATE, "{bad}");
         }
     }

@@ -75,7 +75,10 @@ fn result(version: Version, config: &Config, sandbox: &str) -> Result<Value, Fai
         "dns": {},
     });
     if std::fs::read_to_string("/proc/thread-self/net/if_inet6").is_ok_and(|all| all.contains(" lo\n")) {
-        result["ips"].as_array_mut().expect("it is one, see above").push(json!({ "interface": 0, "address": "::1/128" }));
+        result["ips"]
+            .as_array_mut()
+            .expect("it is one, see above")
+            .push(json!({ "interface": 0, "address": "::1/128" }));
     }
     outcome::convert(&mut result, version);
     Ok(result)

@@ -106,7 +106,8 @@ mod tests {
     #[test]
     fn attachments_that_differ_only_in_where_a_name_ends_have_different_hashes() {
         let all = [key("ab", "c", "d"), key("a", "bc", "d"), key("a", "b", "cd"), key("abc", "d", "")];
-        let hashes: std::collections::HashSet<u128> = all.iter().map(|key| hash([&key.network, &key.container, &key.ifname])).collect();
+        let hashes: std::collections::HashSet<u128> =
+            all.iter().map(|key| hash([&key.network, &key.container, &key.ifname])).collect();
         assert_eq!(hashes.len(), all.len());
     }
 

@@ -140,7 +140,8 @@ impl Config {
     fn ipam(&self) -> Result<Option<Ipam>, Failure> {
         let Some(ipam) = section::<Ipam>(&self.document, "/ipam")? else { return Ok(None) };
         // What host-local reads besides means nothing here, and a file of name servers is read where only addresses are asked for.
-        let foreign = |key: &&String| !(self.role() == Ok(Role::Ipam) && ["dataDir", "resolvConf"].contains(&key.as_str()));
+        let foreign =
+            |key: &&String| !(self.role() == Ok(Role::Ipam) && ["dataDir", "resolvConf"].contains(&key.as_str()));
         match ipam.others.iter().find(|(key, _)| foreign(key)) {
             Some((key, value)) => Err(unsupported(&format!("ipam.{}", key.escape_debug()), value, "remove it")),
             None => Ok(Some(ipam)),
@@ -189,7 +190,8 @@ impl Config {
 
 /// A route as the daemon takes it.
 pub fn route(route: &Route) -> Result<AttachedRoute, Failure> {
-    let wrong = |key: &str, text: &str| invalid(format!("a route's {key} is {}, which is not an address", quoted(text)));
+    let wrong =
+        |key: &str, text: &str| invalid(format!("a route's {key} is {}, which is not an address", quoted(text)));
     let network = route.dst.split('/').next().and_then(|address| address.parse::<IpAddr>().ok());
     let network = network.filter(|_| route.dst.contains('/')).ok_or_else(|| {
         invalid(format!("a route's dst is {}, which is not an address with a prefix length", quoted(&route.dst)))
@@ -229,7 +231,6 @@ mod tests {
     use weft_api::code;
 
     use super::*;
-
 
     /// A configuration with `keys` beside the name.
     fn config(keys: Value) -> Result<Config, Failure> {
@@ -315,7 +316,8 @@ mod tests {
             assert_eq!(failure.code, code::UNSUPPORTED_FIELD, "{failure}");
             assert!(failure.msg.contains(named) && !failure.details.is_empty(), "{failure}");
         }
-        let harmless = json!({ "ipMasq": false, "runtimeConfig": { "portMappings": [{ "hostPort": 80, "containerPort": 80 }] } });
+        let harmless =
+            json!({ "ipMasq": false, "runtimeConfig": { "portMappings": [{ "hostPort": 80, "containerPort": 80 }] } });
         assert_eq!(wanted(harmless).unwrap(), Wanted::default());
     }
 

@@ -31,13 +31,17 @@ fn portmap_tuning_firewall_and_sbr_work_behind_us() {
         let attachment = Attachment::new("c1", &pod).with("portMappings", mapping);
         let result = network.add(&attachment).must();
         assert_eq!((addresses(&result).len(), &result["cniVersion"]), (2, &json!(version)), "{result}");
-        assert!(pod.ip("link show dev eth0").contains(&mac(&result)) && pod.ip("link show dev eth0").contains("mtu 1400"));
+        assert!(
+            pod.ip("link show dev eth0").contains(&mac(&result)) && pod.ip("link show dev eth0").contains("mtu 1400")
+        );
         assert_eq!(pod.exec("sysctl -n net.core.somaxconn").must().trim(), "700");
         let rules = node.netns.exec("iptables -t nat -S").must();
         let address = addresses(&result)[0];
         assert!(rules.contains(&format!("--to-destination {address}:80")), "{rules}");
         // sbr has moved the routes to a table of their own, and tuning has lowered the MTU: neither is a fault.
-        assert!(!pod.ip("route").contains("default") && pod.ip("route show table 100").contains("default via 10.244.1.1"));
+        assert!(
+            !pod.ip("route").contains("default") && pod.ip("route show table 100").contains("default via 10.244.1.1")
+        );
         pod.exec(&format!("ping -n -c 1 -W 2 -I {address} 10.244.1.1")).must();
         network.check(&attachment, &result).must();
         let mut changed = result.clone();
@@ -71,7 +75,10 @@ fn several_attachments_of_one_pod_live_side_by_side() {
     assert_eq!(all.len(), 6);
     let routes = pod.ip("route");
     assert_eq!(routes.matches("default").count(), 1, "{routes}");
-    assert!(routes.contains("default via 10.244.1.1 dev eth0") && routes.contains("10.50.0.0/16 via 10.244.1.1 dev net2"), "{routes}");
+    assert!(
+        routes.contains("default via 10.244.1.1 dev eth0") && routes.contains("10.50.0.0/16 via 10.244.1.1 dev net2"),
+        "{routes}"
+    );
     assert_eq!((&two["routes"], three["routes"].as_array().unwrap().len()), (&json!([]), 1));
     first.del(&net1, &two).must();
     assert!(!pod.ip("-o link").contains("net1"));

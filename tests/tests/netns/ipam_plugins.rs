@@ -58,7 +58,10 @@ fn host_local_gives_addresses_and_gets_them_back_whatever_fails() {
         assert_eq!(given.iter().map(ToString::to_string).collect::<BTreeSet<_>>(), files, "{version}: {result}");
         assert_eq!(node.daemon().leases().len(), 2);
         let routes = pod.ip("route");
-        assert!(routes.contains("default via 10.244.1.1") && routes.contains("10.96.0.0/12 via 10.244.1.1"), "{routes}");
+        assert!(
+            routes.contains("default via 10.244.1.1") && routes.contains("10.96.0.0/12 via 10.244.1.1"),
+            "{routes}"
+        );
         assert!(!pod.ip("-6 route").contains("default"), "a route that nobody asked for");
         pod.exec("ping -n -c 1 -W 2 10.244.1.1").must();
 
@@ -143,7 +146,9 @@ fn bridge_ptp_and_macvlan_take_addresses_of_ours() {
         "ranges": [[{ "subnet": "172.30.0.0/24", "rangeStart": "172.30.0.10" }], [{ "subnet": "fd77::/64" }]],
         "routes": [{ "dst": "0.0.0.0/0" }]
     });
-    for (plugin, version) in plugins.iter().flat_map(|plugin| ["0.3.1", "0.4.0", "1.0.0"].map(|version| (plugin, version))) {
+    for (plugin, version) in
+        plugins.iter().flat_map(|plugin| ["0.3.1", "0.4.0", "1.0.0"].map(|version| (plugin, version)))
+    {
         let mut network = theirs(&node, plugin.clone(), ipam.clone());
         version.clone_into(&mut network.version);
         let pod = cluster.sandbox("pod");

@@ -182,7 +182,11 @@ fn reply_or_free(
     let is_made = made.is_ok();
     let replied = if connection.is_abandoned() { Err(LineError::Cut) } else { reply(connection, made) };
     if is_made && replied.is_err() {
-        tracing::warn!(container = request.key.container, ifname = request.key.ifname, "freed, for nobody took the answer");
+        tracing::warn!(
+            container = request.key.container,
+            ifname = request.key.ifname,
+            "freed, for nobody took the answer"
+        );
         attach::del(node, &request.key);
     }
     replied

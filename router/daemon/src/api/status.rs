@@ -175,7 +175,9 @@ fn store_problems(state: &State) -> Vec<String> {
 }
 
 fn unattached_problem(state: &State) -> Option<String> {
-    let without = state.store.iter().map(|record| key_of(&record.owner));
+    // Without a MAC it is of an interface that another plugin made.
+    let ours = state.store.iter().filter(|record| record.facts.mac.is_some());
+    let without = ours.map(|record| key_of(&record.owner));
     let without: Vec<String> = without
         .filter(|key| !state.attachments.contains_key(key))
         .map(|key| format!("{}/{}", key.container, key.ifname))
@@ -190,8 +192,8 @@ fn without_device(pods: &[String]) -> Option<String> {
         count => format!("{count} leases belong to pods without a device ({first} and {} more)", count - 1),
     };
     Some(format!(
-        "{who}: weftd was restarted, which ends the devices of its pods, or a namespace is gone; recreate the pods, or \
-         let the runtime's DEL or GC free the leases"
+        "{who}: weftd was restarted, which ends the devices of its pods; recreate those that are still there, the leases of \
+         the others are freed"
     ))
 }
 

@@ -28,7 +28,10 @@ pub fn addresses(request: &Attach) -> Result<Vec<(IpNet, IpAddr)>, Failure> {
         })?;
         let gateway = given.gateway.to_canonical();
         if gateway.is_ipv4() != net.addr().is_ipv4() && !gateway.is_unspecified() {
-            return Err(refuse(code::CONFIG, format!("the IPAM plugin gave {net} with a gateway {gateway} of the other family")));
+            return Err(refuse(
+                code::CONFIG,
+                format!("the IPAM plugin gave {net} with a gateway {gateway} of the other family"),
+            ));
         }
         Ok((net, if gateway.is_unspecified() { unspecified_like(net.addr()) } else { gateway }))
     };
@@ -50,13 +53,19 @@ fn set(config: &Config, address: IpAddr, gateway: IpAddr) -> Result<RangeSet, Fa
         let all: Vec<String> = within.iter().map(IpNet::to_string).collect();
         return Err(refuse(
             code::ADDRESS,
-            format!("the IPAM plugin gave {address}, which is not in {whose} ({}): nobody could reach it", all.join(", ")),
+            format!(
+                "the IPAM plugin gave {address}, which is not in {whose} ({}): nobody could reach it",
+                all.join(", ")
+            ),
         ));
     };
     let by_us = gateway.is_unspecified() || Some(gateway) == own;
     if !by_us && (config.mode == Mode::Routed || !net.contains(&gateway)) {
         let is = own.map_or("none of this family".to_owned(), |own| own.to_string());
-        return Err(refuse(code::ADDRESS, format!("the IPAM plugin gave the gateway {gateway}; the gateway of this node is {is}")));
+        return Err(refuse(
+            code::ADDRESS,
+            format!("the IPAM plugin gave the gateway {gateway}; the gateway of this node is {is}"),
+        ));
     }
     let range = Range::new(*net, Some(address), Some(address), own);
     // The network's own and the broadcast address are moved to their neighbours, or none is left.
@@ -120,7 +129,8 @@ pub fn lease_only(config: &Config, request: &Attach) -> Result<(Vec<RangeSet>, S
     }
     let theirs = || sets.iter().flat_map(RangeSet::ranges);
     let own: Vec<&IpNet> = config.ranges.iter().chain(&config.segment).collect();
-    let inside = |range: &Range| config.ranges.iter().any(|own| own.contains(&range.start()) && own.contains(&range.end()));
+    let inside =
+        |range: &Range| config.ranges.iter().any(|own| own.contains(&range.start()) && own.contains(&range.end()));
     let touches = |range: &Range| {
         let same = |own: &&&IpNet| own.addr().is_ipv4() == range.start().is_ipv4();
         own.iter().filter(same).any(|own| own.network() <= range.end() && range.start() <= own.broadcast())
@@ -131,7 +141,9 @@ pub fn lease_only(config: &Config, request: &Attach) -> Result<(Vec<RangeSet>, S
     match theirs().find(|range| touches(range)) {
         Some(range) => Err(refuse(
             code::CONFIG,
-            format!("{range} is partly of the pods' own addresses: take a range inside of this node's, or one apart from all"),
+            format!(
+                "{range} is partly of the pods' own addresses: take a range inside of this node's, or one apart from all"
+            ),
         )),
         None => Ok((sets, request.key.network.clone())),
     }
@@ -219,12 +231,16 @@ mod tests {
             asked("fd01::/16", "::"),
             AttachedRoute { scope: Some(253), ..asked("10.9.0.0/16", "0.0.0.0") },
         ];
-        let expected = ["to 10.0.0.0/8 by 10.244.1.1", "to 192.168.0.0/16 by 10.244.1.7", "to fd01::/16", "to 10.9.0.0/16"];
+        let expected =
+            ["to 10.0.0.0/8 by 10.244.1.1", "to 192.168.0.0/16 by 10.244.1.7", "to fd01::/16", "to 10.9.0.0/16"];
         assert_eq!(shown(Some(&some)), expected);
         for bad in [asked("10.0.0.0", "0.0.0.0"), asked("10.0.0.0/8", "fd00::1"), asked("x", "::")] {
             assert_eq!(routes(Some(&[bad]), &interface).unwrap_err().code, code::CONFIG);
         }
-        assert_eq!(routes(Some(&vec![asked("10.0.0.0/8", "0.0.0.0"); 257]), &interface).unwrap_err().code, code::CONFIG);
+        assert_eq!(
+            routes(Some(&vec![asked("10.0.0.0/8", "0.0.0.0"); 257]), &interface).unwrap_err().code,
+            code::CONFIG
+        );
     }
 
     #[test]

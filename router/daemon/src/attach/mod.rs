@@ -12,11 +12,13 @@
 //! the namespace alive. Requests for different attachments run side by side, for the same one in turn ([`turn`]).
 
 pub mod addresses;
+pub mod census;
 pub mod device;
 pub mod given;
 pub mod namespace;
 pub mod only_lease;
 pub mod pod;
+pub mod reconcile;
 pub mod tombstone;
 pub mod turn;
 pub mod veth;
@@ -28,7 +30,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use weft_api::{Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Check, Collected, Failure, Found, Gc, code};
+use weft_api::{
+    Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Check, Collected, Failure, Found, Gc, code,
+};
 use weft_encap::mac::Mac;
 use weft_ipam::{Facts, LeaseError, Owner};
 use weft_router::tables::Pod;
@@ -203,6 +207,7 @@ struct Attempt<'a> {
 impl Attempt<'_> {
     /// Leases the addresses, durably.
     fn lease(&mut self, request: &Attach, mac: Option<Mac>, namespace: &Namespace) -> Result<Interface, Failure> {
+        let netns = self.node.census.describe(namespace);
         let mut state = self.node.state();
         let config = state.desired.config.clone();
         let mtu = choose_mtu(&config, request.mtu)?;
@@ -216,11 +221,11 @@ impl Attempt<'_> {
             pool: String::new(),
             time: seconds(),
             mac: Some(mac.0),
-            netns: Some(namespace.identity().to_owned()),
+            boot: self.node.census.boot().to_owned(),
+            netns,
             labels: request.labels.clone(),
         };
-        let record =
-            state.store.lease(&owner(self.key), &sets, &requested, facts).map_err(|error| refusal(&error))?;
+        let record = state.store.lease(&owner(self.key), &sets, &requested, facts).map_err(|error| refusal(&error))?;
         self.leased = true;
         let leased = record.leases.iter().map(|lease| (lease.cidr(), lease.gateway));
         let addresses = if given.is_empty() { leased.collect() } else { given };

@@ -21,12 +21,13 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
     tombstone::honour_all(node);
     // It tells when the lease is of no more use; where a plugin asks from cannot be an error.
     let namespace = fd.and_then(|fd| Namespace::check(Some(fd), &request.netns).ok());
+    let netns = namespace.and_then(|namespace| node.census.describe(&namespace));
     let _turn = node.turns.take(&request.key);
     let mut state = node.state();
     let config = state.desired.config.clone();
     let (sets, pool) = given::lease_only(&config, request)?;
-    let netns = namespace.map(|namespace| namespace.identity().to_owned());
-    let facts = Facts { pool, time: seconds(), mac: None, netns, labels: request.labels.clone() };
+    let boot = node.census.boot().to_owned();
+    let facts = Facts { pool, time: seconds(), mac: None, boot, netns, labels: request.labels.clone() };
     let leased = state.store.lease(&owner(&request.key), &sets, &request.requested, facts);
     let record = leased.map_err(|error| refusal(&error))?;
     tracing::info!(
@@ -51,7 +52,8 @@ pub fn check(node: &Node, request: &Check) -> Result<(), Failure> {
 }
 
 fn told(record: &Record) -> Attached {
-    let address = |lease: &weft_ipam::Lease| AttachedAddress { address: lease.cidr().to_string(), gateway: lease.gateway };
+    let address =
+        |lease: &weft_ipam::Lease| AttachedAddress { address: lease.cidr().to_string(), gateway: lease.gateway };
     Attached {
         ifname: record.owner.ifname.clone(),
         mac: String::new(),
