@@ -182,7 +182,8 @@ struct Writer<'e>(DescriptorEncoder<'e>);
 
 impl Writer<'_> {
     fn plain(&mut self, name: &str, help: &str, value: f64) -> fmt::Result {
-        self.gauge(name, help, [(&[][..], value)])
+        let gauge = ConstGauge::new(value);
+        gauge.encode(self.0.encode_descriptor(name, help, None, MetricType::Gauge)?)
     }
 
     fn gauge<'l>(

@@ -20,10 +20,11 @@
 //! Optional: `workers` (by the number of CPUs, see [`default_workers`]), `port` (`"tap"`), `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
 //! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
-//! `underlay.device`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `metrics.listen` (nothing is served
-//! without it), `[log]`.
+//! `underlay.device`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`, `metrics.listen` (nothing is
+//! served without it), `[log]`.
 
 mod check;
+mod leases;
 pub mod reader;
 
 use std::fmt;
@@ -38,6 +39,7 @@ use weft_router::RouterConfig;
 use weft_router::tables::{Gateway, Mode};
 
 use super::host::Host;
+pub use leases::Leases;
 use reader::{At, Problem, Reader, Section, TEXT};
 
 /// The UDP port of VXLAN as Linux and Flannel use it.
@@ -124,6 +126,8 @@ pub struct Config {
     pub limits: Limits,
     /// Where metrics and probes are served, if they are.
     pub metrics: Option<SocketAddr>,
+    /// What holds for the addresses that this node gives.
+    pub leases: Leases,
     /// What is logged.
     pub log: Log,
 }
@@ -236,6 +240,7 @@ impl Config {
             ("underlay.device", self.underlay.device != new.underlay.device),
             ("limits", self.limits != new.limits),
             ("metrics.listen", self.metrics != new.metrics),
+            ("leases.boot_id", self.leases.boot_id != new.leases.boot_id),
             ("log.format", self.log.json != new.log.json),
         ];
         fixed.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect()
@@ -301,6 +306,7 @@ struct Draft {
     peers: Vec<DraftPeer>,
     limits: Limits,
     metrics: Option<At<SocketAddr>>,
+    leases: Leases,
     log: Log,
 }
 
@@ -339,6 +345,7 @@ impl Draft {
             peers: DraftPeer::read_all(reader, &mut root),
             limits: Limits::read(reader, &mut root),
             metrics: read_metrics(reader, &mut root),
+            leases: Leases::read(reader, &mut root),
             log: Log::read(reader, &mut root),
         };
         reader.finish(root);
