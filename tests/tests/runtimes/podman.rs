@@ -5,30 +5,16 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use weft_tests::cluster::{Cluster, peer};
+use weft_tests::cluster::Cluster;
 use weft_tests::command::eventually;
-use weft_tests::host::Host;
 use weft_tests::machine::turn;
 use weft_tests::podman::{Container, Podman};
 
-use crate::offer_network;
-
-fn leases(host: &Host) -> BTreeSet<IpAddr> {
-    host.daemon().leases().iter().map(|lease| lease.address).collect()
-}
+use crate::{leases, two_hosts};
 
 /// The addresses of containers, which are those that weftd leases.
 fn addresses(containers: &[&Container]) -> BTreeSet<IpAddr> {
     containers.iter().flat_map(|container| container.addresses("weft")).collect()
-}
-
-fn two_hosts(cluster: &Cluster) -> [Host<'_>; 2] {
-    [1, 2].map(|number| {
-        let mut host = Host::new(cluster, number);
-        host.start_weft(&peer(3 - number, None));
-        offer_network(&host);
-        host
-    })
 }
 
 #[track_caller]
@@ -136,6 +122,33 @@ fn a_daemon_that_is_away_keeps_no_container_from_going() {
     let c = podman.serve("c", &[]);
     reaches(&c, &b);
     assert_eq!(leases(&n1), addresses(&[&b, &c]));
+    podman.call(&["rm", "--force", "--all"]).must();
+    assert_eq!(n1.daemon().leases().len(), 0);
+}
+
+#[test]
+fn after_a_loss_of_power_containers_start_again_and_no_address_has_leaked() {
+    let _turn = turn();
+    let cluster = Cluster::new("boot");
+    let [mut n1, n2] = two_hosts(&cluster);
+    let far = Podman::new(&n2).serve("far", &[]);
+    {
+        let podman = Podman::new(&n1);
+        for name in ["a", "b", "c"] {
+            podman.serve(name, &[]);
+        }
+    }
+    n1.power_off();
+    n1.power_on();
+    n1.start_weftd();
+    eventually("what the last boot leased is free", Duration::from_secs(30), || n1.daemon().leases().is_empty());
+    let podman = Podman::again(&n1);
+    let a = podman.container("a");
+    a.call(&["start"]).must();
+    a.await_server();
+    reaches(&a, &far);
+    reaches(&far, &a);
+    assert_eq!(leases(&n1), addresses(&[&a]));
     podman.call(&["rm", "--force", "--all"]).must();
     assert_eq!(n1.daemon().leases().len(), 0);
 }
