@@ -159,8 +159,10 @@ impl Pod<'_> {
     #[track_caller]
     pub fn start_server(&mut self) {
         let server = format!("echo {} >/www/index.html; exec httpd -f -p 80 -h /www", self.name);
+        // A container's name is its own among all containers of its pod, in whichever sandbox.
+        let attempt = self.config.metadata.as_ref().map_or(0, |metadata| metadata.attempt);
         let config = ContainerConfig {
-            metadata: Some(ContainerMetadata { name: "server".to_owned(), attempt: 0 }),
+            metadata: Some(ContainerMetadata { name: "server".to_owned(), attempt }),
             image: Some(ImageSpec { image: IMAGE.to_owned() }),
             command: ["sh", "-c", &server].map(str::to_owned).to_vec(),
             log_path: "server.log".to_owned(),

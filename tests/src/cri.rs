@@ -29,7 +29,8 @@ where
     let path = PathAndQuery::try_from(path).expect("a method's name is a path");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a thread can wait");
     runtime.block_on(async {
-        let endpoint = Endpoint::from_shared(format!("unix:{}", socket.display())).map_err(|error| error.to_string())?;
+        let endpoint =
+            Endpoint::from_shared(format!("unix:{}", socket.display())).map_err(|error| error.to_string())?;
         let channel = endpoint.timeout(PATIENCE).connect().await.map_err(|error| format!("{method}: {error:?}"))?;
         let mut client = Grpc::new(channel);
         client.ready().await.map_err(|error| error.to_string())?;
