@@ -14,7 +14,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::net::sockopt::socket_peercred;
 use serde::Serialize;
 use tokio::task;
 use weft_api::{Answer, Connection, Empty, Failure, Incoming, LineError, MAX_REQUEST, Request, code};
@@ -22,6 +21,7 @@ use weft_api::{Answer, Connection, Empty, Failure, Incoming, LineError, MAX_REQU
 use crate::attach;
 use crate::node::Node;
 use slots::{Slot, Slots};
+use socket::Arrived;
 
 /// Clients at once.
 pub const MAX_CONNECTIONS: usize = 128;
@@ -49,16 +49,16 @@ impl Server {
     }
 
     /// Takes a client in, or refuses it.
-    pub async fn serve(&self, stream: std::io::Result<UnixStream>) {
-        let stream = match stream {
-            Ok(stream) => stream,
+    pub async fn serve(&self, arrived: std::io::Result<Arrived>) {
+        let Arrived { stream, uid } = match arrived {
+            Ok(arrived) => arrived,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a client");
                 // Out of descriptors: the client stays in the backlog, and trying again at once would spin.
                 return tokio::time::sleep(Duration::from_millis(100)).await;
             }
         };
-        if let Err(failure) = check_peer(&stream) {
+        if let Err(failure) = check_user(uid) {
             return refuse(stream, failure);
         }
         match self.slots.take(&stream) {
@@ -84,18 +84,16 @@ fn refuse(stream: UnixStream, failure: Failure) {
     let _ = Connection::new(stream, MAX_REQUEST).answer(&Answer::<Empty>::Error(failure), Instant::now());
 }
 
-fn check_peer(stream: &UnixStream) -> Result<(), Failure> {
-    let refused = |msg: String| Failure {
-        code: code::REQUEST,
-        msg,
-        details: "run it as root, or as the user that weftd runs as".into(),
-    };
-    let peer = socket_peercred(stream).map_err(|error| refused(format!("cannot tell who asks: {error}")))?;
-    if peer.uid.is_root() || peer.uid == rustix::process::geteuid() {
+fn check_user(uid: u32) -> Result<(), Failure> {
+    if uid == 0 || uid == rustix::process::geteuid().as_raw() {
         return Ok(());
     }
-    tracing::warn!(uid = peer.uid.as_raw(), "refused a client of another user");
-    Err(refused(format!("user {} may not talk to weftd", peer.uid.as_raw())))
+    tracing::warn!(uid, "refused a client of another user");
+    Err(Failure {
+        code: code::REQUEST,
+        msg: format!("user {uid} may not talk to weftd"),
+        details: "run it as root, or as the user that weftd runs as".into(),
+    })
 }
 
 /// One client's requests, one after the other.
