@@ -16,6 +16,8 @@ mod interop;
 mod ipam_plugins;
 mod labs;
 mod lifecycle;
+mod order;
+mod overload;
 mod reach;
 mod throughput;
 mod workers;
