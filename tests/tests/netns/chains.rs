@@ -51,7 +51,8 @@ fn portmap_tuning_firewall_and_sbr_work_behind_us() {
         changed["ips"][0]["address"] = "10.244.1.99/24".into();
         assert!(!checked.check(&attachment, &changed).success);
         network.del(&attachment, &result).must();
-        network.del(&attachment, &result).must();
+        // Ours can be repeated; Debian's tuning cannot.
+        Network { plugins: network.plugins[..1].to_vec(), ..network }.del(&attachment, &result).must();
         assert!(!node.netns.exec("iptables -t nat -S").must().contains("--to-destination"));
         assert!(node.daemon().leases().is_empty(), "{version}");
     }
