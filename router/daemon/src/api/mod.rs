@@ -127,18 +127,23 @@ fn refuse_connection(connection: &mut Connection, failure: Failure) {
 
 /// Does what is asked, and answers.
 fn answer(node: &Node, connection: &mut Connection, incoming: Incoming) -> Result<(), LineError> {
-    let done = Ok(Empty {});
     match incoming.request {
-        Request::Add(request) => reply(connection, attach::add(node, &request, incoming.descriptor)),
+        Request::Add(request) => {
+            reply(connection, counted(node, "add", || attach::add(node, &request, incoming.descriptor)))
+        }
         Request::Del(key) => {
-            attach::del(node, &key);
-            reply(connection, done)
+            let deleted = counted(node, "del", || {
+                attach::del(node, &key);
+                Ok(Empty {})
+            });
+            reply(connection, deleted)
         }
         Request::Check(request) => {
-            reply(connection, attach::check(node, &request, incoming.descriptor).map(|()| Empty {}))
+            let check = || attach::check(node, &request, incoming.descriptor).map(|()| Empty {});
+            reply(connection, counted(node, "check", check))
         }
-        Request::Gc(request) => reply(connection, Ok(attach::collect(node, &request))),
-        Request::Ready => reply(connection, status::ready(node).map(|()| Empty {})),
+        Request::Gc(request) => reply(connection, counted(node, "gc", || Ok(attach::collect(node, &request)))),
+        Request::Ready => reply(connection, counted(node, "status", || status::ready(node).map(|()| Empty {}))),
         Request::Status => reply(connection, status::status(node)),
         Request::Ports => reply(connection, show::ports(node)),
         Request::Routes => reply(connection, Ok(show::routes(node))),
@@ -150,6 +155,14 @@ fn answer(node: &Node, connection: &mut Connection, incoming: Incoming) -> Resul
         Request::Nodes => reply(connection, show::nodes(node)),
         Request::Reload => reply(connection, node.reload().map(|()| Empty {})),
     }
+}
+
+/// Does one of CNI's operations, and notes how it ended.
+fn counted<T>(node: &Node, operation: &'static str, act: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    let started = Instant::now();
+    let result = act();
+    node.requests.count(operation, result.as_ref().err().map_or(0, |failure| failure.code), started.elapsed());
+    result
 }
 
 fn reply<T: Serialize>(connection: &mut Connection, result: Result<T, Failure>) -> Result<(), LineError> {
