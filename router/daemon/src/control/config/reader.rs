@@ -174,6 +174,16 @@ impl<'t> Reader<'t> {
         }
     }
 
+    /// Yes or no.
+    pub fn boolean(&mut self, section: &mut Section<'t>, key: &'static str) -> Option<At<bool>> {
+        let (place, value) = section.take(key)?;
+        let DeValue::Boolean(value) = value else {
+            self.problem(&place, "must be true or false");
+            return None;
+        };
+        Some(At { value, place })
+    }
+
     /// A table.
     pub fn table(&mut self, section: &mut Section<'t>, key: &'static str) -> Option<Section<'t>> {
         let (place, value) = section.take(key)?;
