@@ -5,7 +5,7 @@
 //! uninstalling removes it. It is written as a whole or not at all, and only if it is not there or differs.
 //!
 //! A file of that name that weftd did not write is somebody's own, and left as it is. A weftd in a network namespace of its own, as
-//! a laboratory's, tells nobody, unless it is told to.
+//! a laboratory's, tells nobody, unless it is told to or where to.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -59,13 +59,18 @@ enum Placed {
     Foreign,
 }
 
-/// Whether weftd is in the network namespace of process 1. Who may not look is in a container, where it has been put for this node.
+/// Whether weftd is in the node's own network namespace, which is that of process 1. Who may not look at that one sees at least whether
+/// it is in one that was made by `ip netns`, as a laboratory's.
 fn is_on_the_node() -> bool {
-    let of = |process: &str| fs::metadata(format!("/proc/{process}/ns/net")).map(|found| (found.dev(), found.ino()));
-    match (of("self"), of("1")) {
-        (Ok(own), Ok(first)) => own == first,
-        _ => true,
-    }
+    let of = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    let Ok(own) = of(Path::new("/proc/self/ns/net")) else { return false };
+    of(Path::new("/proc/1/ns/net")).map_or_else(
+        |_| {
+            let named = fs::read_dir("/run/netns").into_iter().flatten().filter_map(Result::ok);
+            !named.map(|entry| entry.path()).any(|path| of(&path).is_ok_and(|named| named == own))
+        },
+        |first| first == own,
+    )
 }
 
 fn content(config: &Config, plugins: &Path) -> Value {
