@@ -136,7 +136,7 @@ impl Signature {
     #[inline(always)]
     fn last(sender: Sender, protocol: u8, ports: Option<[u8; 4]>) -> u64 {
         let (id, kind) = match sender {
-            Sender::Pod(port) => (port.0, FROM_POD),
+            Sender::Port(port) => (port.0, FROM_POD),
             Sender::Node(node) => (node.0, FROM_NODE),
         };
         let (ports, kind) = ports.map_or((0, kind), |ports| (u32::from_be_bytes(ports), kind | HAS_PORTS));
@@ -159,7 +159,7 @@ impl Signature {
     /// Who sent the packets.
     pub fn sender(&self) -> Sender {
         let id = (self.0[6] >> 32) as u16;
-        if self.kind() & FROM_NODE == 0 { Sender::Pod(PortId(id)) } else { Sender::Node(NodeId(id)) }
+        if self.kind() & FROM_NODE == 0 { Sender::Port(PortId(id)) } else { Sender::Node(NodeId(id)) }
     }
 
     /// Destination and source MAC.

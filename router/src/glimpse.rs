@@ -163,7 +163,7 @@ mod tests {
 
     use crate::frame::Frame;
 
-    const SENDER: Sender = Sender::Pod(PortId(3));
+    const SENDER: Sender = Sender::Port(PortId(3));
 
     /// A packet of one of the kinds that are recognised.
     fn packet(v6: bool, tcp: bool, payload: usize) -> Vec<u8> {

@@ -14,8 +14,8 @@ use crate::tables::NodeId;
 /// Who sent a frame.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Sender {
-    /// The pod behind this port.
-    Pod(PortId),
+    /// Whoever is behind this port: a pod, or this node itself.
+    Port(PortId),
     /// Another node.
     Node(NodeId),
 }
@@ -23,7 +23,7 @@ pub enum Sender {
 /// The next thing on a path.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Hop {
-    /// A pod's port.
+    /// A port: a pod's, or this node's own.
     Port(PortId),
     /// Another node, through the tunnel.
     Node(NodeId),

@@ -41,6 +41,8 @@ impl Lab {
         let mut lab = Lab::new(name);
         let node = lab.namespace("n");
         run(&["ip", "-n", &node, "link", "set", "lo", "up"]);
+        let forward = "echo 1 | tee /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding >/dev/null";
+        run(&["ip", "netns", "exec", &node, "sh", "-c", forward]);
         // Nothing answers on the other end: what counts here is an address and an MTU.
         run(&["ip", "-n", &node, "link", "add", "uplink", "type", "veth", "peer", "name", "uplink-end"]);
         run(&["ip", "-n", &node, "addr", "add", "10.200.0.1/24", "dev", "uplink"]);

@@ -36,7 +36,7 @@ impl Forwarder {
     fn read(&mut self, frame: &Frame, tables: &Tables, seen: &mut Glimpse) -> Option<()> {
         let (meta, head) = frame.parts();
         let (start, sender) = match &meta.outer {
-            None => (0, Sender::Pod(meta.ingress())),
+            None => (0, Sender::Port(meta.ingress())),
             Some(_) if !tunnel::is_plain(head, tables) => return None,
             Some(outer) => (VXLAN_LEN, Sender::Node(self.member(&outer.peer, tables)?)),
         };

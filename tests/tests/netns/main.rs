@@ -11,6 +11,7 @@ mod bridged;
 mod cni;
 mod footprint;
 mod hostile;
+mod hostport;
 mod interop;
 mod labs;
 mod lifecycle;

@@ -2,17 +2,20 @@
 
 use std::net::SocketAddr;
 
-use weft_api::{Failure, FreeBuffers, RangeUse, Status, code};
+use weft_api::{Failure, FreeBuffers, HostPortInfo, RangeUse, Status, code};
 use weft_ipam::Usage;
 use weft_router::Snapshot;
 use weft_router::tables::Mode;
 
 use super::show;
 use crate::attach::{addresses, key_of};
+use crate::control::compile::addresses as addresses_of;
 use crate::control::config::{Config, Underlay};
 use crate::control::desired::UNDERLAY;
 use crate::control::host::{Host, Interface};
+use crate::hostport::{self, forwarding};
 use crate::netlink::Netlink;
+use crate::netlink::routes::PROTOCOL;
 use crate::node::{Node, State, add, counters};
 
 /// Above this part of its addresses a range is nearly used up.
@@ -50,6 +53,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     let snapshot = show::snapshot(node, false)?;
     let host = host();
     let sample = node.sample(&snapshot);
+    let kernel = node.host.state();
     let state = node.state();
     let config = &state.desired.config;
     let device = host.as_ref().and_then(|host| underlay_device(config, host));
@@ -59,6 +63,8 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     }
     let kind = snapshot.ports.iter().find(|port| port.id == UNDERLAY);
     let mut problems = problems(&state, &snapshot, host.as_ref());
+    problems.extend(kernel.problems.iter().cloned());
+    problems.extend(forwarding::problems(config, host.as_ref()));
     problems.extend(worker_problem(snapshot.workers, node.router.workers()));
     problems.extend(node.devices.choose(None).err().map(|failure| failure.to_string()));
     problems.extend(state.samples.problems(&sample, node.started, config));
@@ -80,6 +86,13 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         underlay_kind: kind.map(|port| format!("{}, offloads: {}", port.kind, port.capabilities)).unwrap_or_default(),
         workers: node.router.workers(),
         port: node.devices.shown(),
+        host_port: state.desired.host.as_ref().map(|interface| HostPortInfo {
+            ifname: config.host_port.clone().unwrap_or_default(),
+            mac: interface.mac.to_string(),
+            addresses: addresses_of(interface).collect(),
+            routes: kernel.routes.len(),
+            protocol: PROTOCOL,
+        }),
         vni: config.vni.get(),
         mtu: config.mtu,
         underlay_mtu: device.map_or(config.underlay.mtu, |device| device.mtu),
@@ -175,7 +188,8 @@ fn store_problems(state: &State) -> Vec<String> {
 }
 
 fn unattached_problem(state: &State) -> Option<String> {
-    let without = state.store.iter().map(|record| key_of(&record.owner));
+    let pods = state.store.iter().filter(|record| record.owner != hostport::owner());
+    let without = pods.map(|record| key_of(&record.owner));
     let without: Vec<String> = without
         .filter(|key| !state.attachments.contains_key(key))
         .map(|key| format!("{}/{}", key.container, key.ifname))

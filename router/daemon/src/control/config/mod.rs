@@ -20,7 +20,7 @@
 //! Optional: `workers` (by the number of CPUs, see [`default_workers`]), `port` (`"tap"`), `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
 //! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
-//! `underlay.device`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[log]`.
+//! `underlay.device`, `host_port` (`"weft0"`; another name, or `false` for none), `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[log]`.
 
 mod check;
 pub mod reader;
@@ -37,10 +37,12 @@ use weft_router::RouterConfig;
 use weft_router::tables::{Gateway, Mode};
 
 use super::host::Host;
-use reader::{At, Problem, Reader, Section, TEXT};
+use reader::{At, Problem, Reader, Section, Switch, TEXT};
 
 /// The UDP port of VXLAN as Linux and Flannel use it.
 const DEFAULT_PORT: u16 = 8472;
+/// What the host port is called unless configured.
+const DEFAULT_HOST_PORT: &str = "weft0";
 /// Where leases are kept unless configured.
 const DEFAULT_STATE_DIR: &str = "/var/lib/weft";
 
@@ -99,6 +101,8 @@ pub struct Config {
     pub workers: Option<usize>,
     /// What pods get as devices.
     pub port: PortKind,
+    /// The name of this node's own interface in the pod network; `None` if there shall be none.
+    pub host_port: Option<String>,
     /// VXLAN network identifier.
     pub vni: Vni,
     /// MTU of pods in bytes.
@@ -221,6 +225,7 @@ impl Config {
             ("mode", self.mode != new.mode),
             ("workers", self.workers != new.workers),
             ("port", self.port != new.port),
+            ("host_port", self.host_port != new.host_port),
             ("vni", self.vni != new.vni),
             ("socket", self.socket != new.socket),
             ("state_dir", self.state_dir != new.state_dir),
@@ -284,6 +289,7 @@ struct Draft {
     mode: Option<At<String>>,
     workers: Option<At<usize>>,
     port: Option<At<PortKind>>,
+    host_port: Option<At<Switch>>,
     vni: Option<At<u32>>,
     mtu: Option<At<u32>>,
     socket: Option<At<PathBuf>>,
@@ -321,6 +327,7 @@ impl Draft {
             mode: reader.parsed(&mut root, "mode", TEXT),
             workers: reader.number(&mut root, "workers", 1..=MAX_WORKERS),
             port: reader.parsed(&mut root, "port", PortKind::FORM),
+            host_port: reader.switch(&mut root, "host_port", "the name of an interface, or false"),
             vni: reader.number(&mut root, "vni", 0..=Vni::MAX.get()),
             mtu: reader.number(&mut root, "mtu", 0..=u32::from(u16::MAX)),
             socket: reader.parsed(&mut root, "socket", "a path"),
