@@ -32,11 +32,8 @@ pub fn start(node: &Arc<Node>, kicks: Receiver<()>) -> anyhow::Result<()> {
     spawn("weft-host-watch", move || follow(&watcher))?;
     let keeper = Arc::downgrade(node);
     let keep = move || {
-        loop {
-            match kicks.recv_timeout(if well { Duration::MAX } else { AGAIN }) {
-                Ok(()) | Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
-            }
+        let patience = |well: bool| if well { Duration::MAX } else { AGAIN };
+        while let Ok(()) | Err(RecvTimeoutError::Timeout) = kicks.recv_timeout(patience(well)) {
             sleep(SETTLE);
             // One look sees all that has changed until then.
             while kicks.try_recv().is_ok() {}
