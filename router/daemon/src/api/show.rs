@@ -11,6 +11,7 @@ use weft_router::{DropReason, PortId, RouterError, Snapshot};
 use crate::attach::key_of;
 use crate::control::compile::addresses;
 use crate::control::desired::{HOST, UNDERLAY};
+use crate::hostport;
 use crate::node::{Attachment, Node, State, counters};
 
 /// Flows shown at most, those seen last first: more would not fit one answer.
@@ -184,7 +185,8 @@ pub fn leases(node: &Node) -> Vec<LeaseInfo> {
         let lease = |address| LeaseInfo { address, key: key.clone(), attached };
         record.addresses().map(lease).collect::<Vec<_>>()
     };
-    state.store.iter().flat_map(of).collect()
+    // What this node itself has is no attachment's, and shown by the state.
+    state.store.iter().filter(|record| record.owner != hostport::owner()).flat_map(of).collect()
 }
 
 /// The drop counters that are not zero.

@@ -110,9 +110,16 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
 /// How full each of the node's ranges is.
 fn usages(state: &State) -> impl Iterator<Item = (ipnet::IpNet, Usage)> {
     let config = &state.desired.config;
-    config.ranges.iter().filter_map(|range| {
+    let own: Vec<_> = state.store.get(&hostport::owner()).map(|record| record.addresses().collect()).unwrap_or_default();
+    config.ranges.iter().filter_map(move |range| {
         let known = addresses::own_range(config, *range).ok()?;
-        Some((*range, state.store.usage("", &known)))
+        let mut usage = state.store.usage("", &known);
+        // What this node itself has was never any pod's to have.
+        if own.iter().any(|address| known.contains(*address)) {
+            usage.leased = usage.leased.saturating_sub(1);
+            usage.size = if usage.size == u64::MAX { u64::MAX } else { usage.size.saturating_sub(1) };
+        }
+        Some((*range, usage))
     })
 }
 
