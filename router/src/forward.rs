@@ -25,21 +25,24 @@ use crate::frame::Frame;
 use crate::gateway::Stack;
 use crate::glimpse::Glimpse;
 use crate::packet::{Ip, Packet};
-use crate::path::{Commit, FlowCommit, Hop, Learned, Macs, Path, Reply, Rewrite, Sender, Verdict};
+use crate::path::{Commit, Entrance, FlowCommit, Hop, Learned, Macs, Path, Reply, Rewrite, Sender, Verdict};
 use crate::policy::Known;
 use crate::pool::Pool;
 use crate::port::{BATCH, Outbox, PortId};
+use crate::returns::{Returns, ReturnsUse};
 use crate::stats::Stats;
 use crate::tables::{Mode, Neighbour, NodeId, Role, Tables, Via};
 use crate::time::Instant;
 use crate::{conntrack, icmp, nat, neigh, policy, route, tunnel};
 
 mod known;
+mod returning;
 
 /// What frames teach, and the counters.
 pub struct Forwarder {
     conntrack: ConnTrack,
     fdb: Arc<Fdb>,
+    returns: Arc<Returns>,
     gateway: Stack,
     flood_budget: Budgets,
     icmp_budget: Budgets,
@@ -131,7 +134,7 @@ impl Forwarder {
     pub fn decide(&self, packet: &Packet, tables: &Tables, now: Instant) -> Result<(Path, Commit), DropReason> {
         // 1. Who sent it? What a node sent teaches where its MACs are.
         let learn = check_source(packet, tables)?;
-        let remember = |copies, flow| Commit { learn, copies, flow };
+        let remember = |copies, flow| Commit { learn, copies, flow, entrance: Entrance::Unknown };
 
         // 2. Is it for us? ARP, neighbour solicitations and pings to the gateway end here.
         let addressed_to = addressed_to(packet, tables)?;
@@ -145,27 +148,43 @@ impl Forwarder {
             return Ok((path, remember(copies, FlowCommit::None)));
         }
 
-        // 4. Known flow: take the path that its first packet was given, if the tables and the MAC still hold.
+        // 4. A reply to what the host port brought goes back by it, whoever it is addressed to.
         let flow = Signature::of(packet).map(|signature| (signature, self.conntrack.hash(&signature)));
+        let (fdb_version, returns_version) = (self.fdb.version(), self.returns.version());
+        let verdict = |path, learned, entrance| {
+            let tie = returning::tie(entrance, packet, tables);
+            let (teaches, epoch) = (learn.is_some(), tables.epoch);
+            Verdict { path, learned, teaches, epoch, fdb_version, tie, returns_version }
+        };
+        if let Some((path, opening)) = self.way_back(packet, tables, now) {
+            let entrance = Entrance::Reply(opening);
+            // What has no ports is asked about each time: its flow may hold several conversations.
+            let known = flow.filter(|_| packet.ip().is_some_and(|ip| ip.ports.is_some()));
+            let open = |(signature, hash)| FlowCommit::Open(signature, hash, verdict(path, None, entrance));
+            return Ok((path, Commit { entrance, ..remember(0, known.map_or(FlowCommit::None, open)) }));
+        }
+        let entrance = self.entrance(packet, tables, now);
+
+        // 5. Known flow: take the path that its first packet was given, if the tables and the MAC still hold.
+        let begins = tables.host.is_some() && packet.ip().is_some_and(returning::begins);
         if let Some((signature, hash)) = &flow
+            && !begins
             && let Some(slot) = self.conntrack.find(signature, *hash)
             && self.holds(slot, tables, now)
         {
-            return Ok((self.conntrack.path(slot, *hash), remember(0, FlowCommit::Seen(slot))));
+            return Ok((self.conntrack.path(slot, *hash), Commit { entrance, ..remember(0, FlowCommit::Seen(slot)) }));
         }
 
-        // 5. First packet, or not IP and hence no flow: find the hop, by the FDB if it is addressed to a MAC of its segment, by the
+        // 6. First packet, or not IP and hence no flow: find the hop, by the FDB if it is addressed to a MAC of its segment, by the
         //    routes if to the router.
-        let fdb_version = self.fdb.version();
         let (hop, rewrite, learned) = self.find_hop(packet, &addressed_to, tables, now)?;
         let path = Path { hop, rewrite, entropy: flow.map_or(0, |(_, hash)| conntrack::entropy(hash)) };
         if let Hop::Flood { .. } = hop {
             self.within_budget(packet, tables, now)?;
             return Ok((path, remember(receivers(hop, packet, tables), FlowCommit::None)));
         }
-        let verdict = Verdict { path, learned, teaches: learn.is_some(), epoch: tables.epoch, fdb_version };
-        let open = |(signature, hash)| FlowCommit::Open(signature, hash, verdict);
-        Ok((path, remember(0, flow.map_or(FlowCommit::None, open))))
+        let open = |(signature, hash)| FlowCommit::Open(signature, hash, verdict(path, learned, entrance));
+        Ok((path, Commit { entrance, ..remember(0, flow.map_or(FlowCommit::None, open)) }))
     }
 
     /// Remembers what a decision rested on and what it opened.
@@ -176,6 +195,7 @@ impl Forwarder {
         if let Some((mac, node)) = commit.learn {
             self.fdb.learn(mac, node, now);
         }
+        self.enter(commit.entrance, now);
         if commit.copies > 0 {
             // A superframe costs what it stands for.
             let segments = frame.offload.gso.map_or(1, |gso| frame.len().div_ceil(gso.size.into()) as u32);
@@ -400,14 +420,16 @@ impl Forwarder {
 impl Forwarder {
     /// A forwarder that knows nothing yet.
     pub fn new(config: &RouterConfig) -> Forwarder {
-        Forwarder::sharing(Arc::new(Fdb::new(config.fdb_limit, config.fdb_age, config.seed)), config)
+        let fdb = Fdb::new(config.fdb_limit, config.fdb_age, config.seed);
+        Forwarder::sharing(Arc::new(fdb), Arc::new(Returns::new(config.host_flows, config.seed)), config)
     }
 
-    /// One that learns MACs together with others.
-    pub fn sharing(fdb: Arc<Fdb>, config: &RouterConfig) -> Forwarder {
+    /// One that learns MACs, and what the host port brought, together with others.
+    pub fn sharing(fdb: Arc<Fdb>, returns: Arc<Returns>, config: &RouterConfig) -> Forwarder {
         Forwarder {
             conntrack: ConnTrack::new(config.flows, config.seed),
             fdb,
+            returns,
             gateway: Stack::new(config.seed),
             flood_budget: Budgets::new(config.flood_rate),
             icmp_budget: Budgets::new(config.icmp_rate),
@@ -443,6 +465,11 @@ impl Forwarder {
     /// The learned MACs.
     pub fn fdb(&self) -> Vec<FdbEntry> {
         self.fdb.entries().collect()
+    }
+
+    /// What is remembered of what the host port brought.
+    pub fn returns(&self) -> ReturnsUse {
+        self.returns.usage()
     }
 
     /// The flows that were seen within the last minutes.
@@ -520,8 +547,8 @@ fn route_to(ip: &Ip, packet: &Packet, tables: &Tables) -> Result<Way, DropReason
     match route::find(ip.dst, &tables.routes4, &tables.routes6) {
         // What leads out of the pod network is this node's to route.
         Err(DropReason::NoRoute) if let Some(host) = host_for(packet, tables) => {
-            let rewrite = routed(host.mac, tables.gateway.mac, port_mtu(host.port, tables));
-            Ok((Hop::Port(host.port), rewrite, None))
+            let Path { hop, rewrite, .. } = returning::to_host(host, tables);
+            Ok((hop, rewrite, None))
         }
         Err(reason) => Err(reason),
         Ok(Via::Local) => {

@@ -347,6 +347,12 @@ pub struct HostPortInfo {
     pub routes: usize,
     /// The `rtm_protocol` that these carry.
     pub protocol: u8,
+    /// Conversations that it brought, and whose replies have to go back by it.
+    #[serde(default)]
+    pub flows: usize,
+    /// Such conversations that were forgotten to make room (`limits.host_flows`).
+    #[serde(default)]
+    pub evicted: u64,
 }
 
 /// Buffers of all workers that hold no frame. When nothing is in flight there are as many as ever.

@@ -20,8 +20,10 @@ use weft_router::tables::Pod;
 use weft_router::{Device, PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
+use crate::attach::census::Census;
 use crate::attach::device::{self, Devices};
 use crate::attach::pod::Interface;
+use crate::attach::reconcile::Suspects;
 use crate::attach::turn::Turns;
 use crate::attach::veth::Veth;
 use crate::control::compile::compile;
@@ -51,6 +53,10 @@ pub struct Node {
     pub router: Router,
     /// The kinds of devices that pods can have here.
     pub devices: Devices,
+    /// Which pods' network namespaces are still there.
+    pub census: Census,
+    /// Leases whose namespace was gone at the last look.
+    pub suspects: Suspects,
     /// One request at a time for each attachment.
     pub turns: Turns,
     /// This node's own interface in the pod network.
@@ -126,6 +132,7 @@ impl Node {
         kicks: mpsc::Sender<()>,
     ) -> anyhow::Result<(Node, mpsc::Receiver<()>)> {
         let folder = config.state_dir.join(LEASES);
+        let census = Census::new(&config.leases.boot_id);
         let store = Store::open(&folder).with_context(|| format!("cannot open the leases in {}", folder.display()))?;
         if let Some(recovery) = store.recovery() {
             tracing::warn!("{recovery}; it was cut off");
@@ -160,6 +167,8 @@ impl Node {
             started: Instant::now(),
             router,
             devices,
+            census,
+            suspects: Suspects::default(),
             turns: Turns::default(),
             host: HostPort::new(kicks),
             log_level,

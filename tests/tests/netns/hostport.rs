@@ -114,6 +114,92 @@ fn what_no_table_knows_is_the_nodes_kernel_to_route() {
     lab.assert_conserved();
 }
 
+/// What kube-proxy has a node do: a service's address, and a port of the node's, lead to a backend.
+fn nat(node: &Netns, service: &str, backend: &str) {
+    let family = if backend.starts_with('[') { "ip6" } else { "ip" };
+    let rules = format!(
+        "table {family} services {{
+            chain prerouting {{ type nat hook prerouting priority dstnat; {family} daddr {service} meta l4proto {{ tcp, udp }} dnat to {backend} }}
+            chain output {{ type nat hook output priority -100; {family} daddr {service} meta l4proto {{ tcp, udp }} dnat to {backend} }}
+            chain forward {{ type filter hook forward priority 0; ct state invalid counter drop }}
+        }}"
+    );
+    let folder = tempfile::tempdir().expect("there is a folder for temporary files");
+    let file = folder.path().join("rules.nft");
+    std::fs::write(&file, rules).expect("the folder is writable");
+    node.exec(&format!("nft -f {}", file.display())).must();
+}
+
+fn no_nat(node: &Netns) {
+    node.exec("nft flush ruleset").must();
+}
+
+/// A pod, and the node itself, speak to a service whose backend is wherever `backend` says, by TCP and UDP.
+#[track_caller]
+fn service_works(clients: &[&Netns], node: &Netns, service: &str, backend: (&Netns, IpAddr)) {
+    let (netns, address) = backend;
+    let service: IpAddr = service.parse().unwrap();
+    for client in clients {
+        let start = |port| if address.is_ipv4() { format!("{address}:{port}") } else { format!("[{address}]:{port}") };
+        for size in [100, 8 << 20] {
+            let listener = netns.inside(|| std::net::TcpListener::bind((address, 0)).unwrap());
+            nat(node, &service.to_string(), &start(listener.local_addr().unwrap().port()));
+            traffic::transfer_by(client, service, 80, listener, size);
+            no_nat(node);
+        }
+        let server = netns.inside(|| std::net::UdpSocket::bind((address, 0)).unwrap());
+        nat(node, &service.to_string(), &start(server.local_addr().unwrap().port()));
+        traffic::echo_datagrams_by(client, service, 53, server, &[0, 1, 1422, 1423, 5000, 30_000]);
+        no_nat(node);
+    }
+}
+
+#[test]
+fn services_lead_to_backends_here_and_elsewhere_and_on_the_node() {
+    let _turn = turn();
+    let lab = Lab::up("hs", 2, 2, "routed", &[]);
+    let node = lab.nodes[0].netns();
+    let own = own_addresses(&lab.daemon(1));
+    let client = lab.pod(1, 1);
+    for (service, v4) in [("10.96.0.10", true), ("fd00:96::a", false)] {
+        let address = |pod: &Pod| if v4 { IpAddr::V4(pod.ipv4) } else { pod.ipv6.into() };
+        // The node itself needs some route to a service's address; most nodes have a default route.
+        node.ip(&format!("{} route add {service} dev weft0", if v4 { "-4" } else { "-6" }));
+        let clients = [&client.netns(), &node];
+        for backend in [lab.pod(1, 2), lab.pod(2, 1)] {
+            service_works(&clients, &node, service, (&backend.netns(), address(backend)));
+        }
+        let host = if v4 { IpAddr::V4(lab.nodes[0].underlay) } else { own[1] };
+        service_works(&clients[..1], &node, service, (&node, host));
+    }
+    let info = lab.daemon(1).status().host_port.expect("the node has a host port");
+    assert!(info.flows > 0 && info.evicted == 0, "{info:?}");
+    lab.assert_conserved();
+}
+
+#[test]
+fn bridged_services_lead_to_backends_here_and_elsewhere() {
+    let _turn = turn();
+    let lab = Lab::up("hg", 2, 2, "bridged", &[]);
+    let (node, client) = (lab.nodes[0].netns(), lab.pod(1, 1));
+    for backend in [lab.pod(1, 2), lab.pod(2, 1)] {
+        service_works(&[&client.netns()], &node, "10.96.0.10", (&backend.netns(), backend.ipv4.into()));
+        service_works(&[&client.netns()], &node, "fd00:96::a", (&backend.netns(), backend.ipv6.into()));
+    }
+    lab.assert_conserved();
+}
+
+#[test]
+fn a_port_of_the_nodes_leads_to_a_pod_for_others_and_for_pods() {
+    let _turn = turn();
+    let lab = Lab::up("hp", 2, 2, "routed", &[]);
+    let (node, other, backend) = (lab.nodes[0].netns(), lab.nodes[1].netns(), lab.pod(1, 2));
+    let published = lab.nodes[0].underlay.to_string();
+    // Another machine and a pod of this node; the backend sees who they are.
+    service_works(&[&other, &lab.pod(1, 1).netns()], &node, &published, (&backend.netns(), backend.ipv4.into()));
+    lab.assert_conserved();
+}
+
 /// The routes that carry Weft's protocol number, of both families.
 fn routes(node: &Netns) -> Vec<String> {
     let all = node.ip("-4 route show proto 87") + &node.ip("-6 route show proto 87");

@@ -92,6 +92,8 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
             addresses: addresses_of(interface).collect(),
             routes: kernel.routes.len(),
             protocol: PROTOCOL,
+            flows: snapshot.returns.entries,
+            evicted: snapshot.returns.evicted,
         }),
         vni: config.vni.get(),
         mtu: config.mtu,
@@ -110,7 +112,8 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
 /// How full each of the node's ranges is.
 fn usages(state: &State) -> impl Iterator<Item = (ipnet::IpNet, Usage)> {
     let config = &state.desired.config;
-    let own: Vec<_> = state.store.get(&hostport::owner()).map(|record| record.addresses().collect()).unwrap_or_default();
+    let own: Vec<_> =
+        state.store.get(&hostport::owner()).map(|record| record.addresses().collect()).unwrap_or_default();
     config.ranges.iter().filter_map(move |range| {
         let known = addresses::own_range(config, *range).ok()?;
         let mut usage = state.store.usage("", &known);
@@ -211,8 +214,8 @@ fn without_device(pods: &[String]) -> Option<String> {
         count => format!("{count} leases belong to pods without a device ({first} and {} more)", count - 1),
     };
     Some(format!(
-        "{who}: weftd was restarted, which ends the devices of its pods, or a namespace is gone; recreate the pods, or \
-         let the runtime's DEL or GC free the leases"
+        "{who}: weftd was restarted, which ends the devices of its pods; recreate those that are still there, the leases of \
+         the others are freed"
     ))
 }
 

@@ -20,9 +20,11 @@
 //! Optional: `workers` (by the number of CPUs, see [`default_workers`]), `port` (`"tap"`), `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
 //! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
-//! `underlay.device`, `host_port` (`"weft0"`; another name, or `false` for none), `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[log]`.
+//! `underlay.device`, `host_port` (`"weft0"`; another name, or `false` for none), `peers.vtep_mac` (for kernel VXLAN peers),
+//! `[limits]`, `[leases]`, `[log]`.
 
 mod check;
+mod leases;
 pub mod reader;
 
 use std::fmt;
@@ -37,6 +39,7 @@ use weft_router::RouterConfig;
 use weft_router::tables::{Gateway, Mode};
 
 use super::host::Host;
+pub use leases::Leases;
 use reader::{At, Problem, Reader, Section, Switch, TEXT};
 
 /// The UDP port of VXLAN as Linux and Flannel use it.
@@ -125,6 +128,8 @@ pub struct Config {
     pub peers: Vec<Peer>,
     /// Sizes and limits of the data plane.
     pub limits: Limits,
+    /// What holds for the addresses that this node gives.
+    pub leases: Leases,
     /// What is logged.
     pub log: Log,
 }
@@ -164,6 +169,8 @@ pub struct Limits {
     pub fdb_age: u64,
     /// Flows in the cache.
     pub flows: usize,
+    /// Conversations that the host port brought.
+    pub host_flows: usize,
     /// Small buffers of each worker; by the kind of the pods' devices unless given.
     pub chunks: Option<u32>,
     /// Broadcast and multicast copies per second and port.
@@ -237,6 +244,7 @@ impl Config {
             ("underlay.port", self.underlay.port != new.underlay.port),
             ("underlay.device", self.underlay.device != new.underlay.device),
             ("limits", self.limits != new.limits),
+            ("leases.boot_id", self.leases.boot_id != new.leases.boot_id),
             ("log.format", self.log.json != new.log.json),
         ];
         fixed.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect()
@@ -271,6 +279,7 @@ impl From<Limits> for RouterConfig {
             fdb_limit: limits.fdb_limit,
             fdb_age: Duration::from_secs(limits.fdb_age),
             flows: limits.flows,
+            host_flows: limits.host_flows,
             chunks: limits.chunks.unwrap_or(defaults.chunks),
             flood_rate: limits.flood_rate,
             icmp_rate: limits.icmp_rate,
@@ -302,6 +311,7 @@ struct Draft {
     underlay: Option<DraftUnderlay>,
     peers: Vec<DraftPeer>,
     limits: Limits,
+    leases: Leases,
     log: Log,
 }
 
@@ -340,6 +350,7 @@ impl Draft {
             underlay: DraftUnderlay::read(reader, &mut root),
             peers: DraftPeer::read_all(reader, &mut root),
             limits: Limits::read(reader, &mut root),
+            leases: Leases::read(reader, &mut root),
             log: Log::read(reader, &mut root),
         };
         reader.finish(root);
@@ -386,6 +397,7 @@ impl Default for Limits {
             fdb_limit: defaults.fdb_limit,
             fdb_age: defaults.fdb_age.as_secs(),
             flows: defaults.flows,
+            host_flows: defaults.host_flows,
             chunks: None,
             flood_rate: defaults.flood_rate,
             icmp_rate: defaults.icmp_rate,
@@ -403,6 +415,7 @@ impl Limits {
         limits.fdb_age =
             reader.number(&mut section, "fdb_age", 1..=86_400).map_or(limits.fdb_age, |found: At<u64>| found.value);
         limits.flows = size(reader.number(&mut section, "flows", 64..=1 << 24), limits.flows);
+        limits.host_flows = size(reader.number(&mut section, "host_flows", 64..=1 << 24), limits.host_flows);
         limits.chunks = reader.number(&mut section, "chunks", 1024..=MAX_CHUNKS).map(|found: At<u32>| found.value);
         limits.flood_rate = number(reader.number(&mut section, "flood_rate", 0..=u32::MAX), limits.flood_rate);
         limits.icmp_rate = number(reader.number(&mut section, "icmp_rate", 0..=u32::MAX), limits.icmp_rate);

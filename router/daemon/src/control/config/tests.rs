@@ -45,6 +45,22 @@ fn with(old: &str, new: &str) -> String {
 }
 
 #[test]
+fn the_host_port_has_a_name_or_is_left_out() {
+    let named = |switch: &str| with("mode = \"routed\"", &format!("mode = \"routed\"\nhost_port = {switch}"));
+    let read = |switch: &str| Config::read(&named(switch), &host()).unwrap().config.host_port;
+    assert_eq!(Config::read(GOOD, &host()).unwrap().config.host_port.as_deref(), Some("weft0"));
+    assert_eq!(read("true").as_deref(), Some("weft0"));
+    assert_eq!(read("\"pods\"").as_deref(), Some("pods"));
+    assert_eq!(read("false"), None);
+    for wrong in ["\"\"", "\"a/b\"", "\"lo\"", "\"sixteencharacter\"", "\"..\"", "7"] {
+        let found = problems(&named(wrong));
+        assert!(found.len() == 1 && found[0].starts_with("line 3: host_port: "), "{wrong}: {found:?}");
+    }
+    let device = with("address = \"10.200.0.1\"", "address = \"10.200.0.1\"\ndevice = \"weft0\"");
+    assert!(problems(&device).iter().any(|problem| problem.contains("weft0 is the underlay's device")));
+}
+
+#[test]
 fn a_small_file_gets_sensible_defaults() {
     let Checked { config, warnings } = Config::read(GOOD, &host()).unwrap();
     assert_eq!(warnings, []);
@@ -234,6 +250,22 @@ fn what_cannot_change_while_running_is_named() {
         old.fixed_differences(&fixed),
         ["node", "workers", "vni", "socket", "state_dir", "vtep_mac", "underlay.port"]
     );
+}
+
+#[test]
+fn what_is_never_given_is_written_as_address_or_prefix() {
+    let leases = |text: &str| with("[underlay]", &format!("[leases]\n{text}\n[underlay]"));
+    let config =
+        Config::read(&leases("rest = 0\nreserved = [\"10.244.1.9\", \"fd00::1\", \"10.244.1.17/28\"]"), &host());
+    let read = config.unwrap().config.leases;
+    assert_eq!(
+        read.reserved.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["10.244.1.9/32", "fd00::1/128", "10.244.1.16/28"]
+    );
+    assert_eq!(read.rest, 0);
+    for wrong in ["rest = 86401", "rest = -1", "reserved = [\"10.244.1\"]", "boot_id = \"boot\"", "resting = 3"] {
+        assert_eq!(problems(&leases(wrong)).len(), 1, "{wrong}");
+    }
 }
 
 #[test]
