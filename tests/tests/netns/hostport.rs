@@ -119,9 +119,9 @@ fn nat(node: &Netns, service: &str, backend: &str) {
     let family = if backend.starts_with('[') { "ip6" } else { "ip" };
     let rules = format!(
         "table {family} services {{
-            chain prerouting {{ type nat hook prerouting priority dstnat; {family} daddr {service} meta l4proto {{ tcp, udp }} dnat to {backend} }}
-            chain output {{ type nat hook output priority -100; {family} daddr {service} meta l4proto {{ tcp, udp }} dnat to {backend} }}
-            chain forward {{ type filter hook forward priority 0; ct state invalid counter drop }}
+            chain prerouting {{ type nat hook prerouting priority dstnat; {family} daddr {service} meta l4proto {{ tcp, udp }} dnat to {backend}; }}
+            chain output {{ type nat hook output priority -100; {family} daddr {service} meta l4proto {{ tcp, udp }} dnat to {backend}; }}
+            chain forward {{ type filter hook forward priority 0; ct state invalid counter drop; }}
         }}"
     );
     let folder = tempfile::tempdir().expect("there is a folder for temporary files");
