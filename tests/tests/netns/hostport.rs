@@ -114,6 +114,9 @@ fn what_no_table_knows_is_the_nodes_kernel_to_route() {
     lab.assert_conserved();
 }
 
+/// Datagrams that fit one packet, and such that do not.
+const SIZES: [usize; 6] = [0, 1, 1422, 1423, 5000, 30_000];
+
 /// What kube-proxy has a node do: a service's address, and a port of the node's, lead to a backend.
 fn nat(node: &Netns, service: &str, backend: &str) {
     let family = if backend.starts_with('[') { "ip6" } else { "ip" };
@@ -136,7 +139,7 @@ fn no_nat(node: &Netns) {
 
 /// A pod, and the node itself, speak to a service whose backend is wherever `backend` says, by TCP and UDP.
 #[track_caller]
-fn service_works(clients: &[&Netns], node: &Netns, service: &str, backend: (&Netns, IpAddr)) {
+fn service_works(clients: &[&Netns], node: &Netns, service: &str, backend: (&Netns, IpAddr), sizes: &[usize]) {
     let (netns, address) = backend;
     let service: IpAddr = service.parse().unwrap();
     for client in clients {
@@ -149,7 +152,7 @@ fn service_works(clients: &[&Netns], node: &Netns, service: &str, backend: (&Net
         }
         let server = netns.inside(|| std::net::UdpSocket::bind((address, 0)).unwrap());
         nat(node, &service.to_string(), &start(server.local_addr().unwrap().port()));
-        traffic::echo_datagrams_by(client, service, 53, server, &[0, 1, 1422, 1423, 5000, 30_000]);
+        traffic::echo_datagrams_by(client, service, 53, server, sizes);
         no_nat(node);
     }
 }
@@ -167,10 +170,10 @@ fn services_lead_to_backends_here_and_elsewhere_and_on_the_node() {
         node.ip(&format!("{} route add {service} dev weft0", if v4 { "-4" } else { "-6" }));
         let clients = [&client.netns(), &node];
         for backend in [lab.pod(1, 2), lab.pod(2, 1)] {
-            service_works(&clients, &node, service, (&backend.netns(), address(backend)));
+            service_works(&clients, &node, service, (&backend.netns(), address(backend)), &SIZES);
         }
         let host = if v4 { IpAddr::V4(lab.nodes[0].underlay) } else { own[1] };
-        service_works(&clients[..1], &node, service, (&node, host));
+        service_works(&clients[..1], &node, service, (&node, host), &SIZES);
     }
     let info = lab.daemon(1).status().host_port.expect("the node has a host port");
     assert!(info.flows > 0 && info.evicted == 0, "{info:?}");
@@ -183,8 +186,8 @@ fn bridged_services_lead_to_backends_here_and_elsewhere() {
     let lab = Lab::up("hg", 2, 2, "bridged", &[]);
     let (node, client) = (lab.nodes[0].netns(), lab.pod(1, 1));
     for backend in [lab.pod(1, 2), lab.pod(2, 1)] {
-        service_works(&[&client.netns()], &node, "10.96.0.10", (&backend.netns(), backend.ipv4.into()));
-        service_works(&[&client.netns()], &node, "fd00:96::a", (&backend.netns(), backend.ipv6.into()));
+        service_works(&[&client.netns()], &node, "10.96.0.10", (&backend.netns(), backend.ipv4.into()), &SIZES);
+        service_works(&[&client.netns()], &node, "fd00:96::a", (&backend.netns(), backend.ipv6.into()), &SIZES);
     }
     lab.assert_conserved();
 }
@@ -195,8 +198,10 @@ fn a_port_of_the_nodes_leads_to_a_pod_for_others_and_for_pods() {
     let lab = Lab::up("hp", 2, 2, "routed", &[]);
     let (node, other, backend) = (lab.nodes[0].netns(), lab.nodes[1].netns(), lab.pod(1, 2));
     let published = lab.nodes[0].underlay.to_string();
-    // Another machine and a pod of this node; the backend sees who they are.
-    service_works(&[&other, &lab.pod(1, 1).netns()], &node, &published, (&backend.netns(), backend.ipv4.into()));
+    // Another machine, whose larger datagrams would be told of the smaller MTU behind the node; and a pod of this node.
+    let to = (&backend.netns(), backend.ipv4.into());
+    service_works(&[&other], &node, &published, to, &[0, 1, 1422]);
+    service_works(&[&lab.pod(1, 1).netns()], &node, &published, to, &SIZES);
     lab.assert_conserved();
 }
 

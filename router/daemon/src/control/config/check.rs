@@ -127,7 +127,8 @@ fn check_host_address(reader: &mut Reader<'_>, at: &At<IpAddr>) {
 
 /// The host port's name must be one that the kernel takes, and nobody else's.
 fn check_host_port(reader: &mut Reader<'_>, draft: &Draft) -> Option<String> {
-    let Some(At { value, place }) = &draft.host_port else { return Some(DEFAULT_HOST_PORT.to_owned()) };
+    let usual = At { value: Switch::On, place: root("host_port") };
+    let At { value, place } = draft.host_port.as_ref().unwrap_or(&usual);
     let name = match value {
         Switch::On => DEFAULT_HOST_PORT,
         Switch::Off => return None,
