@@ -15,6 +15,8 @@ mod hostport;
 mod interop;
 mod labs;
 mod lifecycle;
+mod order;
+mod overload;
 mod reach;
 mod throughput;
 mod workers;
