@@ -235,7 +235,7 @@ impl Node {
     pub fn remove_host(&self) {
         self.set_host(None);
         if let Ok(Some(last)) = self.router.remove_port(HOST) {
-            add(&mut self.state().retired, &counters(&last));
+            self.state().retired += &last;
         }
     }
 
