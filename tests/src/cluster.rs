@@ -64,6 +64,8 @@ impl Cluster {
         self.underlay.ip(&format!("link set n{number} master br0 up"));
         netns.ip(&format!("address add 10.200.0.{number}/24 dev uplink"));
         netns.ip("link set uplink up");
+        netns.set("net/ipv4/ip_forward", "1");
+        netns.set("net/ipv6/conf/all/forwarding", "1");
         netns
     }
 
@@ -83,10 +85,21 @@ impl Cluster {
     /// follows them.
     #[track_caller]
     pub fn weft_node_by(&self, number: u8, mode: &str, more: &str, wrapper: &str) -> WeftNode {
+        self.start_node(number, &self.config(number, mode, more), wrapper)
+    }
+
+    /// A node with a weftd of this configuration.
+    #[track_caller]
+    pub fn weft_node_of(&self, number: u8, config: &str) -> WeftNode {
+        self.start_node(number, config, "")
+    }
+
+    #[track_caller]
+    fn start_node(&self, number: u8, text: &str, wrapper: &str) -> WeftNode {
         let netns = self.machine(number);
         let file = |end: &str| self.folder.path().join(format!("n{number}.{end}"));
         let (config, log, socket, state) = (file("toml"), file("log"), file("sock"), file("state"));
-        std::fs::write(&config, self.config(number, mode, more)).expect("the folder is writable");
+        std::fs::write(&config, text).expect("the folder is writable");
         let process = start(wrapper, &netns, &config, &log);
         let node = WeftNode { netns, number, runtime: Runtime::new(&socket, &state), config, log, process };
         node.await_ready();

@@ -28,6 +28,8 @@ use weft_encap::mac::Mac;
 
 use crate::control::host::{Host, Interface};
 
+pub mod routes;
+
 /// A netlink message of one dump is at most this long; the kernel sizes its own by what the reader offers, up to 32 KiB.
 const BUFFER: usize = 32 * 1024;
 
@@ -74,6 +76,8 @@ pub struct LinkChange<'a> {
     pub namespace: Option<BorrowedFd<'a>>,
     /// Set it up.
     pub up: bool,
+    /// Set it down.
+    pub down: bool,
 }
 
 /// A veth to be made: its host end here, its other end in a pod. Neither end speaks by itself.
@@ -151,6 +155,8 @@ impl Netlink {
         message.header.index = index;
         if change.up {
             message.header.flags = LinkFlags::Up;
+        }
+        if change.up || change.down {
             message.header.change_mask = LinkFlags::Up;
         }
         let attributes = [

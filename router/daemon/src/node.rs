@@ -16,6 +16,7 @@ use weft_api::{AttachmentKey, Counters, Failure, code};
 use weft_ipam::Store;
 use weft_router::port::udp::Underlay;
 use weft_router::stats::PortStats;
+use weft_router::tables::Pod;
 use weft_router::{Device, PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
@@ -28,8 +29,9 @@ use crate::attach::veth::Veth;
 use crate::control::compile::compile;
 use crate::control::config::reader::{Problem, decode};
 use crate::control::config::{Checked, Config, default_workers};
-use crate::control::desired::{DesiredState, UNDERLAY};
+use crate::control::desired::{DesiredState, HOST, UNDERLAY};
 use crate::control::host::Host;
+use crate::hostport::HostPort;
 use crate::log::LogLevel;
 use crate::metrics::Requests;
 use crate::netlink::Netlink;
@@ -58,6 +60,8 @@ pub struct Node {
     pub suspects: Suspects,
     /// One request at a time for each attachment.
     pub turns: Turns,
+    /// This node's own interface in the pod network.
+    pub host: HostPort,
     /// Counts of the runtime's requests.
     pub requests: Requests,
     log_level: LogLevel,
@@ -119,7 +123,7 @@ fn read_config_for(path: &Path, host: &Host) -> anyhow::Result<Checked> {
 }
 
 impl Node {
-    /// Opens the lease store, starts the data plane and gives it the underlay. What it returns beside the node says that veths may have
+    /// Opens the lease store, starts the data plane and gives it the underlay. `kicks` reaches whoever keeps the host port. What it returns beside the node says that veths may have
     /// gone: [`Node::veths_removed`].
     ///
     /// # Errors
@@ -128,6 +132,7 @@ impl Node {
         config: Config,
         config_path: PathBuf,
         log_level: LogLevel,
+        kicks: mpsc::Sender<()>,
     ) -> anyhow::Result<(Node, mpsc::Receiver<()>)> {
         let folder = config.state_dir.join(LEASES);
         let census = Census::new(&config.leases.boot_id);
@@ -168,6 +173,7 @@ impl Node {
             census,
             suspects: Suspects::default(),
             turns: Turns::default(),
+            host: HostPort::new(kicks),
             requests: Requests::default(),
             log_level,
             reloading: Mutex::default(),
@@ -218,6 +224,21 @@ impl Node {
         true
     }
 
+    /// Says who this node itself is in the pod network.
+    pub fn set_host(&self, interface: Option<Pod>) {
+        let mut state = self.state();
+        let desired = DesiredState { host: interface, ..state.desired.clone() };
+        self.put_in_force(&mut state, desired);
+    }
+
+    /// Takes the host port away from the data plane, if it is there. Its counters stay in the sums.
+    pub fn remove_host(&self) {
+        self.set_host(None);
+        if let Ok(Some(last)) = self.router.remove_port(HOST) {
+            add(&mut self.state().retired, &counters(&last));
+        }
+    }
+
     /// `port` is out of service, most often because its namespace was deleted. The lease stays until DEL or GC.
     pub fn port_gone(&self, port: PortId, why: PortEnd) {
         // The number may have been given to another attachment since.
@@ -228,6 +249,10 @@ impl Node {
         if port == UNDERLAY {
             tracing::error!("the underlay's socket is broken: other nodes cannot be reached; restart weftd");
             return;
+        }
+        if port == HOST {
+            tracing::warn!("the host port's interface is gone: it is made anew");
+            return self.host.lost();
         }
         let key = {
             let state = self.state();
@@ -335,6 +360,7 @@ impl Node {
         self.log_level.set(config.log.level);
         let desired = state.desired.reconfigured(Arc::new(config));
         self.put_in_force(&mut state, desired);
+        self.host.kick();
         tracing::info!(peers = state.desired.config.peers.len(), epoch = state.epoch, "configuration in force");
         Ok(())
     }

@@ -12,6 +12,7 @@ mod chains;
 mod cni;
 mod footprint;
 mod hostile;
+mod hostport;
 mod interop;
 mod ipam_plugins;
 mod labs;
