@@ -132,7 +132,8 @@ impl Chooser<'_> {
     }
 
     fn exhausted(&self, set: &RangeSet) -> LeaseError {
-        let leased = set.ranges().iter().fold(0_u64, |n, r| n.saturating_add(self.leases.usage(self.pool, r).leased));
+        let leased =
+            set.ranges().iter().fold(0_u64, |n, r| n.saturating_add(self.leases.usage(self.pool, r, &[]).leased));
         LeaseError::Exhausted { ranges: set.to_string(), leased }
     }
 }

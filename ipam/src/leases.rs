@@ -14,6 +14,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
+
 use crate::range::{Range, RangeSet, is_v4, to_number};
 use crate::record::{Owner, Record};
 use crate::resting::Resting;
@@ -27,6 +29,8 @@ pub struct Usage {
     pub leased: u64,
     /// Freed, and given again only when nothing else is left.
     pub resting: u64,
+    /// Never given, whoever may have one of them still.
+    pub reserved: u64,
     /// Addresses that can be given in all; saturates at `u64::MAX`.
     pub size: u64,
 }
@@ -82,13 +86,14 @@ impl Leases {
         self.macs.contains_key(&mac)
     }
 
-    /// How full `range` is in `pool`.
-    pub fn usage(&self, pool: &str, range: &Range) -> Usage {
+    /// How full `range` is in `pool`, if these are never given.
+    pub fn usage(&self, pool: &str, range: &Range, reserved: &[IpNet]) -> Usage {
         let (start, end) = range.bounds();
         let taken = self.taken(pool, range.is_v4()).map_or(0, |t| t.count(start, end));
         let resting =
             self.resting.iter().filter(|(of, address, _)| *of == pool && range.contains(*address)).count() as u64;
-        Usage { leased: taken.saturating_sub(resting), resting, size: range.size() }
+        let reserved = range.count_in(reserved);
+        Usage { leased: taken.saturating_sub(resting), resting, reserved, size: range.size() - reserved }
     }
 
     /// Addresses that rest: pool, address, and since when in milliseconds of its boot. The longest first.

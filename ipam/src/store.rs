@@ -293,7 +293,8 @@ impl Store {
 
     /// How full `range` is in `pool`.
     pub fn usage(&self, pool: &str, range: &Range) -> Usage {
-        self.memory().leases.usage(pool, range)
+        let memory = self.memory();
+        memory.leases.usage(pool, range, &memory.rules.reserved)
     }
 
     /// What the store has done since it was opened.
@@ -301,9 +302,9 @@ impl Store {
         self.memory().counts
     }
 
-    /// How many releases are not durable yet. While there are any for long, something is wrong with the disk.
+    /// How many releases could not be made durable. While there are any, something is wrong with the disk.
     pub fn pending(&self) -> usize {
-        self.memory().pending.len()
+        self.memory().pending.iter().filter(|released| released.ticket.is_none()).count()
     }
 
     /// What the journal's last write failed with, if it did, and what to do; `None` as soon as one succeeds.

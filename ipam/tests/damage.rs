@@ -124,7 +124,7 @@ fn damage_in_the_middle_is_refused_with_its_offset_and_leaves_the_file_alone() {
     let disk = Sim::with_journal(&bytes);
     let error = Store::with_disk(disk.boxed()).unwrap_err();
     assert!(matches!(error, OpenError::Damaged { offset, .. } if offset == at), "{error}");
-    assert!(error.to_string().contains("Restore the file from a backup"), "{error}");
+    assert!(error.to_string().contains("weft ipam fsck"), "{error}");
     assert_eq!(disk.journal().unwrap(), bytes);
 
     // The end of what a compaction wrote is not the end of an append, even if nothing follows.

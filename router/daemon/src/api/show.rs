@@ -166,7 +166,7 @@ pub fn leases(node: &Node) -> Vec<LeaseInfo> {
         let lease = |address| LeaseInfo { address, key: key.clone(), attached };
         record.addresses().map(lease).collect::<Vec<_>>()
     };
-    state.store.iter().flat_map(of).collect()
+    node.store.records().iter().flat_map(|record| of(record)).collect()
 }
 
 /// The drop counters that are not zero.

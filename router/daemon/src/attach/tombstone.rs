@@ -40,7 +40,7 @@ pub fn honour(node: &Node, key: &AttachmentKey) {
 
 fn honour_one(node: &Node, path: &Path, key: &AttachmentKey) {
     super::free(node, key);
-    if node.state().store.pending() > 0 {
+    if node.store.pending() > 0 {
         tracing::warn!(path = %path.display(), "the tombstone stays: its release could not be written to the lease store");
         return;
     }
