@@ -1,19 +1,20 @@
 //! The node as it is: data plane, leases and attachments, kept in step.
 //!
-//! One mutex holds what requests change; it is held for memory work and for a lease's write to disk, never for work on
-//! devices or inside namespaces. The data plane is told by [`Node::put_in_force`] only, which compiles the whole state anew.
+//! One mutex holds what requests change; it is held for memory work, never for work on devices, inside namespaces or for the disk. The lease
+//! store has locks of its own. The data plane is told by [`Node::put_in_force`] only, which compiles the whole state anew.
 
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::rand::GetRandomFlags;
+use rustix::time::{ClockId, clock_gettime};
 use weft_api::{AttachmentKey, Counters, Failure, code};
-use weft_ipam::Store;
+use weft_ipam::{Rules, Store};
 use weft_router::port::udp::Underlay;
 use weft_router::stats::PortStats;
 use weft_router::tables::Pod;
@@ -54,6 +55,8 @@ pub struct Node {
     pub router: Router,
     /// The kinds of devices that pods can have here.
     pub devices: Devices,
+    /// The leases.
+    pub store: Store,
     /// Which pods' network namespaces are still there.
     pub census: Census,
     /// Leases whose namespace was gone at the last look.
@@ -74,8 +77,6 @@ pub struct Node {
 pub struct State {
     /// What the tables in force were made of.
     pub desired: DesiredState,
-    /// The leases.
-    pub store: Store,
     /// Attachments that have a port.
     pub attachments: BTreeMap<AttachmentKey, Attachment>,
     /// Sums of ports that are gone.
@@ -140,6 +141,9 @@ impl Node {
         if let Some(recovery) = store.recovery() {
             tracing::warn!("{recovery}; it was cut off");
         }
+        store.set_rules(rules(&config));
+        // What rests is written down by the clock of its boot: before anything else is asked of the store.
+        store.begin_boot(census.boot(), since_boot()).context("cannot write to the lease store")?;
         let local = SocketAddr::new(config.underlay.address, config.underlay.port);
         let workers = config.workers.unwrap_or_else(|| default_workers(cpus()));
         let underlay = Underlay::open_for(workers, local, TRANSMIT_SOCKETS).with_context(|| {
@@ -158,7 +162,6 @@ impl Node {
         let devices = Devices::new(desired.config.port, desired.config.mtu, workers, removed);
         let state = State {
             desired,
-            store,
             attachments: BTreeMap::new(),
             retired: PortStats::default(),
             samples: Samples::default(),
@@ -170,6 +173,7 @@ impl Node {
             started: Instant::now(),
             router,
             devices,
+            store,
             census,
             suspects: Suspects::default(),
             turns: Turns::default(),
@@ -235,7 +239,7 @@ impl Node {
     pub fn remove_host(&self) {
         self.set_host(None);
         if let Ok(Some(last)) = self.router.remove_port(HOST) {
-            add(&mut self.state().retired, &counters(&last));
+            self.state().retired += &last;
         }
     }
 
@@ -358,6 +362,7 @@ impl Node {
             return refuse(msg, "restart weftd, or set it back; the old configuration stays in force");
         }
         self.log_level.set(config.log.level);
+        self.store.set_rules(rules(&config));
         let desired = state.desired.reconfigured(Arc::new(config));
         self.put_in_force(&mut state, desired);
         self.host.kick();
@@ -367,11 +372,10 @@ impl Node {
 
     /// Tries again to write releases that the disk did not take.
     pub fn write_pending_releases(&self) {
-        let mut state = self.state();
-        if state.store.pending() > 0
-            && let Err(error) = state.store.flush()
+        if self.store.pending() > 0
+            && let Err(error) = self.store.flush()
         {
-            tracing::warn!(pending = state.store.pending(), "released leases stay taken: {error}");
+            tracing::warn!(pending = self.store.pending(), "released leases stay taken: {error}");
         }
     }
 
@@ -400,6 +404,18 @@ impl Node {
 
 fn log_gone(key: &AttachmentKey) {
     tracing::info!(container = key.container, ifname = key.ifname, "the pod's network namespace is gone");
+}
+
+/// What the configuration wants of the lease store.
+fn rules(config: &Config) -> Rules {
+    Rules { rest: Duration::from_secs(config.leases.rest), reserved: config.leases.reserved.clone() }
+}
+
+/// The clock by which freed addresses rest: milliseconds since the boot, whatever the date is set to.
+pub fn since_boot() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    let [seconds, nanos] = [now.tv_sec, now.tv_nsec].map(|part| u64::try_from(part).unwrap_or_default());
+    seconds * 1000 + nanos / 1_000_000
 }
 
 /// CPUs that weftd may use.

@@ -186,7 +186,8 @@ pub fn leases(node: &Node) -> Vec<LeaseInfo> {
         record.addresses().map(lease).collect::<Vec<_>>()
     };
     // What this node itself has is no attachment's, and shown by the state.
-    state.store.iter().filter(|record| record.owner != hostport::owner()).flat_map(of).collect()
+    let records = node.store.records();
+    records.iter().filter(|record| record.owner != hostport::owner()).flat_map(|record| of(record)).collect()
 }
 
 /// The drop counters that are not zero.
