@@ -381,6 +381,16 @@ fn bursts_make_a_device_hold_more_chunks() {
 }
 
 #[test]
+fn the_first_devices_hold_many_chunks_and_a_hundred_leave_some() {
+    let pool = Pool::new(16_384, 4).unwrap();
+    let devices: Vec<_> = (0..110).map(|_| port(&pool, 2048, true)).collect();
+    let lent: Vec<u32> = devices.iter().map(|(port, _)| port.lent().0).collect();
+    assert_eq!((lent[0], lent[109]), (1024, 64));
+    assert!(lent.is_sorted_by(|one, next| one >= next), "{lent:?}");
+    assert!(pool.free().0 > 16_384 / 4, "{} are left", pool.free().0);
+}
+
+#[test]
 fn no_device_starves_the_others() {
     let pool = Pool::new(2048, 4).unwrap();
     let mut devices: Vec<_> = (0..4).map(|_| port(&pool, 2048, true)).collect();
