@@ -49,13 +49,7 @@ pub const CONTENDERS: [Contender; 6] = [
         kind: Kind::Weft(|plan| Plan { port: Some(Port::Xdp), ..plan }),
         rivals: &["kernel", "ovs-xdp", "testpmd"],
     },
-    Contender {
-        id: "ovs-xdp",
-        label: "OVS AF_XDP",
-        short: "OVS XDP",
-        kind: Kind::Ovs(Ports::AfXdp),
-        rivals: &[],
-    },
+    Contender { id: "ovs-xdp", label: "OVS AF_XDP", short: "OVS XDP", kind: Kind::Ovs(Ports::AfXdp), rivals: &[] },
     Contender {
         id: "ovs-packet",
         label: "OVS AF_PACKET",

@@ -281,9 +281,7 @@ impl Task {
             Kind::Testpmd if !matches!(self.what, What::Frames(_)) || !contender.has(self.layout) => {
                 Err("it is a yardstick for frames between two devices")
             }
-            _ if contender.is_guest() && self.links == Links::Plain => {
-                Err("its ports take no superframes in any case")
-            }
+            _ if contender.is_guest() && self.links == Links::Plain => Err("its ports take no superframes in any case"),
             _ => Ok(()),
         }
     }

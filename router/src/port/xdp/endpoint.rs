@@ -19,6 +19,8 @@ const LEAST: u32 = 64;
 const SHARE: f32 = 0.25;
 /// See [`SHARE`]. Above [`PLENTY`], so that busy devices find what they need.
 const AMPLE: f32 = 0.75;
+/// What a device holds at least once it is busy.
+const FIRST_STEP: u32 = 256;
 /// After so many batches that needed a small part of what a device holds, it holds half as many.
 const PATIENCE: u32 = 4096;
 
@@ -170,7 +172,7 @@ impl Endpoint {
     fn adapt(&mut self, count: u32) {
         let most = self.rings.fill.size();
         if count * 4 > self.target && self.lender.free() > PLENTY {
-            (self.target, self.easy) = ((self.target * 4).min(most), 0);
+            (self.target, self.easy) = ((self.target * 2).max(FIRST_STEP).min(most), 0);
         } else if count * 16 < self.target {
             self.easy += 1;
             if self.easy >= PATIENCE {
