@@ -19,8 +19,10 @@ use weft_router::stats::PortStats;
 use weft_router::{Device, PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
+use crate::attach::census::Census;
 use crate::attach::device::{self, Devices};
 use crate::attach::pod::Interface;
+use crate::attach::reconcile::Suspects;
 use crate::attach::turn::Turns;
 use crate::attach::veth::Veth;
 use crate::control::compile::compile;
@@ -29,6 +31,7 @@ use crate::control::config::{Checked, Config, default_workers};
 use crate::control::desired::{DesiredState, UNDERLAY};
 use crate::control::host::Host;
 use crate::log::LogLevel;
+use crate::metrics::Requests;
 use crate::netlink::Netlink;
 
 /// Sockets of each worker that send to other nodes, each from a source port of its own, so that flows spread over paths, queues and
@@ -49,8 +52,14 @@ pub struct Node {
     pub router: Router,
     /// The kinds of devices that pods can have here.
     pub devices: Devices,
+    /// Which pods' network namespaces are still there.
+    pub census: Census,
+    /// Leases whose namespace was gone at the last look.
+    pub suspects: Suspects,
     /// One request at a time for each attachment.
     pub turns: Turns,
+    /// Counts of the runtime's requests.
+    pub requests: Requests,
     log_level: LogLevel,
     /// Held over a whole reload, so that the file that was read last is the one in force.
     reloading: Mutex<()>,
@@ -66,7 +75,7 @@ pub struct State {
     /// Attachments that have a port.
     pub attachments: BTreeMap<AttachmentKey, Attachment>,
     /// Sums of ports that are gone.
-    pub retired: Counters,
+    pub retired: PortStats,
     /// The counters of the last while.
     pub samples: Samples,
     /// Ports whose removal from the workers is under way: their numbers are not free yet.
@@ -121,6 +130,7 @@ impl Node {
         log_level: LogLevel,
     ) -> anyhow::Result<(Node, mpsc::Receiver<()>)> {
         let folder = config.state_dir.join(LEASES);
+        let census = Census::new(&config.leases.boot_id);
         let store = Store::open(&folder).with_context(|| format!("cannot open the leases in {}", folder.display()))?;
         if let Some(recovery) = store.recovery() {
             tracing::warn!("{recovery}; it was cut off");
@@ -145,7 +155,7 @@ impl Node {
             desired,
             store,
             attachments: BTreeMap::new(),
-            retired: Counters::default(),
+            retired: PortStats::default(),
             samples: Samples::default(),
             leaving: Vec::new(),
             epoch,
@@ -155,7 +165,10 @@ impl Node {
             started: Instant::now(),
             router,
             devices,
+            census,
+            suspects: Suspects::default(),
             turns: Turns::default(),
+            requests: Requests::default(),
             log_level,
             reloading: Mutex::default(),
             state: Mutex::new(state),
@@ -198,7 +211,7 @@ impl Node {
         let mut state = self.state();
         state.leaving.retain(|leaving| *leaving != port);
         match last {
-            Ok(Some(stats)) => add(&mut state.retired, &counters(&stats)),
+            Ok(Some(stats)) => state.retired += &stats,
             Ok(None) => {}
             Err(error) => tracing::error!(%port, %error, "cannot remove a port"),
         }
@@ -285,7 +298,7 @@ impl Node {
         };
         let Some((key, Attachment { veth: Some(veth), .. })) = found else { return };
         if let Ok(Some(last)) = self.router.remove_port(port) {
-            add(&mut self.state().retired, &counters(&last));
+            self.state().retired += &last;
         }
         if let Err(error) = device::open_veth(&self.router, port, &veth) {
             tracing::error!(
@@ -388,17 +401,6 @@ pub fn counters(stats: &PortStats) -> Counters {
         dropped: stats.dropped_total(),
         merged: stats.merged,
     }
-}
-
-/// Adds `more` to `sum`.
-pub fn add(sum: &mut Counters, more: &Counters) {
-    sum.received += more.received;
-    sum.received_bytes += more.received_bytes;
-    sum.created += more.created;
-    sum.sent += more.sent;
-    sum.sent_bytes += more.sent_bytes;
-    sum.dropped += more.dropped;
-    sum.merged += more.merged;
 }
 
 #[cfg(test)]
