@@ -13,7 +13,7 @@ use weft_api::{Empty, Request};
 
 use crate::command::{Background, eventually};
 use crate::daemon::Daemon;
-use crate::machine::{binary, port, unique};
+use crate::machine::{binary, port, underlay, unique};
 use crate::netns::OwnNetns;
 use crate::plugin::Runtime;
 
@@ -102,11 +102,12 @@ impl Cluster {
             ""
         };
         let port = port().map(|port| format!("port = \"{port}\"\n")).unwrap_or_default();
+        let kind = underlay().map(|kind| format!("kind = \"{kind}\"\n")).unwrap_or_default();
         format!(
             "{port}node = \"n{number}\"\nmode = \"{mode}\"\nvni = 1\nmtu = 1450\n\
              socket = \"{folder}/n{number}.sock\"\nstate_dir = \"{folder}/n{number}.state\"\n\
              ranges = [\"10.244.{number}.0/24\", \"fd00:10:244:{number}::/64\"]\n{segment}\
-             \n[underlay]\naddress = \"10.200.0.{number}\"\nport = 8472\ndevice = \"uplink\"\n\n{more}"
+             \n[underlay]\naddress = \"10.200.0.{number}\"\nport = 8472\ndevice = \"uplink\"\n{kind}\n{more}"
         )
     }
 }

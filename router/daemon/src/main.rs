@@ -10,6 +10,7 @@ mod control;
 mod log;
 mod netlink;
 mod node;
+mod uplink;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -59,6 +59,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     }
     let kind = snapshot.ports.iter().find(|port| port.id == UNDERLAY);
     let mut problems = problems(&state, &snapshot, host.as_ref());
+    problems.extend(kind.and_then(|port| node.uplink.problem_of(port.kind)));
     problems.extend(worker_problem(snapshot.workers, node.router.workers()));
     problems.extend(node.devices.choose(None).err().map(|failure| failure.to_string()));
     problems.extend(state.samples.problems(&sample, node.started, config));
@@ -77,7 +78,9 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         gateway_mac: config.gateway.mac.to_string(),
         vtep_mac: config.vtep_mac.to_string(),
         underlay: SocketAddr::new(config.underlay.address, config.underlay.port).to_string(),
-        underlay_kind: kind.map(|port| format!("{}, offloads: {}", port.kind, port.capabilities)).unwrap_or_default(),
+        underlay_kind: kind
+            .map(|port| format!("{}, offloads: {}", node.uplink.shown(port.kind), port.capabilities))
+            .unwrap_or_default(),
         workers: node.router.workers(),
         port: node.devices.shown(),
         vni: config.vni.get(),

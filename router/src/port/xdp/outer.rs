@@ -43,6 +43,8 @@ pub type Prefix = ArrayVec<u8, 66>;
 
 const IPV6_LEN: usize = size_of::<Ipv6Header>();
 const TTL: u8 = 64;
+/// The number of a tag; the other bits are its priority.
+const VLAN_ID: u16 = 0x0fff;
 /// Source ports are dynamic ones (RFC 7348 section 5, RFC 6335).
 const FIRST_PORT: u16 = 0xc000;
 
@@ -112,6 +114,9 @@ pub fn complete<'a>(prefix: &mut Prefix, partial: Partial, slices: impl Iterator
 pub fn read(frame: &mut Frame, tunnel: &Tunnel) -> Result<(), DropReason> {
     let head = frame.head();
     let ip = Ip::read(head)?;
+    if ip.tag.is_some_and(|tag| tunnel.vlan.is_some_and(|ours| tag != ours)) {
+        return Err(DropReason::NotForUs);
+    }
     let udp = UdpHeader::read_from_prefix(head.get(ip.udp..).unwrap_or_default());
     let (udp, _) = udp.map_err(|_| DropReason::TooShort)?;
     let end = ip.udp + usize::from(udp.len.get());
@@ -155,6 +160,8 @@ fn is_valid(pseudo: Sum, frame: &Frame, start: usize, end: usize) -> bool {
 
 /// What an IP header in front of UDP says.
 struct Ip {
+    /// The VLAN, if one is named: 0 only says that there is a priority.
+    tag: Option<u16>,
     from: IpAddr,
     to: IpAddr,
     tos: u8,
@@ -168,18 +175,21 @@ impl Ip {
     fn read(head: &[u8]) -> Result<Ip, DropReason> {
         let (_, mut rest) = EthHeader::read_from_prefix(head).map_err(|_| DropReason::TooShort)?;
         let mut ethertype = u16::from_be_bytes([head[12], head[13]]);
+        let mut outermost = None;
         for _ in 0..2 {
             if matches!(ethertype, ETHERTYPE_VLAN | ETHERTYPE_QINQ) {
                 let (tag, behind) = rest.split_first_chunk::<4>().ok_or(DropReason::TooShort)?;
+                outermost = outermost.or(Some(u16::from_be_bytes([tag[0], tag[1]]) & VLAN_ID));
                 (ethertype, rest) = (u16::from_be_bytes([tag[2], tag[3]]), behind);
             }
         }
         let at = head.len() - rest.len();
-        match ethertype {
+        let ip = match ethertype {
             ETHERTYPE_IPV4 => Ip::v4(rest, at),
             ETHERTYPE_IPV6 => Ip::v6(rest, at),
             _ => Err(DropReason::NotForUs),
-        }
+        };
+        ip.map(|ip| Ip { tag: outermost.filter(|tag| *tag != 0), ..ip })
     }
 
     fn v4(bytes: &[u8], at: usize) -> Result<Ip, DropReason> {
@@ -192,7 +202,7 @@ impl Ip {
             return Err(DropReason::BadIpv4Checksum);
         }
         let end = at + usize::from(header.total_len.get());
-        Ok(Ip { from: header.src.into(), to: header.dst.into(), tos: header.tos, udp: at + IPV4_LEN, end })
+        Ok(Ip { tag: None, from: header.src.into(), to: header.dst.into(), tos: header.tos, udp: at + IPV4_LEN, end })
     }
 
     fn v6(bytes: &[u8], at: usize) -> Result<Ip, DropReason> {
@@ -202,7 +212,7 @@ impl Ip {
         }
         let tos = (header.version_class_flow.get() >> 20) as u8;
         let end = at + IPV6_LEN + usize::from(header.payload_len.get());
-        Ok(Ip { from: header.src.into(), to: header.dst.into(), tos, udp: at + IPV6_LEN, end })
+        Ok(Ip { tag: None, from: header.src.into(), to: header.dst.into(), tos, udp: at + IPV6_LEN, end })
     }
 }
 
@@ -234,7 +244,7 @@ mod tests {
     }
 
     fn tunnel() -> Tunnel {
-        Tunnel { addresses: THERE.map(|address| address.parse().unwrap()).to_vec(), port: PORT }
+        Tunnel { addresses: THERE.map(|address| address.parse().unwrap()).to_vec(), port: PORT, vlan: None }
     }
 
     fn open(bytes: &[u8]) -> Result<(Vec<u8>, Outer), DropReason> {
@@ -290,6 +300,17 @@ mod tests {
             assert_eq!(open(&bytes).unwrap().0, long, "it is complete, over more than one buffer");
             *bytes.last_mut().unwrap() ^= 1;
             assert_eq!(open(&bytes), Err(DropReason::Malformed));
+        }
+    }
+
+    #[test]
+    fn of_a_vlan_its_own_frames_are_read_and_those_whose_tag_was_taken_off() {
+        let pool = Pool::new(1, 1).unwrap();
+        for family in [0, 1] {
+            for (vlan, fits) in [(None, true), (Some(0), true), (Some(100), true), (Some(0xf064), true), (Some(101), false)] {
+                let mut frame = Frame::from_bytes(&packet(family, vlan, b"payload"), PortId(0), &pool).unwrap();
+                assert_eq!(read(&mut frame, &Tunnel { vlan: Some(100), ..tunnel() }).is_ok(), fits, "{vlan:?}");
+            }
         }
     }
 
