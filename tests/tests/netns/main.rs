@@ -16,5 +16,6 @@ mod labs;
 mod lifecycle;
 mod reach;
 mod throughput;
+mod uplink;
 mod workers;
 mod xdp;
