@@ -157,6 +157,7 @@ async fn serve(node: &Arc<Node>, mut signals: Signals) -> anyhow::Result<()> {
     let socket = api::socket::Bound::new(&path)?;
     // After the socket is bound and before anyone is served: a shim that still gave up finds the socket on its second try.
     attach::tombstone::honour_all(node);
+    attach::reconcile::at_start(node);
     let mut data_plane = watch_data_plane(node)?;
     let server = api::Server::new(Arc::clone(node));
     let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
@@ -184,11 +185,12 @@ async fn serve(node: &Arc<Node>, mut signals: Signals) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Releases that the disk did not take are tried again, what shims left while weftd did not answer is freed, and the
-/// counters are remembered.
+/// Releases that the disk did not take are tried again, what shims left while weftd did not answer and what pods left that are gone is
+/// freed, and the counters are remembered.
 fn keep_house(node: &Node) {
     node.write_pending_releases();
     attach::tombstone::honour_all(node);
+    attach::reconcile::reconcile(node);
     node.keep_sample();
 }
 

@@ -17,8 +17,10 @@ use weft_router::stats::PortStats;
 use weft_router::{PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
+use crate::attach::census::Census;
 use crate::attach::device::{self, Devices};
 use crate::attach::pod::Interface;
+use crate::attach::reconcile::Suspects;
 use crate::attach::turn::Turns;
 use crate::attach::veth::Veth;
 use crate::control::compile::compile;
@@ -47,6 +49,10 @@ pub struct Node {
     pub uplink: Uplink,
     /// The kinds of devices that pods can have here.
     pub devices: Devices,
+    /// Which pods' network namespaces are still there.
+    pub census: Census,
+    /// Leases whose namespace was gone at the last look.
+    pub suspects: Suspects,
     /// One request at a time for each attachment.
     pub turns: Turns,
     log_level: LogLevel,
@@ -119,6 +125,7 @@ impl Node {
         log_level: LogLevel,
     ) -> anyhow::Result<(Node, mpsc::Receiver<()>)> {
         let folder = config.state_dir.join(LEASES);
+        let census = Census::new(&config.leases.boot_id);
         let store = Store::open(&folder).with_context(|| format!("cannot open the leases in {}", folder.display()))?;
         if let Some(recovery) = store.recovery() {
             tracing::warn!("{recovery}; it was cut off");
@@ -148,6 +155,8 @@ impl Node {
             router,
             uplink,
             devices,
+            census,
+            suspects: Suspects::default(),
             turns: Turns::default(),
             log_level,
             reloading: Mutex::default(),

@@ -193,8 +193,8 @@ fn without_device(pods: &[String]) -> Option<String> {
         count => format!("{count} leases belong to pods without a device ({first} and {} more)", count - 1),
     };
     Some(format!(
-        "{who}: weftd was restarted, which ends the devices of its pods, or a namespace is gone; recreate the pods, or \
-         let the runtime's DEL or GC free the leases"
+        "{who}: weftd was restarted, which ends the devices of its pods; recreate those that are still there, the leases of \
+         the others are freed"
     ))
 }
 

@@ -20,9 +20,10 @@
 //! Optional: `workers` (by the number of CPUs, see [`default_workers`]), `port` (`"tap"`), `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
 //! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
-//! `underlay.device`, `underlay.kind` (`"udp"`), `underlay.vlan`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[log]`.
+//! `underlay.device`, `underlay.kind` (`"udp"`), `underlay.vlan`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`, `[log]`.
 
 mod check;
+mod leases;
 pub mod reader;
 
 use std::fmt;
@@ -37,6 +38,7 @@ use weft_router::RouterConfig;
 use weft_router::tables::{Gateway, Mode};
 
 use super::host::Host;
+pub use leases::Leases;
 use reader::{At, Problem, Reader, Section, TEXT};
 
 /// The UDP port of VXLAN as Linux and Flannel use it.
@@ -152,6 +154,8 @@ pub struct Config {
     pub peers: Vec<Peer>,
     /// Sizes and limits of the data plane.
     pub limits: Limits,
+    /// What holds for the addresses that this node gives.
+    pub leases: Leases,
     /// What is logged.
     pub log: Log,
 }
@@ -269,6 +273,7 @@ impl Config {
             ("underlay.kind", self.underlay.kind != new.underlay.kind),
             ("underlay.vlan", self.underlay.vlan != new.underlay.vlan),
             ("limits", self.limits != new.limits),
+            ("leases.boot_id", self.leases.boot_id != new.leases.boot_id),
             ("log.format", self.log.json != new.log.json),
         ];
         fixed.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect()
@@ -333,6 +338,7 @@ struct Draft {
     underlay: Option<DraftUnderlay>,
     peers: Vec<DraftPeer>,
     limits: Limits,
+    leases: Leases,
     log: Log,
 }
 
@@ -372,6 +378,7 @@ impl Draft {
             underlay: DraftUnderlay::read(reader, &mut root),
             peers: DraftPeer::read_all(reader, &mut root),
             limits: Limits::read(reader, &mut root),
+            leases: Leases::read(reader, &mut root),
             log: Log::read(reader, &mut root),
         };
         reader.finish(root);

@@ -237,6 +237,22 @@ fn what_cannot_change_while_running_is_named() {
 }
 
 #[test]
+fn what_is_never_given_is_written_as_address_or_prefix() {
+    let leases = |text: &str| with("[underlay]", &format!("[leases]\n{text}\n[underlay]"));
+    let config =
+        Config::read(&leases("rest = 0\nreserved = [\"10.244.1.9\", \"fd00::1\", \"10.244.1.17/28\"]"), &host());
+    let read = config.unwrap().config.leases;
+    assert_eq!(
+        read.reserved.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["10.244.1.9/32", "fd00::1/128", "10.244.1.16/28"]
+    );
+    assert_eq!(read.rest, 0);
+    for wrong in ["rest = 86401", "rest = -1", "reserved = [\"10.244.1\"]", "boot_id = \"boot\"", "resting = 3"] {
+        assert_eq!(problems(&leases(wrong)).len(), 1, "{wrong}");
+    }
+}
+
+#[test]
 fn workers_are_counted_or_follow_from_the_cpus() {
     assert_eq!(Config::read(GOOD, &host()).unwrap().config.workers, None);
     let text = |count: &str| with("node = \"n1\"", &format!("node = \"n1\"\nworkers = {count}"));
