@@ -14,7 +14,8 @@ use arc_swap::ArcSwap;
 use crossbeam::channel::{self, Receiver, Sender};
 
 use super::{
-    Command, Device, Event, Half, NewPort, Removed, RouterConfig, RouterError, Shared, Snapshot, TakenOver, UplinkHalf, merge,
+    Command, Device, Event, Half, NewPort, Removed, RouterConfig, RouterError, Shared, Snapshot, TakenOver, UplinkHalf,
+    merge,
 };
 use crate::bridge::Fdb;
 use crate::port::PortId;

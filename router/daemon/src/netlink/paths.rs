@@ -293,9 +293,8 @@ mod tests {
 
     #[test]
     fn what_the_kernel_tells_in_one_datagram_is_taken_apart_and_the_unknown_left_out() {
-        let known = |mac, is_stale| {
-            Change::Neighbour(Neighbour { device: 7, address: [10, 0, 0, 2].into(), mac, is_stale })
-        };
+        let known =
+            |mac, is_stale| Change::Neighbour(Neighbour { device: 7, address: [10, 0, 0, 2].into(), mac, is_stale });
         let mac = Some(Mac([2, 0, 0, 0, 0, 2]));
         let all = [
             bytes(RouteNetlinkMessage::NewNeighbour(neighbour(NeighbourState::Reachable))),
@@ -306,7 +305,10 @@ mod tests {
         ]
         .concat();
         let changes: Vec<Change> = each(&all).filter_map(change_of).collect();
-        assert_eq!(changes, [known(mac, false), known(mac, true), known(None, false), known(None, false), Change::Routes]);
+        assert_eq!(
+            changes,
+            [known(mac, false), known(mac, true), known(None, false), known(None, false), Change::Routes]
+        );
         for len in 0..all.len() {
             let mut cut = all[..len].to_vec();
             assert!(each(&cut).count() <= 5);

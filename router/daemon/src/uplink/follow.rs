@@ -171,7 +171,10 @@ impl Thread {
             None => tick,
         };
         let patience = Timespec { tv_sec: 0, tv_nsec: patience.as_nanos().min(999_999_999) as _ };
-        let mut ready = [PollFd::new(&self.shared.wake, PollFlags::IN), PollFd::from_borrowed_fd(self.notices.readable(), PollFlags::IN)];
+        let mut ready = [
+            PollFd::new(&self.shared.wake, PollFlags::IN),
+            PollFd::from_borrowed_fd(self.notices.readable(), PollFlags::IN),
+        ];
         match poll(&mut ready, Some(&patience)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
@@ -246,7 +249,8 @@ impl Thread {
             Way::Uplink => tracing::debug!(%node, "reached by AF_XDP"),
             Way::Unresolved(next) => tracing::debug!(%node, %next, "reached by UDP: the next hop's MAC is not known"),
             Way::Elsewhere(device) => {
-                let device = self.asking.detailed(device).ok().flatten().map_or_else(String::new, |found| found.link.name);
+                let device =
+                    self.asking.detailed(device).ok().flatten().map_or_else(String::new, |found| found.link.name);
                 tracing::warn!(%node, device, "reached by UDP: its route does not leave by the uplink");
             }
             Way::NoRoute => tracing::warn!(%node, "there is no route to this node"),
@@ -258,8 +262,11 @@ impl Thread {
     fn look_for_silent(&mut self) {
         let hops = self.hops.load_full();
         let used = hops.iter().filter(|(_, hop)| hop.take_used()).map(|(node, _)| *node);
-        let mut silent: Vec<(u32, IpAddr)> =
-            used.filter_map(|node| self.known.neighbour_of(node)).filter(|(_, is_stale)| *is_stale).map(|(key, _)| key).collect();
+        let mut silent: Vec<(u32, IpAddr)> = used
+            .filter_map(|node| self.known.neighbour_of(node))
+            .filter(|(_, is_stale)| *is_stale)
+            .map(|(key, _)| key)
+            .collect();
         silent.sort_unstable();
         silent.dedup();
         for (device, address) in silent {

@@ -99,7 +99,9 @@ impl Known {
             return (Way::Elsewhere(route.device), None);
         }
         let next = route.via.unwrap_or(node);
-        let Some((target, _)) = self.neighbours.get(&(device.index, next)) else { return (Way::Unresolved(next), None) };
+        let Some((target, _)) = self.neighbours.get(&(device.index, next)) else {
+            return (Way::Unresolved(next), None);
+        };
         let mtus = [Some(device.mtu), route.mtu, self.path_mtu.get(&node).copied()];
         let mtu = mtus.into_iter().flatten().min().unwrap_or(device.mtu);
         (Way::Uplink, Some(NextHop { source: device.mac, target: *target, vlan: device.vlan, mtu }))

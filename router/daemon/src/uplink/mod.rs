@@ -209,7 +209,10 @@ fn check_kernel() -> anyhow::Result<()> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     let (major, minor) = NEEDED;
-    anyhow::ensure!(version >= NEEDED, "the kernel is {release}; AF_XDP as it is used here takes Linux {major}.{minor}");
+    anyhow::ensure!(
+        version >= NEEDED,
+        "the kernel is {release}; AF_XDP as it is used here takes Linux {major}.{minor}"
+    );
     Ok(())
 }
 

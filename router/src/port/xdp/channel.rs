@@ -104,9 +104,7 @@ impl Steering {
         let deadline = Instant::now() + BUSY_FOR;
         loop {
             match program.attach(interface, mode) {
-                Err(error)
-                    if error.io().kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline =>
-                {
+                Err(error) if error.io().kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {
                     thread::sleep(BUSY_FOR / 100);
                 }
                 link => return Ok(Steering(Attachment { _link: link?, sockets })),

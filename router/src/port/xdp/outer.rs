@@ -19,6 +19,7 @@ use weft_encap::ipv6::Ipv6Header;
 use weft_encap::mac::Mac;
 use weft_encap::offload::Partial;
 use weft_encap::udp::{CHECKSUM_OFFSET, UDP_LEN, UdpHeader};
+use weft_encap::vxlan::VXLAN_LEN;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::programs::Tunnel;
@@ -139,6 +140,7 @@ pub fn read(frame: &mut Frame, tunnel: &Tunnel) -> Result<(), DropReason> {
         0 => return Err(DropReason::Malformed),
         partial if partial == pseudo.fold() => {}
         _ if is_valid(pseudo, frame, ip.udp, end) => {}
+        _ if is_valid_once_inner_is_complete(pseudo, head, ip.udp) => {}
         _ => return Err(DropReason::Malformed),
     }
     frame.truncate(end);
@@ -155,6 +157,24 @@ fn is_valid(pseudo: Sum, frame: &Frame, start: usize, end: usize) -> bool {
     for slice in frame.slices(start..end) {
         sum.add(slice);
     }
+    sum.is_valid()
+}
+
+/// A kernel VXLAN device on the same machine leaves the inner checksum to its device, which is none, and sums the outer one as if that
+/// were done. A complete inner checksum has what it covers sum to the complement of its pseudo-header's sum, which is what the field
+/// holds until then.
+fn is_valid_once_inner_is_complete(pseudo: Sum, head: &[u8], udp: usize) -> bool {
+    let inner = udp + UDP_LEN + VXLAN_LEN;
+    let Some(partial) = head.get(inner..).and_then(super::partial::recognise) else { return false };
+    let start = inner + usize::from(partial.start);
+    let (Some(before), Some(field)) =
+        (head.get(udp..start), head.get(start + usize::from(partial.offset)..).and_then(<[u8]>::first_chunk))
+    else {
+        return false;
+    };
+    let mut sum = pseudo;
+    sum.add(before);
+    sum.add_word(!u16::from_be_bytes(*field));
     sum.is_valid()
 }
 
@@ -224,7 +244,7 @@ mod tests {
 
     use super::*;
     use crate::pool::Pool;
-    use crate::port::PortId;
+    use crate::port::{PortId, sample};
 
     const HERE: [&str; 2] = ["10.200.0.1", "fd00::1"];
     const THERE: [&str; 2] = ["10.200.0.2", "fd00::2"];
@@ -304,10 +324,31 @@ mod tests {
     }
 
     #[test]
+    fn an_outer_checksum_that_expects_the_inner_one_to_be_completed_is_right() {
+        let samples = [sample::tcp4(1_000, 0), sample::tcp6(999, 0), sample::udp4(1_001, 0)];
+        for (inner, _) in samples {
+            let tunnelled = sample::tunnelled(&inner).bytes;
+            let mut complete = inner.bytes.clone();
+            inner.offload.partial.unwrap().fill(&mut complete, []).unwrap();
+            let header = tunnelled.len() - complete.len();
+            for family in [0, 1] {
+                let whole = packet(family, None, &[&tunnelled[..header], &complete].concat());
+                let outer = whole.len() - tunnelled.len();
+                let mut left = [&whole[..outer], &tunnelled].concat();
+                assert_eq!(open(&left).unwrap().0, tunnelled);
+                left[outer + header] ^= 1;
+                assert_eq!(open(&left), Err(DropReason::Malformed), "the inner destination is covered");
+            }
+        }
+    }
+
+    #[test]
     fn of_a_vlan_its_own_frames_are_read_and_those_whose_tag_was_taken_off() {
         let pool = Pool::new(1, 1).unwrap();
         for family in [0, 1] {
-            for (vlan, fits) in [(None, true), (Some(0), true), (Some(100), true), (Some(0xf064), true), (Some(101), false)] {
+            for (vlan, fits) in
+                [(None, true), (Some(0), true), (Some(100), true), (Some(0xf064), true), (Some(101), false)]
+            {
                 let mut frame = Frame::from_bytes(&packet(family, vlan, b"payload"), PortId(0), &pool).unwrap();
                 assert_eq!(read(&mut frame, &Tunnel { vlan: Some(100), ..tunnel() }).is_ok(), fits, "{vlan:?}");
             }

@@ -96,7 +96,10 @@ fn open_queues(
             // There are no more.
             Err(error) if queue > 0 && Errno::from_io_error(&error) == Some(Errno::INVAL) => break,
             Err(error) => {
-                return Err(io::Error::new(error.kind(), format!("cannot open an AF_XDP socket on queue {queue}: {error}")));
+                return Err(io::Error::new(
+                    error.kind(),
+                    format!("cannot open an AF_XDP socket on queue {queue}: {error}"),
+                ));
             }
         }
     }

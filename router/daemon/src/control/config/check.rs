@@ -10,7 +10,9 @@ use weft_encap::vxlan::Vni;
 use weft_router::tables::{Gateway, Mode};
 
 use super::reader::{At, Place, Problem, Reader};
-use super::{Config, DEFAULT_PORT, DEFAULT_STATE_DIR, Draft, DraftPeer, DraftUnderlay, Peer, PortKind, Underlay, UnderlayKind};
+use super::{
+    Config, DEFAULT_PORT, DEFAULT_STATE_DIR, Draft, DraftPeer, DraftUnderlay, Peer, PortKind, Underlay, UnderlayKind,
+};
 use crate::control::derive;
 use crate::control::host::{Host, Interface};
 
