@@ -8,6 +8,7 @@ mod api;
 mod attach;
 mod control;
 mod log;
+mod metrics;
 mod netlink;
 mod node;
 mod uplink;
@@ -160,6 +161,10 @@ async fn serve(node: &Arc<Node>, mut signals: Signals) -> anyhow::Result<()> {
     attach::reconcile::at_start(node);
     let mut data_plane = watch_data_plane(node)?;
     let server = api::Server::new(Arc::clone(node));
+    let metrics = node.state().desired.config.metrics;
+    if let Some(address) = metrics {
+        metrics::http::start(node, address).await?;
+    }
     let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
     housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut keeping: Option<JoinHandle<()>> = None;

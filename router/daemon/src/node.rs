@@ -29,6 +29,7 @@ use crate::control::config::{Checked, Config, default_workers};
 use crate::control::desired::{DesiredState, UNDERLAY};
 use crate::control::host::Host;
 use crate::log::LogLevel;
+use crate::metrics::Requests;
 use crate::netlink::Netlink;
 use crate::uplink::Uplink;
 
@@ -55,6 +56,8 @@ pub struct Node {
     pub suspects: Suspects,
     /// One request at a time for each attachment.
     pub turns: Turns,
+    /// Counts of the runtime's requests.
+    pub requests: Requests,
     log_level: LogLevel,
     /// Held over a whole reload, so that the file that was read last is the one in force.
     reloading: Mutex<()>,
@@ -70,7 +73,7 @@ pub struct State {
     /// Attachments that have a port.
     pub attachments: BTreeMap<AttachmentKey, Attachment>,
     /// Sums of ports that are gone.
-    pub retired: Counters,
+    pub retired: PortStats,
     /// The counters of the last while.
     pub samples: Samples,
     /// Ports whose removal from the workers is under way: their numbers are not free yet.
@@ -144,7 +147,7 @@ impl Node {
             desired,
             store,
             attachments: BTreeMap::new(),
-            retired: Counters::default(),
+            retired: PortStats::default(),
             samples: Samples::default(),
             leaving: Vec::new(),
             epoch,
@@ -158,6 +161,7 @@ impl Node {
             census,
             suspects: Suspects::default(),
             turns: Turns::default(),
+            requests: Requests::default(),
             log_level,
             reloading: Mutex::default(),
             state: Mutex::new(state),
@@ -200,7 +204,7 @@ impl Node {
         let mut state = self.state();
         state.leaving.retain(|leaving| *leaving != port);
         match last {
-            Ok(Some(stats)) => add(&mut state.retired, &counters(&stats)),
+            Ok(Some(stats)) => state.retired += &stats,
             Ok(None) => {}
             Err(error) => tracing::error!(%port, %error, "cannot remove a port"),
         }
@@ -287,7 +291,7 @@ impl Node {
         };
         let Some((key, Attachment { veth: Some(veth), .. })) = found else { return };
         if let Ok(Some(last)) = self.router.remove_port(port) {
-            add(&mut self.state().retired, &counters(&last));
+            self.state().retired += &last;
         }
         if let Err(error) = device::open_veth(&self.router, port, &veth) {
             tracing::error!(
@@ -392,17 +396,6 @@ pub fn counters(stats: &PortStats) -> Counters {
         dropped: stats.dropped_total(),
         merged: stats.merged,
     }
-}
-
-/// Adds `more` to `sum`.
-pub fn add(sum: &mut Counters, more: &Counters) {
-    sum.received += more.received;
-    sum.received_bytes += more.received_bytes;
-    sum.created += more.created;
-    sum.sent += more.sent;
-    sum.sent_bytes += more.sent_bytes;
-    sum.dropped += more.dropped;
-    sum.merged += more.merged;
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ mod hostile;
 mod interop;
 mod labs;
 mod lifecycle;
+mod order;
+mod overload;
 mod reach;
 mod throughput;
 mod uplink;

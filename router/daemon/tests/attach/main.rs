@@ -4,6 +4,7 @@
 
 mod lab;
 mod leases;
+mod metrics;
 
 use std::fs::{self, File};
 use std::io::Write;

@@ -62,6 +62,7 @@ pub fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Conf
             underlay,
             peers: draft.peers.iter().map(build_peer).collect::<Option<_>>()?,
             limits: draft.limits,
+            metrics: draft.metrics.as_ref().map(|metrics| metrics.value),
             leases: draft.leases,
             log: draft.log,
         })

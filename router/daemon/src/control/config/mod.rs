@@ -20,14 +20,15 @@
 //! Optional: `workers` (by the number of CPUs, see [`default_workers`]), `port` (`"tap"`), `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
 //! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
-//! `underlay.device`, `underlay.kind` (`"udp"`), `underlay.vlan`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`, `[log]`.
+//! `underlay.device`, `underlay.kind` (`"udp"`), `underlay.vlan`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`,
+//! `metrics.listen` (nothing is served without it), `[log]`.
 
 mod check;
 mod leases;
 pub mod reader;
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -154,6 +155,8 @@ pub struct Config {
     pub peers: Vec<Peer>,
     /// Sizes and limits of the data plane.
     pub limits: Limits,
+    /// Where metrics and probes are served, if they are.
+    pub metrics: Option<SocketAddr>,
     /// What holds for the addresses that this node gives.
     pub leases: Leases,
     /// What is logged.
@@ -273,6 +276,7 @@ impl Config {
             ("underlay.kind", self.underlay.kind != new.underlay.kind),
             ("underlay.vlan", self.underlay.vlan != new.underlay.vlan),
             ("limits", self.limits != new.limits),
+            ("metrics.listen", self.metrics != new.metrics),
             ("leases.boot_id", self.leases.boot_id != new.leases.boot_id),
             ("log.format", self.log.json != new.log.json),
         ];
@@ -338,6 +342,7 @@ struct Draft {
     underlay: Option<DraftUnderlay>,
     peers: Vec<DraftPeer>,
     limits: Limits,
+    metrics: Option<At<SocketAddr>>,
     leases: Leases,
     log: Log,
 }
@@ -378,12 +383,20 @@ impl Draft {
             underlay: DraftUnderlay::read(reader, &mut root),
             peers: DraftPeer::read_all(reader, &mut root),
             limits: Limits::read(reader, &mut root),
+            metrics: read_metrics(reader, &mut root),
             leases: Leases::read(reader, &mut root),
             log: Log::read(reader, &mut root),
         };
         reader.finish(root);
         draft
     }
+}
+
+fn read_metrics<'t>(reader: &mut Reader<'t>, root: &mut Section<'t>) -> Option<At<SocketAddr>> {
+    let mut section = reader.table(root, "metrics")?;
+    let listen = reader.parsed(&mut section, "listen", "an address and a port, such as 127.0.0.1:9474 or [::]:9474");
+    reader.finish(section);
+    listen
 }
 
 impl DraftUnderlay {
