@@ -585,4 +585,7 @@ pub struct NodeInfo {
     /// Seconds since the last frame from it; absent if there was none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_seen: Option<f64>,
+    /// How frames to it leave: `udp`, `xdp`; or why not by the latter.
+    #[serde(default)]
+    pub way: String,
 }

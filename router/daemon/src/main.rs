@@ -12,6 +12,7 @@ mod log;
 mod metrics;
 mod netlink;
 mod node;
+mod uplink;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

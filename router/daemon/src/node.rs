@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
@@ -15,10 +14,9 @@ use rustix::rand::GetRandomFlags;
 use rustix::time::{ClockId, clock_gettime};
 use weft_api::{AttachmentKey, Counters, Failure, code};
 use weft_ipam::{Rules, Store};
-use weft_router::port::udp::Underlay;
 use weft_router::stats::PortStats;
 use weft_router::tables::Pod;
-use weft_router::{Device, PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
+use weft_router::{PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
 use crate::attach::census::Census;
@@ -36,10 +34,8 @@ use crate::hostport::HostPort;
 use crate::log::LogLevel;
 use crate::metrics::Requests;
 use crate::netlink::Netlink;
+use crate::uplink::Uplink;
 
-/// Sockets of each worker that send to other nodes, each from a source port of its own, so that flows spread over paths, queues and
-/// the other node's workers.
-const TRANSMIT_SOCKETS: usize = 16;
 /// Folder of the lease store below the state folder.
 const LEASES: &str = "leases";
 /// A configuration of the largest cluster has some megabytes; what is larger is no configuration.
@@ -53,6 +49,8 @@ pub struct Node {
     pub started: Instant,
     /// The data plane.
     pub router: Router,
+    /// How other nodes are reached.
+    pub uplink: Uplink,
     /// The kinds of devices that pods can have here.
     pub devices: Devices,
     /// The leases.
@@ -144,20 +142,14 @@ impl Node {
         store.set_rules(rules(&config));
         // What rests is written down by the clock of its boot: before anything else is asked of the store.
         store.begin_boot(census.boot(), since_boot()).context("cannot write to the lease store")?;
-        let local = SocketAddr::new(config.underlay.address, config.underlay.port);
         let workers = config.workers.unwrap_or_else(|| default_workers(cpus()));
-        let underlay = Underlay::open_for(workers, local, TRANSMIT_SOCKETS).with_context(|| {
-            format!(
-                "cannot open the underlay at {local}: the address must be this machine's (underlay.address), and no \
-                 VXLAN device or other program may use the port (ss -ulnp; underlay.port)"
-            )
-        })?;
         let desired = DesiredState::new(Arc::new(config));
         let epoch = 1;
         let sizes = RouterConfig { workers, seed: random_seed()?, ..desired.config.sizes() };
         let router = Router::start(sizes, compile(&desired, epoch))
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
-        router.add_port(UNDERLAY, Device::Underlay(underlay)).context("the data plane cannot use the underlay")?;
+        let uplink = Uplink::open(&desired.config.underlay, &router)?;
+        uplink.set_nodes(router.tables().members.keys().copied());
         let (removed, removals) = mpsc::channel();
         let devices = Devices::new(desired.config.port, desired.config.mtu, workers, removed);
         let state = State {
@@ -172,6 +164,7 @@ impl Node {
             config_path,
             started: Instant::now(),
             router,
+            uplink,
             devices,
             store,
             census,
@@ -397,7 +390,9 @@ impl Node {
             return;
         }
         state.epoch += 1;
-        self.router.set_tables(compile(&desired, state.epoch));
+        let tables = compile(&desired, state.epoch);
+        self.uplink.set_nodes(tables.members.keys().copied());
+        self.router.set_tables(tables);
         state.desired = desired;
     }
 }

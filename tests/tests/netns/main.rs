@@ -21,5 +21,6 @@ mod order;
 mod overload;
 mod reach;
 mod throughput;
+mod uplink;
 mod workers;
 mod xdp;

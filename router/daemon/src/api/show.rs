@@ -226,6 +226,7 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
         sent: 0,
         received: 0,
         last_seen: None,
+        way: String::new(),
     }];
     all.extend(config.peers.iter().map(|peer| {
         let id = state.desired.nodes.of(&peer.name);
@@ -239,6 +240,7 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
             sent: stats.sent,
             received: stats.received,
             last_seen: stats.last_seen.map(|seen| snapshot.now.since(seen).as_secs_f64()),
+            way: node.uplink.way(peer.underlay),
         }
     }));
     Ok(all)

@@ -63,6 +63,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     }
     let kind = snapshot.ports.iter().find(|port| port.id == UNDERLAY);
     let mut problems = problems(&node.store, &state, &snapshot, host.as_ref());
+    problems.extend(kind.and_then(|port| node.uplink.problem_of(port.kind)));
     problems.extend(kernel.problems.iter().cloned());
     problems.extend(forwarding::problems(config, host.as_ref()));
     problems.extend(worker_problem(snapshot.workers, node.router.workers()));
@@ -83,7 +84,9 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         gateway_mac: config.gateway.mac.to_string(),
         vtep_mac: config.vtep_mac.to_string(),
         underlay: SocketAddr::new(config.underlay.address, config.underlay.port).to_string(),
-        underlay_kind: kind.map(|port| format!("{}, offloads: {}", port.kind, port.capabilities)).unwrap_or_default(),
+        underlay_kind: kind
+            .map(|port| format!("{}, offloads: {}", node.uplink.shown(port.kind), port.capabilities))
+            .unwrap_or_default(),
         workers: node.router.workers(),
         port: node.devices.shown(),
         host_port: state.desired.host.as_ref().map(|interface| HostPortInfo {
