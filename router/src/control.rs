@@ -23,7 +23,8 @@ use crate::bridge::{Fdb, FdbEntry};
 use crate::conntrack::FlowEntry;
 use crate::port::tap::Tap;
 use crate::port::udp::{Sockets, Underlay};
-use crate::port::xdp::XdpDevice;
+use crate::port::xdp::programs::Tunnel;
+use crate::port::xdp::{Hops, OpenUplink, Uplink, XdpDevice};
 use crate::port::{Capabilities, PortId};
 use crate::returns::{Returns, ReturnsUse};
 use crate::stats::{NodeStats, PortStats};
@@ -87,6 +88,15 @@ pub enum Device {
     Veth(u32),
     /// The UDP underlay, with sockets for each worker.
     Underlay(Underlay),
+    /// The same, and beside it the uplink that most of its packets take, to the next hops that are known.
+    Uplink {
+        /// What takes what the uplink does not.
+        underlay: Underlay,
+        /// The uplink.
+        uplink: OpenUplink,
+        /// Where nodes are reached.
+        hops: Arc<ArcSwap<Hops>>,
+    },
 }
 
 /// What a worker noticed.
@@ -172,6 +182,15 @@ pub(crate) enum Half {
     Tap { tap: Arc<Tap>, receives: bool },
     Xdp { device: Box<XdpDevice>, receives: bool },
     Underlay(Sockets),
+    Uplink(Box<UplinkHalf>),
+}
+
+/// What one worker gets of an uplink.
+pub(crate) struct UplinkHalf {
+    pub(crate) sockets: Sockets,
+    pub(crate) devices: Vec<XdpDevice>,
+    pub(crate) tunnel: Tunnel,
+    pub(crate) hops: Arc<ArcSwap<Hops>>,
 }
 
 /// A port for one worker.
@@ -264,6 +283,14 @@ impl Router {
     /// How many workers were started.
     pub fn workers(&self) -> usize {
         self.workers.count()
+    }
+
+    /// Opens an uplink for the workers, to become [`Device::Uplink`]. From the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// Those of [`OpenUplink::open`], in words.
+    pub fn open_uplink(&self, uplink: &Uplink, tunnel: Tunnel) -> io::Result<OpenUplink> {
+        OpenUplink::open(uplink, tunnel, &self.workers.umems())
     }
 
     /// Gives the workers a port. It forwards nothing until the tables say who is behind it.

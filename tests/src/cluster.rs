@@ -13,7 +13,7 @@ use weft_api::{Empty, Request};
 
 use crate::command::{Background, eventually};
 use crate::daemon::Daemon;
-use crate::machine::{binary, port, unique};
+use crate::machine::{binary, port, underlay, unique};
 use crate::netns::OwnNetns;
 use crate::plugin::Runtime;
 
@@ -85,17 +85,12 @@ impl Cluster {
     /// follows them.
     #[track_caller]
     pub fn weft_node_by(&self, number: u8, mode: &str, more: &str, wrapper: &str) -> WeftNode {
-        self.start_node(number, &self.config(number, mode, more), wrapper)
+        self.weft_node_of(number, &self.config(number, mode, more), wrapper)
     }
 
-    /// A node with a weftd of this configuration.
+    /// The same with any configuration.
     #[track_caller]
-    pub fn weft_node_of(&self, number: u8, config: &str) -> WeftNode {
-        self.start_node(number, config, "")
-    }
-
-    #[track_caller]
-    fn start_node(&self, number: u8, text: &str, wrapper: &str) -> WeftNode {
+    pub fn weft_node_of(&self, number: u8, text: &str, wrapper: &str) -> WeftNode {
         let netns = self.machine(number);
         let file = |end: &str| self.folder.path().join(format!("n{number}.{end}"));
         let (config, log, socket, state) = (file("toml"), file("log"), file("sock"), file("state"));
@@ -115,11 +110,12 @@ impl Cluster {
             ""
         };
         let port = port().map(|port| format!("port = \"{port}\"\n")).unwrap_or_default();
+        let kind = underlay().map(|kind| format!("kind = \"{kind}\"\n")).unwrap_or_default();
         format!(
             "{port}node = \"n{number}\"\nmode = \"{mode}\"\nvni = 1\nmtu = 1450\n\
              socket = \"{folder}/n{number}.sock\"\nstate_dir = \"{folder}/n{number}.state\"\n\
              ranges = [\"10.244.{number}.0/24\", \"fd00:10:244:{number}::/64\"]\n{segment}\
-             \n[underlay]\naddress = \"10.200.0.{number}\"\nport = 8472\ndevice = \"uplink\"\n\n{more}"
+             \n[underlay]\naddress = \"10.200.0.{number}\"\nport = 8472\ndevice = \"uplink\"\n{kind}\n{more}"
         )
     }
 }

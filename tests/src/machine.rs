@@ -88,6 +88,11 @@ pub fn port() -> Option<String> {
     std::env::var("WEFT_TEST_PORT").ok()
 }
 
+/// The same for how the tunnel's packets leave and enter nodes: `WEFT_TEST_UNDERLAY`.
+pub fn underlay() -> Option<String> {
+    std::env::var("WEFT_TEST_UNDERLAY").ok()
+}
+
 /// A name that no other process uses: `weft-t<pid>-<what>` for namespaces, `t<pid><what>` for labs.
 pub fn unique(what: impl AsRef<OsStr>) -> String {
     format!("t{}{}", std::process::id(), what.as_ref().to_string_lossy())

@@ -12,6 +12,7 @@ mod log;
 mod metrics;
 mod netlink;
 mod node;
+mod uplink;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -191,7 +192,7 @@ async fn serve(node: &Arc<Node>, mut signals: Signals) -> anyhow::Result<()> {
                 keeping = Some(tokio::task::spawn_blocking(move || keep_house(&node)));
             },
             _ = data_plane.recv() => anyhow::bail!("the data plane has stopped: see the log above, then restart weftd"),
-            stream = socket.accept() => server.serve(stream).await,
+            stream = async { server.has_room().await; socket.accept().await } => server.serve(stream).await,
         }
     }
     tracing::info!("stopping");

@@ -1,23 +1,22 @@
 //! The node as it is: data plane, leases and attachments, kept in step.
 //!
-//! One mutex holds what requests change; it is held for memory work and for a lease's write to disk, never for work on
-//! devices or inside namespaces. The data plane is told by [`Node::put_in_force`] only, which compiles the whole state anew.
+//! One mutex holds what requests change; it is held for memory work, never for work on devices, inside namespaces or for the disk. The lease
+//! store has locks of its own. The data plane is told by [`Node::put_in_force`] only, which compiles the whole state anew.
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::rand::GetRandomFlags;
+use rustix::time::{ClockId, clock_gettime};
 use weft_api::{AttachmentKey, Counters, Failure, code};
-use weft_ipam::Store;
-use weft_router::port::udp::Underlay;
+use weft_ipam::{Rules, Store};
 use weft_router::stats::PortStats;
 use weft_router::tables::Pod;
-use weft_router::{Device, PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
+use weft_router::{PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
 use crate::attach::census::Census;
@@ -35,10 +34,8 @@ use crate::hostport::HostPort;
 use crate::log::LogLevel;
 use crate::metrics::Requests;
 use crate::netlink::Netlink;
+use crate::uplink::Uplink;
 
-/// Sockets of each worker that send to other nodes, each from a source port of its own, so that flows spread over paths, queues and
-/// the other node's workers.
-const TRANSMIT_SOCKETS: usize = 16;
 /// Folder of the lease store below the state folder.
 const LEASES: &str = "leases";
 /// A configuration of the largest cluster has some megabytes; what is larger is no configuration.
@@ -52,8 +49,12 @@ pub struct Node {
     pub started: Instant,
     /// The data plane.
     pub router: Router,
+    /// How other nodes are reached.
+    pub uplink: Uplink,
     /// The kinds of devices that pods can have here.
     pub devices: Devices,
+    /// The leases.
+    pub store: Store,
     /// Which pods' network namespaces are still there.
     pub census: Census,
     /// Leases whose namespace was gone at the last look.
@@ -74,8 +75,6 @@ pub struct Node {
 pub struct State {
     /// What the tables in force were made of.
     pub desired: DesiredState,
-    /// The leases.
-    pub store: Store,
     /// Attachments that have a port.
     pub attachments: BTreeMap<AttachmentKey, Attachment>,
     /// Sums of ports that are gone.
@@ -140,25 +139,21 @@ impl Node {
         if let Some(recovery) = store.recovery() {
             tracing::warn!("{recovery}; it was cut off");
         }
-        let local = SocketAddr::new(config.underlay.address, config.underlay.port);
+        store.set_rules(rules(&config));
+        // What rests is written down by the clock of its boot: before anything else is asked of the store.
+        store.begin_boot(census.boot(), since_boot()).context("cannot write to the lease store")?;
         let workers = config.workers.unwrap_or_else(|| default_workers(cpus()));
-        let underlay = Underlay::open_for(workers, local, TRANSMIT_SOCKETS).with_context(|| {
-            format!(
-                "cannot open the underlay at {local}: the address must be this machine's (underlay.address), and no \
-                 VXLAN device or other program may use the port (ss -ulnp; underlay.port)"
-            )
-        })?;
         let desired = DesiredState::new(Arc::new(config));
         let epoch = 1;
         let sizes = RouterConfig { workers, seed: random_seed()?, ..desired.config.sizes() };
         let router = Router::start(sizes, compile(&desired, epoch))
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
-        router.add_port(UNDERLAY, Device::Underlay(underlay)).context("the data plane cannot use the underlay")?;
+        let uplink = Uplink::open(&desired.config.underlay, &router)?;
+        uplink.set_nodes(router.tables().members.keys().copied());
         let (removed, removals) = mpsc::channel();
         let devices = Devices::new(desired.config.port, desired.config.mtu, workers, removed);
         let state = State {
             desired,
-            store,
             attachments: BTreeMap::new(),
             retired: PortStats::default(),
             samples: Samples::default(),
@@ -169,7 +164,9 @@ impl Node {
             config_path,
             started: Instant::now(),
             router,
+            uplink,
             devices,
+            store,
             census,
             suspects: Suspects::default(),
             turns: Turns::default(),
@@ -358,6 +355,7 @@ impl Node {
             return refuse(msg, "restart weftd, or set it back; the old configuration stays in force");
         }
         self.log_level.set(config.log.level);
+        self.store.set_rules(rules(&config));
         let desired = state.desired.reconfigured(Arc::new(config));
         self.put_in_force(&mut state, desired);
         self.host.kick();
@@ -367,11 +365,10 @@ impl Node {
 
     /// Tries again to write releases that the disk did not take.
     pub fn write_pending_releases(&self) {
-        let mut state = self.state();
-        if state.store.pending() > 0
-            && let Err(error) = state.store.flush()
+        if self.store.pending() > 0
+            && let Err(error) = self.store.flush()
         {
-            tracing::warn!(pending = state.store.pending(), "released leases stay taken: {error}");
+            tracing::warn!(pending = self.store.pending(), "released leases stay taken: {error}");
         }
     }
 
@@ -393,13 +390,27 @@ impl Node {
             return;
         }
         state.epoch += 1;
-        self.router.set_tables(compile(&desired, state.epoch));
+        let tables = compile(&desired, state.epoch);
+        self.uplink.set_nodes(tables.members.keys().copied());
+        self.router.set_tables(tables);
         state.desired = desired;
     }
 }
 
 fn log_gone(key: &AttachmentKey) {
     tracing::info!(container = key.container, ifname = key.ifname, "the pod's network namespace is gone");
+}
+
+/// What the configuration wants of the lease store.
+fn rules(config: &Config) -> Rules {
+    Rules { rest: Duration::from_secs(config.leases.rest), reserved: config.leases.reserved.clone() }
+}
+
+/// The clock by which freed addresses rest: milliseconds since the boot, whatever the date is set to.
+pub fn since_boot() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    let [seconds, nanos] = [now.tv_sec, now.tv_nsec].map(|part| u64::try_from(part).unwrap_or_default());
+    seconds * 1000 + nanos / 1_000_000
 }
 
 /// CPUs that weftd may use.

@@ -299,11 +299,11 @@ fn it_can_have_another_name_or_be_left_out() {
     let _turn = turn();
     let cluster = Cluster::new("hn");
     let config = |number: u8, switch: &str| format!("host_port = {switch}\n{}", cluster.config(number, "routed", ""));
-    let node = cluster.weft_node_of(1, &config(1, "\"pods\""));
+    let node = cluster.weft_node_of(1, &config(1, "\"pods\""), "");
     assert!(node.netns.ip("address show pods").contains("10.244.1.254/32"));
     let refused = node.reload(&config(1, "false")).unwrap_err().to_string();
     assert!(refused.contains("host_port"), "{refused}");
-    let without = cluster.weft_node_of(2, &config(2, "false"));
+    let without = cluster.weft_node_of(2, &config(2, "false"), "");
     assert!(without.daemon().status().host_port.is_none());
     assert!(without.daemon().ports().iter().all(|port| port.role != "host"));
     assert_eq!(routes(&without.netns), Vec::<String>::new());

@@ -186,7 +186,8 @@ pub fn leases(node: &Node) -> Vec<LeaseInfo> {
         record.addresses().map(lease).collect::<Vec<_>>()
     };
     // What this node itself has is no attachment's, and shown by the state.
-    state.store.iter().filter(|record| record.owner != hostport::owner()).flat_map(of).collect()
+    let records = node.store.records();
+    records.iter().filter(|record| record.owner != hostport::owner()).flat_map(|record| of(record)).collect()
 }
 
 /// The drop counters that are not zero.
@@ -225,6 +226,7 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
         sent: 0,
         received: 0,
         last_seen: None,
+        way: String::new(),
     }];
     all.extend(config.peers.iter().map(|peer| {
         let id = state.desired.nodes.of(&peer.name);
@@ -238,6 +240,7 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
             sent: stats.sent,
             received: stats.received,
             last_seen: stats.last_seen.map(|seen| snapshot.now.since(seen).as_secs_f64()),
+            way: node.uplink.way(peer.underlay),
         }
     }));
     Ok(all)

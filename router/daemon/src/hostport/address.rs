@@ -10,7 +10,7 @@ use weft_ipam::{Facts, LeaseError, Owner, Range, RangeSet};
 
 use crate::attach::addresses;
 use crate::control::config::Config;
-use crate::node::Node;
+use crate::node::{Node, since_boot};
 
 /// How many addresses are tried before any will do.
 const ATTEMPTS: usize = 64;
@@ -23,35 +23,33 @@ pub fn owner() -> Owner {
 /// The host port's addresses, durably.
 pub fn lease(node: &Node, config: &Config) -> Result<Vec<IpAddr>, String> {
     let sets = addresses::own(config).map_err(|error| error.to_string())?;
-    let mut state = node.state();
-    if let Some(record) = state.store.get(&owner()) {
+    if let Some(record) = node.store.get(&owner()) {
         let held: Vec<IpAddr> = record.addresses().collect();
         if fit(&held, &sets) {
             return Ok(held);
         }
         tracing::warn!(?held, "the host port's addresses are not in this node's ranges any more: it gets others");
-        state.store.release(&owner());
+        node.store.release(&owner(), since_boot());
     }
     let mut passed = Vec::new();
     for _ in 0..ATTEMPTS {
-        let free = |address: &IpAddr| state.store.by_address("", *address).is_none() && !passed.contains(address);
+        let free = |address: &IpAddr| node.store.by_address("", *address).is_none() && !passed.contains(address);
         let requested: Vec<IpAddr> = sets.iter().filter_map(|set| last(&set.ranges()[0], free)).collect();
-        match state.store.lease(&owner(), &sets, &requested, Facts::default()) {
+        match node.store.lease(&owner(), &sets, &requested, Facts::default(), since_boot()) {
             Ok(record) => return Ok(record.addresses().collect()),
             // It was given back a moment ago, or is kept for something else.
             Err(LeaseError::Taken { address, .. }) => passed.push(address),
             Err(error) => return Err(error.to_string()),
         }
     }
-    let record = state.store.lease(&owner(), &sets, &[], Facts::default());
+    let record = node.store.lease(&owner(), &sets, &[], Facts::default(), since_boot());
     record.map(|record| record.addresses().collect()).map_err(|error| error.to_string())
 }
 
 /// Gives them back, where there shall be no host port.
 pub fn release(node: &Node) {
-    let mut state = node.state();
-    if state.store.get(&owner()).is_some() {
-        state.store.release(&owner());
+    if node.store.get(&owner()).is_some() {
+        node.store.release(&owner(), since_boot());
     }
 }
 

@@ -51,7 +51,7 @@ pub fn set(
     name: &str,
     problems: &mut Vec<String>,
 ) -> io::Result<()> {
-    let there = netlink.routes()?;
+    let there = netlink.main_routes()?;
     let mut in_the_way = Vec::new();
     for route in wanted.iter().filter(|route| !there.contains(route)) {
         // One of ours with another source or gateway would be in the way of the new one.
@@ -59,7 +59,7 @@ pub fn set(
         for old in there.iter().filter(old) {
             netlink.delete_route(old)?;
         }
-        match netlink.add_route(route) {
+        match netlink.add_main_route(route) {
             Err(error) if Errno::from_io_error(&error) == Some(Errno::EXIST) => {}
             result => result?,
         }

@@ -51,7 +51,7 @@ pub enum Change {
 
 impl Netlink {
     /// Makes a route. One to the same destination that is there already is not touched: `EEXIST`.
-    pub fn add_route(&mut self, route: &KernelRoute) -> io::Result<()> {
+    pub fn add_main_route(&mut self, route: &KernelRoute) -> io::Result<()> {
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
         self.ask(RouteNetlinkMessage::NewRoute(message_of(route)), flags).map(drop)
     }
@@ -65,7 +65,7 @@ impl Netlink {
     }
 
     /// All routes of the main table.
-    pub fn routes(&mut self) -> io::Result<Vec<KernelRoute>> {
+    pub fn main_routes(&mut self) -> io::Result<Vec<KernelRoute>> {
         let mut all = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();

@@ -196,6 +196,8 @@ pub fn attach(container: &str) -> Attach {
         mtu: None,
         port: None,
         bandwidth: None,
+        given: Vec::new(),
+        routes: None,
         labels: std::collections::BTreeMap::new(),
     }
 }

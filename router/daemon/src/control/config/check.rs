@@ -12,7 +12,7 @@ use weft_router::tables::{Gateway, Mode};
 use super::reader::{At, Place, Problem, Reader, Switch};
 use super::{
     Config, DEFAULT_HOST_PORT, DEFAULT_PORT, DEFAULT_STATE_DIR, Draft, DraftPeer, DraftUnderlay, Peer, PortKind,
-    Underlay,
+    Underlay, UnderlayKind,
 };
 use crate::control::derive;
 use crate::control::host::{Host, Interface};
@@ -78,6 +78,8 @@ fn build_underlay(draft: &DraftUnderlay, mtu: u32) -> Option<Underlay> {
         address: draft.address.as_ref()?.value.to_canonical(),
         port: draft.port.as_ref().map_or(DEFAULT_PORT, |port| port.value),
         device: draft.device.as_ref().map(|device| device.value.clone()),
+        kind: draft.kind.as_ref().map_or(UnderlayKind::Udp, |kind| kind.value),
+        vlan: draft.vlan.as_ref().map(|vlan| vlan.value),
         mtu,
     })
 }

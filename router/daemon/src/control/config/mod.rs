@@ -20,8 +20,8 @@
 //! Optional: `workers` (by the number of CPUs, see [`default_workers`]), `port` (`"tap"`), `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
 //! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
-//! `underlay.device`, `host_port` (`"weft0"`; another name, or `false` for none), `peers.vtep_mac` (for kernel VXLAN peers),
-//! `[limits]`, `[leases]`, `metrics.listen` (nothing is served without it), `[log]`.
+//! `underlay.device`, `underlay.kind` (`"udp"`), `underlay.vlan`, `host_port` (`"weft0"`; another name, or `false` for none),
+//! `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`, `metrics.listen` (nothing is served without it), `[log]`.
 
 mod check;
 mod leases;
@@ -48,6 +48,9 @@ const DEFAULT_PORT: u16 = 8472;
 const DEFAULT_HOST_PORT: &str = "weft0";
 /// Where leases are kept unless configured.
 const DEFAULT_STATE_DIR: &str = "/var/lib/weft";
+
+/// IEEE 802.1Q: 0 is no VLAN, 4095 is reserved.
+const MAX_VLAN: u16 = 4094;
 
 /// Most workers: more than any node has CPUs to spare.
 const MAX_WORKERS: usize = 64;
@@ -88,6 +91,34 @@ impl std::str::FromStr for PortKind {
             "tap" => Ok(PortKind::Tap),
             "xdp" => Ok(PortKind::Xdp),
             "auto" => Ok(PortKind::Auto),
+            _ => Err(()),
+        }
+    }
+}
+
+/// How the tunnel's packets leave and enter the node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnderlayKind {
+    /// By sockets of the kernel.
+    Udp,
+    /// By AF_XDP sockets on the device.
+    Xdp,
+    /// By what is faster on that device.
+    Auto,
+}
+
+impl UnderlayKind {
+    /// How it is written.
+    pub const FORM: &str = "one of \"udp\", \"xdp\", \"auto\"";
+}
+
+impl std::str::FromStr for UnderlayKind {
+    type Err = ();
+    fn from_str(text: &str) -> Result<UnderlayKind, ()> {
+        match text {
+            "udp" => Ok(UnderlayKind::Udp),
+            "xdp" => Ok(UnderlayKind::Xdp),
+            "auto" => Ok(UnderlayKind::Auto),
             _ => Err(()),
         }
     }
@@ -143,6 +174,10 @@ pub struct Underlay {
     pub address: IpAddr,
     /// UDP port of the tunnel.
     pub port: u16,
+    /// How its packets leave and enter the node.
+    pub kind: UnderlayKind,
+    /// The VLAN tag that frames by AF_XDP have, if the device is not a VLAN of the kernel's itself.
+    pub vlan: Option<u16>,
     /// The device, if it was named.
     pub device: Option<String>,
     /// MTU of the device in bytes; if there is no such device yet, what the pods' MTU needs.
@@ -245,6 +280,8 @@ impl Config {
             ("underlay.address", self.underlay.address != new.underlay.address),
             ("underlay.port", self.underlay.port != new.underlay.port),
             ("underlay.device", self.underlay.device != new.underlay.device),
+            ("underlay.kind", self.underlay.kind != new.underlay.kind),
+            ("underlay.vlan", self.underlay.vlan != new.underlay.vlan),
             ("limits", self.limits != new.limits),
             ("metrics.listen", self.metrics != new.metrics),
             ("leases.boot_id", self.leases.boot_id != new.leases.boot_id),
@@ -324,6 +361,8 @@ struct DraftUnderlay {
     address: Option<At<IpAddr>>,
     port: Option<At<u16>>,
     device: Option<At<String>>,
+    kind: Option<At<UnderlayKind>>,
+    vlan: Option<At<u16>>,
 }
 
 struct DraftPeer {
@@ -378,6 +417,8 @@ impl DraftUnderlay {
             address: reader.parsed(&mut section, "address", ADDRESS),
             port: reader.number(&mut section, "port", 1..=u16::MAX),
             device: reader.parsed(&mut section, "device", TEXT),
+            kind: reader.parsed(&mut section, "kind", UnderlayKind::FORM),
+            vlan: reader.number(&mut section, "vlan", 1..=MAX_VLAN),
         };
         reader.finish(section);
         Some(draft)
