@@ -357,6 +357,9 @@ pub struct Status {
     /// What pods get as ports unless they ask for a kind, and why, e.g. `tap`; empty if weftd is too old to say.
     #[serde(default)]
     pub port: String,
+    /// This node's own interface in the pod network; absent if there is none, or if weftd is too old to say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_port: Option<HostPortInfo>,
     /// VXLAN network identifier.
     pub vni: u32,
     /// MTU of pods in bytes.
@@ -376,6 +379,27 @@ pub struct Status {
     /// Buffers that hold no frame; absent if weftd is too old to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub free: Option<FreeBuffers>,
+}
+
+/// This node's own interface in the pod network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPortInfo {
+    /// Its name, e.g. `weft0`.
+    pub ifname: String,
+    /// Its MAC.
+    pub mac: String,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Kernel routes that lead to it.
+    pub routes: usize,
+    /// The `rtm_protocol` that these carry.
+    pub protocol: u8,
+    /// Conversations that it brought, and whose replies have to go back by it.
+    #[serde(default)]
+    pub flows: usize,
+    /// Such conversations that were forgotten to make room (`limits.host_flows`).
+    #[serde(default)]
+    pub evicted: u64,
 }
 
 /// Buffers of all workers that hold no frame. When nothing is in flight there are as many as ever.
@@ -428,13 +452,13 @@ pub struct PortInfo {
     pub kind: String,
     /// `up`, or why not.
     pub state: String,
-    /// The pod's container id, or the underlay's address.
+    /// The pod's container id, the underlay's address, or `this node`.
     pub name: String,
-    /// Name of the interface in the pod; empty for others.
+    /// Name of the interface in the pod or of the host port; empty for the underlay.
     pub ifname: String,
-    /// The pod's MAC; empty for others.
+    /// The MAC of that interface; empty for the underlay.
     pub mac: String,
-    /// The pod's addresses.
+    /// Its addresses.
     pub addresses: Vec<IpAddr>,
     /// Offloads in use, e.g. `csum tso4 tso6 uso`.
     pub offloads: String,
@@ -456,7 +480,7 @@ pub struct PortInfo {
 pub struct RouteInfo {
     /// Destination, CIDR.
     pub destination: String,
-    /// `local`, `gateway` or the node's name.
+    /// `local`, `gateway`, `host` (this node's kernel) or the node's name.
     pub via: String,
     /// The node's underlay address, if it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -561,4 +585,7 @@ pub struct NodeInfo {
     /// Seconds since the last frame from it; absent if there was none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_seen: Option<f64>,
+    /// How frames to it leave: `udp`, `xdp`; or why not by the latter.
+    #[serde(default)]
+    pub way: String,
 }

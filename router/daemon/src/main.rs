@@ -8,10 +8,12 @@ mod api;
 mod attach;
 mod conflist;
 mod control;
+mod hostport;
 mod log;
 mod metrics;
 mod netlink;
 mod node;
+mod uplink;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -84,8 +86,9 @@ fn main() -> ExitCode {
     if let Err(error) = raise_descriptor_limit() {
         tracing::warn!(%error, "cannot raise the limit of open files (ulimit -n); each pod takes one");
     }
-    let result =
-        Node::start(config, arguments.config, level).and_then(|(node, removals)| run(runtime, signals, node, removals));
+    let (kicks, kicked) = std::sync::mpsc::channel();
+    let started = Node::start(config, arguments.config, level, kicks);
+    let result = started.and_then(|(node, removals)| run(runtime, signals, node, removals, kicked));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -144,9 +147,16 @@ fn raise_descriptor_limit() -> rustix::io::Result<()> {
 }
 
 /// Serves until a signal or the end of the data plane.
-fn run(runtime: Runtime, signals: Signals, node: Node, removals: Receiver<()>) -> anyhow::Result<()> {
+fn run(
+    runtime: Runtime,
+    signals: Signals,
+    node: Node,
+    removals: Receiver<()>,
+    kicked: Receiver<()>,
+) -> anyhow::Result<()> {
     let node = Arc::new(node);
     watch_veths(&node, removals)?;
+    hostport::watch::start(&node, kicked)?;
     let stopped = runtime.block_on(serve(&node, signals));
     // Requests under way have until their deadline; silent clients are cut off.
     runtime.shutdown_timeout(api::GRACE);

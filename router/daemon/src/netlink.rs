@@ -3,6 +3,8 @@
 //! A socket belongs to the namespace of the thread that opens it, for good. So [`Netlink::open`] is called on the thread that
 //! is in the right one, and there is no runtime in between that could move the work elsewhere.
 
+pub mod paths;
+
 use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
@@ -27,6 +29,8 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use weft_encap::mac::Mac;
 
 use crate::control::host::{Host, Interface};
+
+pub mod routes;
 
 /// A netlink message of one dump is at most this long; the kernel sizes its own by what the reader offers, up to 32 KiB.
 const BUFFER: usize = 32 * 1024;
@@ -74,6 +78,8 @@ pub struct LinkChange<'a> {
     pub namespace: Option<BorrowedFd<'a>>,
     /// Set it up.
     pub up: bool,
+    /// Set it down.
+    pub down: bool,
 }
 
 /// A veth to be made: its host end here, its other end in a pod. Neither end speaks by itself.
@@ -81,8 +87,8 @@ pub struct LinkChange<'a> {
 pub struct VethPair<'a> {
     /// The name of both ends.
     pub names: [&'a str; 2],
-    /// The MTU of both ends in bytes.
-    pub mtu: u32,
+    /// The MTU of each in bytes: of what it sends, and of what it takes from the other.
+    pub mtus: [u32; 2],
     /// The namespace of the pod's end; here if there is none.
     pub pod: Option<BorrowedFd<'a>>,
     /// How many queues the host end sends by, each of which is received by one of the pod's end.
@@ -151,6 +157,8 @@ impl Netlink {
         message.header.index = index;
         if change.up {
             message.header.flags = LinkFlags::Up;
+        }
+        if change.up || change.down {
             message.header.change_mask = LinkFlags::Up;
         }
         let attributes = [
@@ -168,17 +176,17 @@ impl Netlink {
     /// Makes a veth.
     pub fn add_veth(&mut self, pair: VethPair<'_>) -> io::Result<()> {
         let [host, pod] = pair.names;
-        let end = |name: &str, transmit: u32, receive: u32| {
+        let end = |name: &str, mtu: u32, transmit: u32, receive: u32| {
             let mut message = LinkMessage::default();
             message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-            message.attributes.push(LinkAttribute::Mtu(pair.mtu));
+            message.attributes.push(LinkAttribute::Mtu(mtu));
             message.attributes.push(LinkAttribute::NumTxQueues(transmit));
             message.attributes.push(LinkAttribute::NumRxQueues(receive));
             message
         };
-        let mut peer = end(pod, 1, pair.queues);
+        let mut peer = end(pod, pair.mtus[1], 1, pair.queues);
         peer.attributes.extend(pair.pod.map(|pod| LinkAttribute::NetNsFd(pod.as_raw_fd())));
-        let mut message = end(host, pair.queues, 1);
+        let mut message = end(host, pair.mtus[0], pair.queues, 1);
         let data = InfoData::Veth(InfoVeth::Peer(peer));
         message.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(data)]));
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;

@@ -34,14 +34,14 @@ use weft_api::{
     Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Check, Collected, Failure, Found, Gc, code,
 };
 use weft_encap::mac::Mac;
-use weft_ipam::{Facts, LeaseError, Owner};
+use weft_ipam::{Facts, LeaseError, Owner, Store};
 use weft_router::tables::Pod;
 use weft_router::{Device, PortId, RouterError};
 
 use crate::control::config::{Config, PortKind};
 use crate::control::derive;
 use crate::netlink::Route;
-use crate::node::{Attachment, Node, State};
+use crate::node::{Attachment, Node, since_boot};
 use device::Chosen;
 use namespace::Namespace;
 use pod::{Interface, Observed};
@@ -81,7 +81,7 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
 pub fn find(node: &Node, key: &AttachmentKey) -> Found {
     tombstone::honour_all(node);
     let state = node.state();
-    Found { attached: state.attachments.contains_key(key) || state.store.get(&owner(key)).is_some() }
+    Found { attached: state.attachments.contains_key(key) || node.store.get(&owner(key)).is_some() }
 }
 
 /// CNI DEL. What is not there is as good as freed.
@@ -95,8 +95,11 @@ pub fn del(node: &Node, key: &AttachmentKey) {
 /// Port, tables, lease, in this order; whether there was any of them. To be called in the attachment's turn.
 fn free(node: &Node, key: &AttachmentKey) -> bool {
     let had_port = node.detach(key);
-    let had_lease = node.state().store.release(&owner(key)).is_some();
-    had_port || had_lease
+    let owner = owner(key);
+    let had_lease = node.store.release(&owner, since_boot()).is_some();
+    // What another program wrote down without an interface is whatever interface the pod has.
+    let had_foreign = node.store.release(&Owner { ifname: String::new(), ..owner }, since_boot()).is_some();
+    had_port || had_lease || had_foreign
 }
 
 /// CNI GC.
@@ -104,10 +107,14 @@ pub fn collect(node: &Node, request: &Gc) -> Collected {
     let valid: BTreeSet<(&str, &str)> =
         request.valid.iter().map(|(container, ifname)| (container.as_str(), ifname.as_str())).collect();
     let stale: Vec<AttachmentKey> = {
-        let state = node.state();
-        let leased = state.store.iter().map(|record| key_of(&record.owner));
-        let all: BTreeSet<AttachmentKey> = leased.chain(state.attachments.keys().cloned()).collect();
-        let stays = |key: &AttachmentKey| valid.contains(&(key.container.as_str(), key.ifname.as_str()));
+        let leased = node.store.records();
+        let leased = leased.iter().map(|record| key_of(&record.owner));
+        let all: BTreeSet<AttachmentKey> = leased.chain(node.state().attachments.keys().cloned()).collect();
+        let containers: BTreeSet<&str> = valid.iter().map(|(container, _)| *container).collect();
+        let stays = |key: &AttachmentKey| match key.ifname.as_str() {
+            "" => containers.contains(key.container.as_str()),
+            ifname => valid.contains(&(key.container.as_str(), ifname)),
+        };
         all.into_iter().filter(|key| key.network == request.network && !stays(key)).collect()
     };
     let freed = stale.into_iter().filter(|key| {
@@ -124,7 +131,7 @@ pub fn check(node: &Node, request: &Check, fd: Option<OwnedFd>) -> Result<(), Fa
     let _turn = node.turns.take(&request.key);
     let interface = {
         let state = node.state();
-        let leased = state.store.get(&owner(&request.key)).is_some();
+        let leased = node.store.get(&owner(&request.key)).is_some();
         match state.attachments.get(&request.key) {
             Some(attachment) if leased => attachment.interface.clone(),
             Some(_) => return Err(differs(vec!["it has a port, but no lease".into()])),
@@ -208,10 +215,9 @@ impl Attempt<'_> {
     /// Leases the addresses, durably.
     fn lease(&mut self, request: &Attach, mac: Option<Mac>, namespace: &Namespace) -> Result<Interface, Failure> {
         let netns = self.node.census.describe(namespace);
-        let mut state = self.node.state();
-        let config = state.desired.config.clone();
+        let config = Arc::clone(&self.node.state().desired.config);
         let mtu = choose_mtu(&config, request.mtu)?;
-        let mac = choose_mac(&state, &config, mac)?;
+        let mac = choose_mac(&self.node.store, &config, mac)?;
         let given = given::addresses(request)?;
         let (sets, requested) = match given.as_slice() {
             [] => (addresses::sets(&config, request)?, request.requested.clone()),
@@ -225,7 +231,8 @@ impl Attempt<'_> {
             netns,
             labels: request.labels.clone(),
         };
-        let record = state.store.lease(&owner(self.key), &sets, &requested, facts).map_err(|error| refusal(&error))?;
+        let record = self.node.store.lease(&owner(self.key), &sets, &requested, facts, since_boot());
+        let record = record.map_err(|error| refusal(&error))?;
         self.leased = true;
         let leased = record.leases.iter().map(|lease| (lease.cidr(), lease.gateway));
         let addresses = if given.is_empty() { leased.collect() } else { given };
@@ -280,7 +287,7 @@ impl Drop for Attempt<'_> {
             self.node.detach(self.key);
         }
         if self.leased {
-            self.node.state().store.release(&owner(self.key));
+            self.node.store.release(&owner(self.key), since_boot());
         }
     }
 }
@@ -298,11 +305,11 @@ fn random<const N: usize>() -> io::Result<[u8; N]> {
 }
 
 /// The MAC that was asked for, or a random one; nobody else's on this node.
-fn choose_mac(state: &State, config: &Config, asked: Option<Mac>) -> Result<Mac, Failure> {
+fn choose_mac(store: &Store, config: &Config, asked: Option<Mac>) -> Result<Mac, Failure> {
     let taken = |mac: Mac| {
         [config.gateway.mac, config.vtep_mac].contains(&mac)
             || config.peers.iter().any(|peer| peer.vtep_mac == mac)
-            || state.store.iter().any(|record| record.facts.mac == Some(mac.0))
+            || store.read(|leases| leases.has_mac(mac.0))
     };
     match asked {
         Some(mac) if taken(mac) => Err(Failure {
@@ -386,7 +393,11 @@ fn check_key(key: &AttachmentKey) -> Result<(), Failure> {
 fn refusal(error: &LeaseError) -> Failure {
     let code = match error {
         LeaseError::Exists { .. } => code::EXISTS,
-        LeaseError::NotInRange { .. } | LeaseError::Gateway { .. } | LeaseError::Taken { .. } => code::ADDRESS,
+        LeaseError::NotInRange { .. }
+        | LeaseError::Gateway { .. }
+        | LeaseError::Reserved { .. }
+        | LeaseError::Mac { .. }
+        | LeaseError::Taken { .. } => code::ADDRESS,
         LeaseError::Exhausted { .. } | LeaseError::Full { .. } => code::EXHAUSTED,
         LeaseError::NoRanges | LeaseError::Overlap { .. } | LeaseError::TooLarge { .. } => code::CONFIG,
         LeaseError::Store(_) => code::TRY_AGAIN,

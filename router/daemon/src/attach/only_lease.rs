@@ -4,13 +4,14 @@
 //! tells it apart is that it has no MAC.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use weft_api::{Attach, Attached, AttachedAddress, Check, Failure};
 use weft_ipam::{Facts, Record};
 
 use super::namespace::Namespace;
 use super::{check_key, differs, given, owner, refusal, seconds, tombstone};
-use crate::node::Node;
+use crate::node::{Node, since_boot};
 
 /// Leases addresses.
 ///
@@ -23,12 +24,11 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
     let namespace = fd.and_then(|fd| Namespace::check(Some(fd), &request.netns).ok());
     let netns = namespace.and_then(|namespace| node.census.describe(&namespace));
     let _turn = node.turns.take(&request.key);
-    let mut state = node.state();
-    let config = state.desired.config.clone();
+    let config = Arc::clone(&node.state().desired.config);
     let (sets, pool) = given::lease_only(&config, request)?;
     let boot = node.census.boot().to_owned();
     let facts = Facts { pool, time: seconds(), mac: None, boot, netns, labels: request.labels.clone() };
-    let leased = state.store.lease(&owner(&request.key), &sets, &request.requested, facts);
+    let leased = node.store.lease(&owner(&request.key), &sets, &request.requested, facts, since_boot());
     let record = leased.map_err(|error| refusal(&error))?;
     tracing::info!(
         network = request.key.network, container = request.key.container, ifname = request.key.ifname,
@@ -42,9 +42,8 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
 /// # Errors
 /// What is missing.
 pub fn check(node: &Node, request: &Check) -> Result<(), Failure> {
-    let state = node.state();
-    let record = state.store.get(&owner(&request.key)).ok_or_else(|| differs(vec!["it has no lease".into()]))?;
-    let has = told(record).addresses;
+    let record = node.store.get(&owner(&request.key)).ok_or_else(|| differs(vec!["it has no lease".into()]))?;
+    let has = told(&record).addresses;
     let expected = request.expected.iter().flat_map(|expected| &expected.addresses);
     let missing = expected.filter(|address| !has.iter().any(|has| has.address == address.address));
     let missing: Vec<String> = missing.map(|address| format!("{} is not leased to it", address.address)).collect();

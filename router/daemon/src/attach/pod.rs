@@ -13,7 +13,7 @@ use weft_encap::mac::Mac;
 use crate::netlink::{Link, LinkChange, Netlink, Route};
 
 /// Frames that the pod's transmit queue holds. It gives TCP no backpressure, so it bounds memory, not delay.
-const QUEUE: u32 = 1000;
+pub const QUEUE: u32 = 1000;
 /// Bytes of the largest datagram that the kernel segments in hardware's stead (`UDP_SEGMENT`).
 const UNDERLAY_DATAGRAM: u32 = 65_493;
 /// What a segment has on top of the pod's MTU inside a datagram: inner Ethernet and VXLAN.
@@ -69,7 +69,7 @@ impl Interface {
 }
 
 /// Segments that a superframe of the pod may stand for, so that it leaves the node as one datagram.
-fn gso_max_segments(mtu: u32) -> u32 {
+pub fn gso_max_segments(mtu: u32) -> u32 {
     (UNDERLAY_DATAGRAM / (mtu + SEGMENT_OVERHEAD)).clamp(1, 64)
 }
 
@@ -95,8 +95,8 @@ pub fn set_up(temporary: &str, interface: &Interface) -> Result<Vec<Route>, SetU
         Some(Errno::EXIST) => SetUpError::Exists,
         _ => SetUpError::Step("set name, MAC and MTU".into(), error),
     })?;
-    set_ipv6(interface).map_err(step("set the interface's IPv6 behaviour"))?;
-    announce_when_up(interface);
+    set_ipv6(&interface.name, interface.has_ipv6()).map_err(step("set the interface's IPv6 behaviour"))?;
+    announce_when_up(&interface.name);
     let up = LinkChange { up: true, ..LinkChange::default() };
     if let Some(lo) = netlink.link("lo").map_err(step("find lo"))? {
         netlink.change_link(lo.index, up).map_err(step("set lo up"))?;
@@ -136,13 +136,13 @@ pub fn shown(route: &Route) -> String {
 
 /// No router advertisement shall change what was set; the link-local address is made of the MAC, as the router
 /// expects, and is usable at once like the others.
-fn set_ipv6(interface: &Interface) -> io::Result<()> {
-    let folder = format!("/proc/sys/net/ipv6/conf/{}", interface.name);
-    if !interface.has_ipv6() && fs::metadata(&folder).is_err() {
+pub fn set_ipv6(ifname: &str, has_ipv6: bool) -> io::Result<()> {
+    let folder = format!("/proc/sys/net/ipv6/conf/{ifname}");
+    if !has_ipv6 && fs::metadata(&folder).is_err() {
         return Ok(());
     }
     let mut wanted = vec![("accept_ra", "0"), ("addr_gen_mode", "0"), ("accept_dad", "0")];
-    if interface.has_ipv6() {
+    if has_ipv6 {
         wanted.push(("disable_ipv6", "0"));
     }
     for (name, value) in wanted {
@@ -159,9 +159,9 @@ fn set_ipv6(interface: &Interface) -> io::Result<()> {
 /// Has the pod's kernel announce its addresses as it comes up (gratuitous ARP, unsolicited advertisement): whoever knew one of
 /// them at another MAC or behind another node would send there until its entry expires. The announcement waits in the device until
 /// the port is open. Where `/proc/sys` is read-only the pod is found as soon as it speaks.
-fn announce_when_up(interface: &Interface) {
+pub fn announce_when_up(ifname: &str) {
     for (family, name) in [("ipv4", "arp_notify"), ("ipv6", "ndisc_notify")] {
-        let _ = fs::write(format!("/proc/sys/net/{family}/conf/{}/{name}", interface.name), "1");
+        let _ = fs::write(format!("/proc/sys/net/{family}/conf/{ifname}/{name}"), "1");
     }
 }
 

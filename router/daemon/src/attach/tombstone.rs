@@ -56,7 +56,7 @@ pub fn honour_all(node: &Node) {
 }
 
 fn remove(node: &Node, path: &Path) {
-    if node.state().store.pending() > 0 {
+    if node.store.pending() > 0 {
         tracing::warn!(path = %path.display(), "the tombstone stays: its release could not be written to the lease store");
         return;
     }
