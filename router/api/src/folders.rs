@@ -35,7 +35,7 @@ impl Folders {
         let tables = ["io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri", "cri"];
         let find = |key: &str| {
             let cni = |table: &&str| document.get("plugins")?.get(table)?.get("cni")?.get(key).cloned();
-            tables.iter().find_map(|table| cni(&table))
+            tables.iter().find_map(cni)
         };
         let path = |value: Value| {
             let first = value.as_array().and_then(|list| list.first()).cloned().unwrap_or(value);
