@@ -83,10 +83,16 @@ impl Cluster {
     /// follows them.
     #[track_caller]
     pub fn weft_node_by(&self, number: u8, mode: &str, more: &str, wrapper: &str) -> WeftNode {
+        self.weft_node_of(number, &self.config(number, mode, more), wrapper)
+    }
+
+    /// The same, with a configuration that is made of [`Cluster::config`].
+    #[track_caller]
+    pub fn weft_node_of(&self, number: u8, content: &str, wrapper: &str) -> WeftNode {
         let netns = self.machine(number);
         let file = |end: &str| self.folder.path().join(format!("n{number}.{end}"));
         let (config, log, socket, state) = (file("toml"), file("log"), file("sock"), file("state"));
-        std::fs::write(&config, self.config(number, mode, more)).expect("the folder is writable");
+        std::fs::write(&config, content).expect("the folder is writable");
         let process = start(wrapper, &netns, &config, &log);
         let node = WeftNode { netns, number, runtime: Runtime::new(&socket, &state), config, log, process };
         node.await_ready();
