@@ -10,18 +10,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use arc_swap::ArcSwap;
 use crossbeam::channel::{self, Receiver, Sender};
 
 use super::{
-    Command, Device, Event, Half, NewPort, Removed, RouterConfig, RouterError, Shared, Snapshot, TakenOver, merge,
+    Command, Device, Half, NewPort, Removed, RouterConfig, RouterError, Shared, Snapshot, TakenOver, UplinkHalf, merge,
 };
-use crate::bridge::Fdb;
 use crate::port::PortId;
 use crate::port::sys::xsk::Umem;
-use crate::port::xdp::XdpDevice;
+use crate::port::udp::{Sockets, Underlay};
+use crate::port::xdp::{OpenUplink, PodProgram, XdpDevice};
 use crate::stats::PortStats;
-use crate::tables::Tables;
 use crate::worker::{self, Spawned};
 
 /// The running workers.
@@ -29,6 +27,8 @@ pub(super) struct Workers {
     all: Vec<Handle>,
     /// Who receives from each port that one worker alone receives from.
     owners: Mutex<BTreeMap<PortId, Owner>>,
+    /// What leads frames from veths to their sockets; loaded for the first.
+    pods: Mutex<Option<Arc<PodProgram>>>,
 }
 
 /// Who receives from a port.
@@ -50,22 +50,18 @@ struct Handle {
 }
 
 impl Workers {
-    pub(super) fn start(
-        config: RouterConfig,
-        tables: &Arc<ArcSwap<Tables>>,
-        fdb: &Arc<Fdb>,
-        events: &Sender<Event>,
-    ) -> io::Result<Workers> {
+    pub(super) fn start(config: RouterConfig, shared: &worker::Shared) -> io::Result<Workers> {
         let count = config.workers.max(1);
         let each = RouterConfig { flows: config.flows.div_ceil(count), ..config };
         let start = |number| {
             let (commands, inbox) = channel::unbounded();
-            let shared = worker::Shared { tables: Arc::clone(tables), fdb: Arc::clone(fdb), events: events.clone() };
             let ended = Arc::new(AtomicBool::new(false));
-            let Spawned { waker, umem, thread } = worker::spawn(number, each, shared, inbox, Arc::clone(&ended))?;
+            let Spawned { waker, umem, thread } =
+                worker::spawn(number, each, shared.clone(), inbox, Arc::clone(&ended))?;
             Ok(Handle { commands, waker, umem, ended, thread: Some(thread) })
         };
-        Ok(Workers { all: (0..count).map(start).collect::<io::Result<_>>()?, owners: Mutex::default() })
+        let all = (0..count).map(start).collect::<io::Result<_>>()?;
+        Ok(Workers { all, owners: Mutex::default(), pods: Mutex::default() })
     }
 
     pub(super) fn count(&self) -> usize {
@@ -132,15 +128,34 @@ impl Workers {
                 Ok(halves.into_iter().map(|(worker, half)| (worker, port(half, 1))).collect())
             }
             Device::Underlay(underlay) => {
-                let sockets = underlay.into_sockets();
-                if sockets.len() != count {
-                    let what = format!("there are sockets for {} workers, but {count} workers", sockets.len());
-                    return Err(RouterError::Device(io::Error::new(io::ErrorKind::InvalidInput, what)));
-                }
                 let half = |sockets| port(Half::Underlay(sockets), count as u32);
-                Ok(sockets.into_iter().map(half).enumerate().collect())
+                Ok(self.sockets(underlay)?.into_iter().map(half).enumerate().collect())
+            }
+            Device::Uplink { underlay, uplink, hops } => {
+                let OpenUplink { devices, tunnel, .. } = uplink;
+                let half = |(sockets, devices): (Sockets, Vec<XdpDevice>)| {
+                    let (tunnel, hops) = (tunnel.clone(), Arc::clone(&hops));
+                    let uplink = UplinkHalf { sockets, devices, tunnel, hops };
+                    port(Half::Uplink(Box::new(uplink)), count as u32)
+                };
+                Ok(self.sockets(underlay)?.into_iter().zip(devices).map(half).enumerate().collect())
             }
         }
+    }
+
+    /// An underlay's sockets, if there are some for each worker.
+    fn sockets(&self, underlay: Underlay) -> Result<Vec<Sockets>, RouterError> {
+        let (sockets, count) = (underlay.into_sockets(), self.count());
+        if sockets.len() != count {
+            let what = format!("there are sockets for {} workers, but {count} workers", sockets.len());
+            return Err(RouterError::Device(io::Error::new(io::ErrorKind::InvalidInput, what)));
+        }
+        Ok(sockets)
+    }
+
+    /// The chunks of each worker.
+    pub(super) fn umems(&self) -> Vec<Umem> {
+        self.all.iter().map(|worker| worker.umem.clone()).collect()
     }
 
     /// Opens a veth for each worker that runs: the owner receives by queue 0, the others have the queues behind it to send.
@@ -151,9 +166,18 @@ impl Workers {
             let device = XdpDevice::open_sender(interface, queue, &self.all[worker].umem)?;
             halves.push((worker, Half::Xdp { device: Box::new(device), receives: false }));
         }
-        let device = XdpDevice::open(interface, &self.all[owner].umem)?;
+        let device = XdpDevice::open_with(interface, &self.all[owner].umem, &self.pod_program()?)?;
         halves.push((owner, Half::Xdp { device: Box::new(device), receives: true }));
         Ok(halves)
+    }
+
+    fn pod_program(&self) -> io::Result<Arc<PodProgram>> {
+        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(program) = &*pods {
+            return Ok(Arc::clone(program));
+        }
+        let program = Arc::new(PodProgram::load().map_err(io::Error::other)?);
+        Ok(Arc::clone(pods.insert(program)))
     }
 
     /// Chooses who receives from a port.
@@ -266,11 +290,12 @@ impl Drop for Handle {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::Event;
     use crate::control::{PortSnapshot, Router};
     use crate::port::memory::Packet;
     use crate::port::sample;
     use crate::port::tap::tests::{ALL, give, take, tap};
-    use crate::port::udp::Underlay;
+    use crate::tables::Tables;
     use crate::tables::{Gateway, Pod};
     use rustix::event::{PollFd, PollFlags, poll};
     use std::os::fd::OwnedFd;

@@ -187,18 +187,19 @@ impl Mode {
         })
     }
 
-    /// In how many turns a task has its place on a data path. None: only a more thorough mode has it. The other
-    /// userspace path gets fewer, for what it is far from is known after one.
+    /// In how many turns a task has its place on a data path. None: only a more thorough mode has it. Other
+    /// userspace paths get fewer, for what they are far from is known after one.
     pub fn turns(self, task: &Task, contender: &Contender) -> usize {
-        let is_guest = matches!(contender.kind, Kind::Ovs(_));
+        let is_guest = contender.is_guest();
         let is_frames = matches!(task.what, What::Frames(_));
         match self {
             Mode::Smoke => 1,
+            Mode::Short if is_frames && task.is_held_against_guests() => 2,
             Mode::Short if is_guest && task.is_held_against_guests() => 3,
-            Mode::Short if is_guest => usize::from(task.is_judged() || !task.is_bulk() && task.is_short()),
-            Mode::Short if task.is_judged() && is_frames => 2,
+            Mode::Short if is_guest => usize::from(task.is_judged()),
             Mode::Short if task.is_judged() => 3,
             Mode::Short => usize::from(task.is_short()),
+            Mode::Full if is_guest && !task.is_judged() => 1,
             Mode::Full if is_guest && !task.is_held_against_guests() => 3,
             Mode::Full if is_frames && !task.is_judged() => 3,
             Mode::Full => 5,
@@ -292,7 +293,10 @@ impl Task {
                 Err("the reference plugins are missing: `apt-get install containernetworking-plugins`")
             }
             Kind::Ovs(_) if self.what == What::Attach => Err("it has no plugin"),
-            Kind::Ovs(_) if self.links == Links::Plain => Err("its ports take no superframes in any case"),
+            Kind::Testpmd if !matches!(self.what, What::Frames(_)) || !contender.has(self.layout) => {
+                Err("it is a yardstick for frames between two devices")
+            }
+            _ if contender.is_guest() && self.links == Links::Plain => Err("its ports take no superframes in any case"),
             _ => Ok(()),
         }
     }
@@ -311,11 +315,8 @@ impl Task {
     /// Whether Weft is judged by what it is here beside another userspace path.
     fn is_held_against_guests(&self) -> bool {
         let tcp = What::Tcp { streams: 1, reverse: false };
-        *self == Task { what: tcp, layout: Layout::Same, links: Links::Whole }
-    }
-
-    fn is_bulk(&self) -> bool {
-        matches!(self.what, What::Tcp { .. })
+        let frames = What::Frames(Sizes::Small);
+        self.layout == Layout::Same && self.links == Links::Whole && (self.what == tcp || self.what == frames)
     }
 
     /// Whether the short mode has it.
@@ -400,8 +401,11 @@ mod tests {
         for contender in &CONTENDERS {
             for task in Task::all().iter().filter(|task| task.applies_to(contender).is_ok()) {
                 let turns = [Mode::Smoke, Mode::Short, Mode::Full].map(|mode| mode.turns(task, contender));
-                assert!(turns[0] == 1 && turns[2] >= 3 && turns[1] <= turns[2], "{}: {turns:?}", task.name());
-                if task.is_judged() && !matches!(contender.kind, Kind::Ovs(_)) {
+                assert!(turns[0] == 1 && turns[2] >= 1 && turns[1] <= turns[2], "{}: {turns:?}", task.name());
+                if !contender.is_guest() {
+                    assert!(turns[2] >= 3, "{}: {turns:?}", task.name());
+                }
+                if task.is_held_against_guests() || task.is_judged() && !contender.is_guest() {
                     assert_eq!(turns[2], 5, "{}", task.name());
                 }
             }
