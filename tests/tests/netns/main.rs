@@ -6,7 +6,6 @@
 #![allow(clippy::unwrap_used)]
 
 mod answers;
-mod attach;
 mod bench;
 mod bridged;
 mod chains;
