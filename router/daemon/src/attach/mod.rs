@@ -17,6 +17,7 @@ pub mod device;
 pub mod namespace;
 pub mod pod;
 pub mod reconcile;
+pub mod reserve;
 pub mod tombstone;
 pub mod turn;
 pub mod veth;
@@ -348,6 +349,7 @@ fn check_key(key: &AttachmentKey) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The protocol's word for what the store refuses.
 fn refusal(error: &LeaseError) -> Failure {
     let code = match error {
         LeaseError::Exists { .. } => code::EXISTS,
