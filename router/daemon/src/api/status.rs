@@ -2,17 +2,20 @@
 
 use std::net::SocketAddr;
 
-use weft_api::{Failure, FreeBuffers, RangeUse, Status, code};
+use weft_api::{Failure, FreeBuffers, HostPortInfo, RangeUse, Status, code};
 use weft_ipam::{Store, Usage};
 use weft_router::Snapshot;
 use weft_router::tables::Mode;
 
 use super::show;
 use crate::attach::{addresses, key_of};
+use crate::control::compile::addresses as addresses_of;
 use crate::control::config::{Config, Underlay};
 use crate::control::desired::UNDERLAY;
 use crate::control::host::{Host, Interface};
+use crate::hostport::{self, forwarding};
 use crate::netlink::Netlink;
+use crate::netlink::routes::PROTOCOL;
 use crate::node::{Node, State, counters};
 
 /// Above this part of its addresses a range is nearly used up.
@@ -50,6 +53,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     let snapshot = show::snapshot(node, false)?;
     let host = host();
     let sample = node.sample(&snapshot);
+    let kernel = node.host.state();
     let state = node.state();
     let config = &state.desired.config;
     let device = host.as_ref().and_then(|host| underlay_device(config, host));
@@ -59,6 +63,9 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     }
     let kind = snapshot.ports.iter().find(|port| port.id == UNDERLAY);
     let mut problems = problems(&node.store, &state, &snapshot, host.as_ref());
+    problems.extend(kind.and_then(|port| node.uplink.problem_of(port.kind)));
+    problems.extend(kernel.problems.iter().cloned());
+    problems.extend(forwarding::problems(config, host.as_ref()));
     problems.extend(worker_problem(snapshot.workers, node.router.workers()));
     problems.extend(node.devices.choose(None).err().map(|failure| failure.to_string()));
     problems.extend(state.samples.problems(&sample, node.started, config));
@@ -77,9 +84,20 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         gateway_mac: config.gateway.mac.to_string(),
         vtep_mac: config.vtep_mac.to_string(),
         underlay: SocketAddr::new(config.underlay.address, config.underlay.port).to_string(),
-        underlay_kind: kind.map(|port| format!("{}, offloads: {}", port.kind, port.capabilities)).unwrap_or_default(),
+        underlay_kind: kind
+            .map(|port| format!("{}, offloads: {}", node.uplink.shown(port.kind), port.capabilities))
+            .unwrap_or_default(),
         workers: node.router.workers(),
         port: node.devices.shown(),
+        host_port: state.desired.host.as_ref().map(|interface| HostPortInfo {
+            ifname: config.host_port.clone().unwrap_or_default(),
+            mac: interface.mac.to_string(),
+            addresses: addresses_of(interface).collect(),
+            routes: kernel.routes.len(),
+            protocol: PROTOCOL,
+            flows: snapshot.returns.entries,
+            evicted: snapshot.returns.evicted,
+        }),
         vni: config.vni.get(),
         mtu: config.mtu,
         underlay_mtu: device.map_or(config.underlay.mtu, |device| device.mtu),
@@ -103,9 +121,16 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
 /// How full each of the node's ranges is.
 fn usages(store: &Store, state: &State) -> impl Iterator<Item = (ipnet::IpNet, Usage)> {
     let config = &state.desired.config;
-    config.ranges.iter().filter_map(|range| {
+    let own: Vec<_> = store.get(&hostport::owner()).map(|record| record.addresses().collect()).unwrap_or_default();
+    config.ranges.iter().filter_map(move |range| {
         let known = addresses::own_range(config, *range).ok()?;
-        Some((*range, store.usage("", &known)))
+        let mut usage = store.usage("", &known);
+        // What this node itself has was never any pod's to have.
+        if own.iter().any(|address| known.contains(*address)) {
+            usage.leased = usage.leased.saturating_sub(1);
+            usage.size = if usage.size == u64::MAX { u64::MAX } else { usage.size.saturating_sub(1) };
+        }
+        Some((*range, usage))
     })
 }
 
@@ -185,7 +210,7 @@ fn unattached_problem(store: &Store, state: &State) -> Option<String> {
     let without: Vec<String> = without
         .iter()
         // What is nobody's pod has no device: a reservation, or what another program gave.
-        .filter(|record| record.facts.mac.is_some())
+        .filter(|record| record.facts.mac.is_some() && record.owner != hostport::owner())
         .map(|record| key_of(&record.owner))
         .filter(|key| !state.attachments.contains_key(key))
         .map(|key| format!("{}/{}", key.container, key.ifname))

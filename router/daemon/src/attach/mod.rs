@@ -14,7 +14,9 @@
 pub mod addresses;
 pub mod census;
 pub mod device;
+pub mod given;
 pub mod namespace;
+pub mod only_lease;
 pub mod pod;
 pub mod reconcile;
 pub mod reserve;
@@ -29,7 +31,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use weft_api::{Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Check, Collected, Failure, Gc, code};
+use weft_api::{
+    Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Check, Collected, Failure, Found, Gc, code,
+};
 use weft_encap::mac::Mac;
 use weft_ipam::{Facts, LeaseError, Owner, Store};
 use weft_router::tables::Pod;
@@ -37,10 +41,11 @@ use weft_router::{Device, PortId, RouterError};
 
 use crate::control::config::{Config, PortKind};
 use crate::control::derive;
+use crate::netlink::Route;
 use crate::node::{Attachment, Node, since_boot};
 use device::Chosen;
 use namespace::Namespace;
-use pod::Interface;
+use pod::{Interface, Observed};
 use veth::{Veth, Veths};
 
 /// Longest network name and container id in bytes. Runtimes use 64 digits; anything much longer is no id.
@@ -56,8 +61,8 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
     let mac = request.mac.as_deref().map(parse_mac).transpose()?;
     let kind = request.port.as_deref().map(parse_port).transpose()?;
     let namespace = Namespace::check(fd, &request.netns)?;
+    tombstone::honour_all(node);
     let _turn = node.turns.take(&request.key);
-    tombstone::honour(node, &request.key);
     let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
     let mut interface = attempt.lease(request, mac, &namespace)?;
     match node.devices.choose(kind)? {
@@ -71,6 +76,13 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
         "attached"
     );
     Ok(attached(&interface))
+}
+
+/// Whether the attachment has a lease or a port.
+pub fn find(node: &Node, key: &AttachmentKey) -> Found {
+    tombstone::honour_all(node);
+    let state = node.state();
+    Found { attached: state.attachments.contains_key(key) || node.store.get(&owner(key)).is_some() }
 }
 
 /// CNI DEL. What is not there is as good as freed.
@@ -134,15 +146,17 @@ pub fn check(node: &Node, request: &Check, fd: Option<OwnedFd>) -> Result<(), Fa
         msg: format!("cannot look into the pod's network namespace: {error}"),
         details: String::new(),
     })?;
+    let interface = still_expected(interface, request.expected.as_ref());
     let mut all = observed.differences(&interface);
     if let Some(expected) = &request.expected {
-        all.extend(unexpected(expected, &interface));
+        all.extend(unexpected(expected, &interface, &observed));
     }
     if all.is_empty() { Ok(()) } else { Err(differs(all)) }
 }
 
-/// What the runtime believes and we did not make. Zero, empty and unspecified mean that it did not say.
-fn unexpected(expected: &Attached, made: &Interface) -> Vec<String> {
+/// What the runtime believes and is not so. Zero, empty and unspecified mean that it did not say. What it lists may be of a
+/// whole chain of plugins, so an address that was not given here must be there, no more.
+fn unexpected(expected: &Attached, made: &Interface, observed: &Observed) -> Vec<String> {
     let mut all = Vec::new();
     if expected.ifname != made.name {
         all.push(format!("prevResult has interface {:?}, weftd made {}", expected.ifname, made.name));
@@ -150,19 +164,36 @@ fn unexpected(expected: &Attached, made: &Interface) -> Vec<String> {
     if !expected.mac.is_empty() && expected.mac.parse() != Ok(made.mac) {
         all.push(format!("prevResult has MAC {:?}, weftd gave {}", expected.mac, made.mac));
     }
-    if ![0, made.mtu].contains(&expected.mtu) {
-        all.push(format!("prevResult has MTU {}, weftd gave {}", expected.mtu, made.mtu));
+    let mtu = observed.link.as_ref().map_or(made.mtu, |link| link.mtu);
+    if ![0, made.mtu, mtu].contains(&expected.mtu) {
+        all.push(format!("prevResult has MTU {}, {} has {mtu}", expected.mtu, made.name));
     }
-    for address in &expected.addresses {
-        let known = |(net, gateway): &(ipnet::IpNet, IpAddr)| {
-            let by = address.gateway.is_unspecified() || *gateway == address.gateway;
-            by && net.to_string() == address.address
-        };
-        if !made.addresses.iter().any(known) {
-            all.push(format!("prevResult has {} by {}, which weftd did not give", address.address, address.gateway));
+    for AttachedAddress { address, gateway } in &expected.addresses {
+        let given = made.addresses.iter().find(|(net, _)| net.to_string() == *address);
+        match given {
+            Some((_, by)) if !gateway.is_unspecified() && gateway != by => {
+                all.push(format!("prevResult has {address} by {gateway}, weftd gave it by {by}"));
+            }
+            None if !observed.addresses.iter().any(|net| net.to_string() == *address) => {
+                all.push(format!("prevResult has {address}, which {} has not", made.name));
+            }
+            _ => {}
         }
     }
     all
+}
+
+/// What was made here and is still the runtime's belief: a plugin behind us in the chain may have taken routes away.
+fn still_expected(made: Interface, expected: Option<&Attached>) -> Interface {
+    let Some(expected) = expected else { return made };
+    let listed = |route: &Route| {
+        let same = |other: &AttachedRoute| {
+            let by = other.gateway.is_unspecified() || Some(other.gateway) == route.gateway;
+            by && other.destination.parse() == Ok(route.destination)
+        };
+        expected.routes.iter().any(same)
+    };
+    Interface { routes: made.routes.iter().filter(|route| listed(route)).copied().collect(), ..made }
 }
 
 fn differs(all: Vec<String>) -> Failure {
@@ -188,21 +219,27 @@ impl Attempt<'_> {
         let config = Arc::clone(&self.node.state().desired.config);
         let mtu = choose_mtu(&config, request.mtu)?;
         let mac = choose_mac(&self.node.store, &config, mac)?;
-        let sets = addresses::sets(&config, request)?;
-        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let given = given::addresses(request)?;
+        let (sets, requested) = match given.as_slice() {
+            [] => (addresses::sets(&config, request)?, request.requested.clone()),
+            given => (given::sets(&config, given)?, given.iter().map(|(net, _)| net.addr()).collect()),
+        };
         let facts = Facts {
             pool: String::new(),
-            time,
+            time: seconds(),
             mac: Some(mac.0),
             boot: self.node.census.boot().to_owned(),
             netns,
             labels: request.labels.clone(),
         };
-        let record = self.node.store.lease(&owner(self.key), &sets, &request.requested, facts, since_boot());
+        let record = self.node.store.lease(&owner(self.key), &sets, &requested, facts, since_boot());
         let record = record.map_err(|error| refusal(&error))?;
         self.leased = true;
-        let addresses = record.leases.iter().map(|lease| (lease.cidr(), lease.gateway)).collect();
-        Ok(Interface { name: self.key.ifname.clone(), mac, mtu, addresses, routes: Vec::new() })
+        let leased = record.leases.iter().map(|lease| (lease.cidr(), lease.gateway));
+        let addresses = if given.is_empty() { leased.collect() } else { given };
+        let mut interface = Interface { name: self.key.ifname.clone(), mac, mtu, addresses, routes: Vec::new() };
+        interface.routes = given::routes(request.routes.as_deref(), &interface)?;
+        Ok(interface)
     }
 
     fn open_tap(&mut self, namespace: &Namespace, interface: &mut Interface) -> Result<(), Failure> {
@@ -254,6 +291,11 @@ impl Drop for Attempt<'_> {
             self.node.store.release(&owner(self.key), since_boot());
         }
     }
+}
+
+/// Seconds since 1970, for people.
+fn seconds() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 fn random<const N: usize>() -> io::Result<[u8; N]> {
@@ -368,16 +410,12 @@ fn refusal(error: &LeaseError) -> Failure {
 fn attached(interface: &Interface) -> Attached {
     let address =
         |(net, gateway): &(ipnet::IpNet, IpAddr)| AttachedAddress { address: net.to_string(), gateway: *gateway };
-    let route = |gateway: &IpAddr| AttachedRoute {
-        destination: if gateway.is_ipv4() { "0.0.0.0/0".into() } else { "::/0".into() },
-        gateway: *gateway,
-    };
     Attached {
         ifname: interface.name.clone(),
         mac: interface.mac.to_string(),
         mtu: interface.mtu,
         addresses: interface.addresses.iter().map(address).collect(),
-        routes: interface.routes.iter().map(route).collect(),
+        routes: interface.routes.iter().map(given::told).collect(),
     }
 }
 
@@ -408,6 +446,23 @@ pub fn key_of(owner: &Owner) -> AttachmentKey {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A request of container `c1` for addresses of these ranges.
+    pub fn attach(ranges: Vec<Vec<weft_api::Range>>) -> Attach {
+        Attach {
+            key: key("pods", "c1", "eth0"),
+            netns: String::new(),
+            requested: Vec::new(),
+            ranges,
+            mac: None,
+            mtu: None,
+            port: None,
+            bandwidth: None,
+            given: Vec::new(),
+            routes: None,
+            labels: std::collections::BTreeMap::new(),
+        }
+    }
 
     fn key(network: &str, container: &str, ifname: &str) -> AttachmentKey {
         AttachmentKey { network: network.into(), container: container.into(), ifname: ifname.into() }
