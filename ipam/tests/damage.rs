@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use sim::{Rng, Sim};
 use weft_ipam::{Facts, OpenError, Owner, Range, RangeSet, Store};
 
+type Past = BTreeSet<(Owner, Vec<IpAddr>)>;
 type Truth = BTreeMap<Owner, Vec<IpAddr>>;
 
 fn truth(store: &Store) -> Truth {
@@ -29,7 +30,7 @@ fn journal(seed: u64) -> (Vec<u8>, Vec<(u64, Truth)>) {
 }
 
 /// The same, and whoever had which addresses at any time.
-fn journal_and_past(seed: u64) -> (Vec<u8>, Vec<(u64, Truth)>, BTreeSet<(Owner, Vec<IpAddr>)>) {
+fn journal_and_past(seed: u64) -> (Vec<u8>, Vec<(u64, Truth)>, Past) {
     let mut past = BTreeSet::new();
     let set: RangeSet = Range::whole("10.0.0.0/26".parse().unwrap()).unwrap().into();
     let (disk, mut rng) = (Sim::default(), Rng(seed));
