@@ -11,6 +11,7 @@ mod bench;
 mod doctor;
 mod install_cni;
 mod interrupt;
+mod ipam;
 mod lab;
 mod output;
 mod show;
@@ -61,6 +62,9 @@ enum Command {
     Drops(Format),
     /// The nodes of the cluster.
     Nodes(Format),
+    /// The lease store: looking at it, checking it, taking over another plugin's addresses.
+    #[command(subcommand)]
+    Ipam(ipam::Command),
     /// Make weftd read its configuration again.
     Reload,
     /// Put the plugin where this node's container runtime looks for it.
@@ -116,6 +120,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 .map(|found_problems| if found_problems { EXIT_PROBLEMS } else { 0 });
         }
         Command::InstallCni(args) => return install_cni::install(&args).map(|()| 0),
+        Command::Ipam(command) => return ipam::run(command, &cli.socket),
         Command::Lab(command) => return lab::run(command).map(|()| 0),
         Command::LabPeer(command) => return lab::run_peer(command).map(|()| 0),
         Command::Bench(args) => return bench::run(&args).map(|()| 0),
