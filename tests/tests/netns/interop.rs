@@ -29,8 +29,7 @@ struct Mixed {
     kernel: OwnNetns,
 }
 
-fn mixed(suffix: &str, mode: &str) -> Mixed {
-    let cluster = Cluster::new(suffix);
+fn mixed(cluster: Cluster, mode: &str) -> Mixed {
     let peers = |others: [u8; 1]| others.map(|number| peer(number, None)).concat() + &peer(2, Some(KERNEL_MAC));
     let nodes = vec![cluster.weft_node(1, mode, &peers([3])), cluster.weft_node(3, mode, &peers([1]))];
     let kernel = cluster.machine(2);
@@ -170,7 +169,11 @@ fn checksum_errors(netns: &Netns) -> u64 {
 
 fn interoperates(suffix: &str, mode: &str, offloads: bool) {
     let _turn = turn();
-    let mixed = mixed(suffix, mode);
+    interoperate(Cluster::new(suffix), mode, offloads);
+}
+
+fn interoperate(cluster: Cluster, mode: &str, offloads: bool) {
+    let mixed = mixed(cluster, mode);
     if !offloads {
         mixed.without_offloads();
     }
@@ -208,10 +211,18 @@ fn bridged_with_a_learning_linux_bridge_when_no_device_has_offloads() {
 }
 
 #[test]
+fn the_kernels_nodes_cannot_tell_an_underlay_by_xdp_from_one_by_udp() {
+    let _turn = turn();
+    for (suffix, mode, offloads) in [("ix", "routed", true), ("ixo", "bridged", false)] {
+        interoperate(Cluster::new(suffix).by("xdp"), mode, offloads);
+    }
+}
+
+#[test]
 fn a_wrong_checksum_is_refused_by_the_receiver_and_never_repaired_on_the_way() {
     let _turn = turn();
     for mode in ["routed", "bridged"] {
-        let mixed = mixed("ic", mode);
+        let mixed = mixed(Cluster::new("ic"), mode);
         let (ours, kernels) = (&mixed.pods[0], &mixed.pods[2]);
         for ((from, source), (to, target)) in [(ours, kernels), (kernels, ours)] {
             for family in 0..2 {
