@@ -147,6 +147,12 @@ fn raise_descriptor_limit() -> rustix::io::Result<()> {
 fn run(runtime: Runtime, signals: Signals, node: Node, removals: Receiver<()>) -> anyhow::Result<()> {
     let node = Arc::new(node);
     watch_veths(&node, removals)?;
+    let listener = Arc::downgrade(&node);
+    node.uplink.on_path_mtu(move || {
+        if let Some(node) = listener.upgrade() {
+            node.path_mtus_changed();
+        }
+    });
     let stopped = runtime.block_on(serve(&node, signals));
     // Requests under way have until their deadline; silent clients are cut off.
     runtime.shutdown_timeout(api::GRACE);

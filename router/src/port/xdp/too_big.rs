@@ -6,9 +6,12 @@
 //! path is shorter than its protocol allows (RFC 791, RFC 8200 section 5), whatever is said.
 
 use std::hash::BuildHasher;
+use std::io;
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 
 use foldhash::quality::FixedState;
+use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 use weft_encap::checksum;
 use weft_encap::ip::UDP;
 use weft_encap::ipv4::{IPV4_LEN, Ipv4Header};
@@ -22,7 +25,8 @@ use super::programs::Tunnel;
 const LEAST_V4: u32 = 576;
 /// So can every one by IPv6.
 const LEAST_V6: u32 = 1280;
-const FLOW_LABEL: u32 = 0x000f_ffff;
+/// The bits of a flow label.
+pub const FLOW_LABEL: u32 = 0x000f_ffff;
 
 /// How long packets to a node may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +48,27 @@ pub fn cookie(tunnel: &Tunnel, node: IpAddr, source_port: u16) -> u32 {
     (hash >> 32) as u32
 }
 
+/// A socket that is given such messages, for [`read_v4`] or [`read_v6`], in the calling thread's network namespace.
+///
+/// # Errors
+/// `EPERM` without CAP_NET_RAW.
+pub fn open(v4: bool) -> io::Result<OwnedFd> {
+    let (domain, protocol) = if v4 { (Domain::IPV4, Protocol::ICMPV4) } else { (Domain::IPV6, Protocol::ICMPV6) };
+    let socket = Socket::new(domain, Type::RAW.nonblocking(), Some(protocol))?;
+    if v4 {
+        // Other messages, pings for example, need not wake anybody: X = the IP header's length, A = type and code.
+        let step = |code: u32, otherwise: u8, value: u32| SockFilter::new(code as u16, 0, otherwise, value);
+        socket.attach_filter(&[
+            step(libc::BPF_LDX | libc::BPF_B | libc::BPF_MSH, 0, 0),
+            step(libc::BPF_LD | libc::BPF_H | libc::BPF_IND, 0, 0),
+            step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, 0x0304),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0xffff),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0),
+        ])?;
+    }
+    Ok(socket.into())
+}
+
 /// Reads an ICMP message with the IPv4 header before it; `None` if it is about something else, or not to be believed.
 pub fn read_v4(packet: &[u8], tunnel: &Tunnel) -> Option<TooBig> {
     let icmp = packet.get(usize::from(packet.first()? & 0x0f) * 4..)?;
@@ -57,7 +82,8 @@ pub fn read_v4(packet: &[u8], tunnel: &Tunnel) -> Option<TooBig> {
     let id = cookie(tunnel, node, udp.src_port.get()) as u16;
     let is_ours = ip.version_ihl == 0x45 && ip.protocol == UDP && ip.id.get() == id;
     let len = u32::from(ip.total_len.get());
-    (is_ours && is_of(tunnel, ip.src.into(), &udp) && is_news(mtu, len)).then(|| TooBig { node, mtu: mtu.max(LEAST_V4) })
+    (is_ours && is_of(tunnel, ip.src.into(), &udp) && is_news(mtu, len))
+        .then(|| TooBig { node, mtu: mtu.max(LEAST_V4) })
 }
 
 /// Reads an ICMPv6 message, likewise. Its checksum is the kernel's to check.
@@ -72,7 +98,8 @@ pub fn read_v6(icmp: &[u8], tunnel: &Tunnel) -> Option<TooBig> {
     let label = cookie(tunnel, node, udp.src_port.get()) & FLOW_LABEL;
     let is_ours = ip.version() == 6 && ip.next_header == UDP && ip.version_class_flow.get() & FLOW_LABEL == label;
     let len = 40 + u32::from(ip.payload_len.get());
-    (is_ours && is_of(tunnel, ip.src.into(), &udp) && is_news(mtu, len)).then(|| TooBig { node, mtu: mtu.max(LEAST_V6) })
+    (is_ours && is_of(tunnel, ip.src.into(), &udp) && is_news(mtu, len))
+        .then(|| TooBig { node, mtu: mtu.max(LEAST_V6) })
 }
 
 fn is_of(tunnel: &Tunnel, from: IpAddr, udp: &UdpHeader) -> bool {
