@@ -41,6 +41,7 @@ use crate::port::tap::TapPort;
 use crate::port::udp::UdpPort;
 use crate::port::xdp::{XdpPort, XdpUnderlay};
 use crate::port::{Batch, Capabilities, Outbox, Port, PortId, Received};
+use crate::returns::{Returns, ReturnsUse};
 use crate::tables::Tables;
 use crate::time::Instant;
 
@@ -55,6 +56,7 @@ const BUSY_RETRY: Duration = Duration::from_millis(1);
 pub(crate) struct Shared {
     pub(crate) tables: Arc<ArcSwap<Tables>>,
     pub(crate) fdb: Arc<Fdb>,
+    pub(crate) returns: Arc<Returns>,
     pub(crate) events: Sender<Event>,
 }
 
@@ -152,7 +154,7 @@ impl Worker {
             ready: VecDeque::new(),
             busy: Vec::new(),
             pool: Pool::new(config.chunks, config.supers)?,
-            forwarder: Forwarder::sharing(shared.fdb, config),
+            forwarder: Forwarder::sharing(shared.fdb, shared.returns, config),
             outbox: Outbox::new(),
             next_tick: None,
             batch: Batch::new(),
@@ -428,8 +430,9 @@ impl Worker {
             workers: 1,
             ports,
             nodes,
-            // All workers have the same one.
+            // All workers have the same ones.
             fdb: Vec::new(),
+            returns: ReturnsUse::default(),
             flows: if flows { self.forwarder.flows(now) } else { Vec::new() },
             free: self.pool.free(),
         }
@@ -475,7 +478,8 @@ mod tests {
         let (sender, events) = channel::unbounded();
         let tables = Arc::new(ArcSwap::from_pointee(tables()));
         let fdb = Arc::new(Fdb::new(64, Duration::from_secs(300), 1));
-        (Shared { tables, fdb, events: sender }, events)
+        let returns = Arc::new(Returns::new(64, 1));
+        (Shared { tables, fdb, returns, events: sender }, events)
     }
 
     /// A port that no other worker has.

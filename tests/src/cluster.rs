@@ -73,6 +73,8 @@ impl Cluster {
         self.underlay.ip(&format!("link set n{number} master br0 up"));
         netns.ip(&format!("address add 10.200.0.{number}/24 dev uplink"));
         netns.ip("link set uplink up");
+        netns.set("net/ipv4/ip_forward", "1");
+        netns.set("net/ipv6/conf/all/forwarding", "1");
         netns
     }
 

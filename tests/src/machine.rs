@@ -12,7 +12,8 @@ use rustix::fs::{FlockOperation, flock};
 static TURN: Mutex<()> = Mutex::new(());
 
 /// Programs, and the Debian package each comes with.
-const PROGRAMS: [(&str, &str); 8] = [
+const PROGRAMS: [(&str, &str); 9] = [
+    ("nft", "nftables"),
     ("ip", "iproute2"),
     ("bridge", "iproute2"),
     ("nstat", "iproute2"),

@@ -10,20 +10,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use arc_swap::ArcSwap;
 use crossbeam::channel::{self, Receiver, Sender};
 
 use super::{
-    Command, Device, Event, Half, NewPort, Removed, RouterConfig, RouterError, Shared, Snapshot, TakenOver, UplinkHalf,
-    merge,
+    Command, Device, Half, NewPort, Removed, RouterConfig, RouterError, Shared, Snapshot, TakenOver, UplinkHalf, merge,
 };
-use crate::bridge::Fdb;
 use crate::port::PortId;
 use crate::port::sys::xsk::Umem;
 use crate::port::udp::{Sockets, Underlay};
 use crate::port::xdp::{OpenUplink, XdpDevice};
 use crate::stats::PortStats;
-use crate::tables::Tables;
 use crate::worker::{self, Spawned};
 
 /// The running workers.
@@ -52,19 +48,14 @@ struct Handle {
 }
 
 impl Workers {
-    pub(super) fn start(
-        config: RouterConfig,
-        tables: &Arc<ArcSwap<Tables>>,
-        fdb: &Arc<Fdb>,
-        events: &Sender<Event>,
-    ) -> io::Result<Workers> {
+    pub(super) fn start(config: RouterConfig, shared: &worker::Shared) -> io::Result<Workers> {
         let count = config.workers.max(1);
         let each = RouterConfig { flows: config.flows.div_ceil(count), ..config };
         let start = |number| {
             let (commands, inbox) = channel::unbounded();
-            let shared = worker::Shared { tables: Arc::clone(tables), fdb: Arc::clone(fdb), events: events.clone() };
             let ended = Arc::new(AtomicBool::new(false));
-            let Spawned { waker, umem, thread } = worker::spawn(number, each, shared, inbox, Arc::clone(&ended))?;
+            let Spawned { waker, umem, thread } =
+                worker::spawn(number, each, shared.clone(), inbox, Arc::clone(&ended))?;
             Ok(Handle { commands, waker, umem, ended, thread: Some(thread) })
         };
         Ok(Workers { all: (0..count).map(start).collect::<io::Result<_>>()?, owners: Mutex::default() })
@@ -287,10 +278,12 @@ impl Drop for Handle {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::Event;
     use crate::control::{PortSnapshot, Router};
     use crate::port::memory::Packet;
     use crate::port::sample;
     use crate::port::tap::tests::{ALL, give, take, tap};
+    use crate::tables::Tables;
     use crate::tables::{Gateway, Pod};
     use rustix::event::{PollFd, PollFlags, poll};
     use std::os::fd::OwnedFd;

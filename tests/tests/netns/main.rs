@@ -8,10 +8,13 @@
 mod answers;
 mod bench;
 mod bridged;
+mod chains;
 mod cni;
 mod footprint;
 mod hostile;
+mod hostport;
 mod interop;
+mod ipam_plugins;
 mod labs;
 mod lifecycle;
 mod order;

@@ -382,6 +382,16 @@ fn bursts_make_a_device_hold_more_chunks() {
 }
 
 #[test]
+fn the_first_devices_hold_many_chunks_and_a_hundred_leave_some() {
+    let pool = Pool::new(16_384, 4).unwrap();
+    let devices: Vec<_> = (0..110).map(|_| port(&pool, 2048, true)).collect();
+    let lent: Vec<u32> = devices.iter().map(|(port, _)| port.lent().0).collect();
+    assert_eq!((lent[0], lent[109]), (1024, 64));
+    assert!(lent.is_sorted_by(|one, next| one >= next), "{lent:?}");
+    assert!(pool.free().0 > 16_384 / 4, "{} are left", pool.free().0);
+}
+
+#[test]
 fn no_device_starves_the_others() {
     let pool = Pool::new(2048, 4).unwrap();
     let mut devices: Vec<_> = (0..4).map(|_| port(&pool, 2048, true)).collect();
@@ -430,7 +440,7 @@ fn settle(pool: &Pool, free: usize) {
 }
 
 /// Frames of the test of conservation; each build runs a part, a release build ten million.
-const MANY: u64 = if cfg!(debug_assertions) { 200_000 } else { 10_000_000 };
+const MANY: u64 = if cfg!(debug_assertions) { 1_000_000 } else { 10_000_000 };
 
 #[test]
 fn however_much_ring_space_is_lost_no_frame_is_lost_without_a_count() {
