@@ -24,7 +24,7 @@ use weft_router::port::tap::{Tap, TapPort};
 use weft_router::port::udp::{UdpPort, Underlay};
 use weft_router::port::xdp::outer::NextHop;
 use weft_router::port::xdp::programs::Tunnel;
-use weft_router::port::xdp::{Attachment, Hops, Verdict, XdpDevice, XdpPort, XdpUnderlay, programs};
+use weft_router::port::xdp::{Attachment, Hops, PodProgram, Verdict, XdpDevice, XdpPort, XdpUnderlay, programs};
 use weft_router::port::{Batch, Port, Queue};
 use weft_router::stats::Stats;
 use weft_router::{DropReason, PortId};
@@ -261,6 +261,28 @@ fn a_second_worker_sends_to_a_pod_that_the_first_receives_from() {
         (open(pool, umem, 1).into(), two)
     };
     between(&pods, make, || exercise(&pods.pods[0], &pods.pods[1]));
+}
+
+#[test]
+fn pods_that_share_a_program_are_told_apart_and_come_and_go_one_by_one() {
+    let _alone = exclusively();
+    let pods = Pods::new(3);
+    let program = Arc::new(PodProgram::load().unwrap());
+    let make = |pool: &Pool, umem: &Umem| {
+        let [one, two, gone] = [1, 2, 3].map(|number| {
+            let device = XdpDevice::open_with(interface(number), umem, &program).unwrap();
+            XdpPort::new(device, pool, PortId(number as u16)).unwrap()
+        });
+        drop(gone);
+        pods.expect_no_program(3);
+        // A pod that comes back finds its place free.
+        let _again = XdpDevice::open_with(interface(3), umem, &program).unwrap();
+        (one.into(), two.into())
+    };
+    between(&pods, make, || exercise(&pods.pods[0], &pods.pods[1]));
+    for number in 1..=3 {
+        pods.expect_no_program(number);
+    }
 }
 
 #[test]
