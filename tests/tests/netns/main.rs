@@ -18,5 +18,6 @@ mod order;
 mod overload;
 mod reach;
 mod throughput;
+mod virtio;
 mod workers;
 mod xdp;
