@@ -19,7 +19,7 @@
 //! | check | 4 | CRC-32 (IEEE) of length, number and payload |
 //! | payload | length | see `codec` |
 //!
-//! **Appending.** A change is one frame, one write, one `fdatasync`. So at any time at most one frame, the last, is
+//! **Appending.** A change, or several at once, is one frame, one write, one `fdatasync`. So at any time at most one frame, the last, is
 //! not synced, and a crash can tear that one only. If the write or the sync fails, the file is cut back to where it
 //! ended and that is synced; if even this fails the journal is *poisoned*: nobody can say what the disk holds, so
 //! nothing is written until the file is opened, and read, again.
@@ -37,11 +37,12 @@
 //! file back, without what would be appended to the new one. At that moment both say the same, so nothing is lost.
 
 use std::io;
+use std::sync::Arc;
 
 use crate::codec::{self, Op};
 use crate::disk::{Disk, Which};
+use crate::error::{OpenError, Recovery, StoreError};
 use crate::leases::Leases;
-use crate::store::{OpenError, Recovery, StoreError};
 
 /// The version of the file format that is written.
 pub const VERSION: u32 = 2;
@@ -192,12 +193,17 @@ fn compact_at(base: u64) -> u64 {
 fn write_next(disk: &mut dyn Disk, first: u64, leases: &Leases) -> io::Result<(u64, u64)> {
     disk.create_next()?;
     let mut next = Next { disk, end: HEADER as u64, number: first, chunk: Vec::new() };
+    next.frame(|out| codec::put_boot(out, leases.boot(), 0))?;
     for record in leases.iter() {
         next.frame(|out| codec::put_lease(out, record))?;
     }
     // After the leases, which would move the rounds.
     for (pool, set, last) in leases.rounds() {
         next.frame(|out| codec::put_round(out, pool, set, last))?;
+    }
+    // After the leases, whose addresses do not rest.
+    for (pool, address, since) in leases.resting() {
+        next.frame(|out| codec::put_rest(out, pool, address, since))?;
     }
     next.write_out()?;
     next.disk.write(Which::Next, 0, &header(next.end, first))?;
@@ -332,10 +338,18 @@ fn frame_at(bytes: &[u8], wanted: impl Fn(u64) -> bool) -> Option<(&[u8], usize)
 
 fn apply(leases: &mut Leases, op: Op) -> Result<(), &'static str> {
     match op {
-        Op::Lease(record) => leases.add(*record),
-        Op::Release(owner) => {
+        Op::Lease(record) => leases.add(Arc::new(*record)),
+        Op::Release { owner, since } => {
             let record = leases.remove(&owner).ok_or("an attachment is released that has no lease")?;
-            leases.free(&record);
+            leases.lay_to_rest(&record, since);
+            Ok(())
+        }
+        Op::Boot { id, now } => {
+            leases.begin_boot(&id, now);
+            Ok(())
+        }
+        Op::Rest { pool, address, since } => {
+            leases.rest(&pool, address, since);
             Ok(())
         }
         Op::Round { pool, set, last } => {

@@ -14,7 +14,7 @@ use weft_ipam::{Facts, OpenError, Owner, Range, RangeSet, Store};
 type Truth = BTreeMap<Owner, Vec<IpAddr>>;
 
 fn truth(store: &Store) -> Truth {
-    store.iter().map(|r| (r.owner.clone(), r.addresses().collect())).collect()
+    store.records().iter().map(|r| (r.owner.clone(), r.addresses().collect())).collect()
 }
 
 fn owner(n: u64) -> Owner {
@@ -26,13 +26,13 @@ fn owner(n: u64) -> Owner {
 fn journal(seed: u64) -> (Vec<u8>, Vec<(u64, Truth)>) {
     let set: RangeSet = Range::whole("10.0.0.0/26".parse().unwrap()).unwrap().into();
     let (disk, mut rng) = (Sim::default(), Rng(seed));
-    let mut store = Store::with_disk(disk.boxed()).unwrap();
+    let store = Store::with_disk(disk.boxed()).unwrap();
     let mut history = Vec::new();
     for step in 0..60 {
         let owner = owner(rng.below(30));
-        if store.release(&owner).is_none() {
+        if store.release(&owner, 0).is_none() {
             let labels = BTreeMap::from([("l".to_owned(), "wfrm".repeat(rng.below(60) as usize))]);
-            store.lease(&owner, std::slice::from_ref(&set), &[], Facts { labels, ..Facts::default() }).unwrap();
+            store.lease(&owner, std::slice::from_ref(&set), &[], Facts { labels, ..Facts::default() }, 0).unwrap();
         }
         if step == 30 {
             store.compact().unwrap();
@@ -104,12 +104,12 @@ fn a_torn_end_is_cut_off_and_reported_and_the_store_goes_on() {
     let [.., (before, then), (end, _)] = &history[..] else { panic!() };
     for length in before + 1..*end {
         let disk = Sim::with_journal(&whole[..length as usize]);
-        let mut store = Store::with_disk(disk.boxed()).unwrap();
+        let store = Store::with_disk(disk.boxed()).unwrap();
         let recovery = store.recovery().unwrap();
         assert_eq!((recovery.offset, recovery.bytes), (*before, length - before));
         assert_eq!(&truth(&store), then);
         let set: RangeSet = Range::whole("10.1.0.0/26".parse().unwrap()).unwrap().into();
-        store.lease(&owner(1000), &[set], &[], Facts::default()).unwrap();
+        store.lease(&owner(1000), &[set], &[], Facts::default(), 0).unwrap();
         let store = Store::with_disk(disk.after_power_loss(&mut Rng(length)).boxed()).unwrap();
         assert!(store.recovery().is_none() && store.get(&owner(1000)).is_some());
     }
@@ -124,7 +124,7 @@ fn damage_in_the_middle_is_refused_with_its_offset_and_leaves_the_file_alone() {
     let disk = Sim::with_journal(&bytes);
     let error = Store::with_disk(disk.boxed()).unwrap_err();
     assert!(matches!(error, OpenError::Damaged { offset, .. } if offset == at), "{error}");
-    assert!(error.to_string().contains("Restore the file from a backup"), "{error}");
+    assert!(error.to_string().contains("weft ipam fsck"), "{error}");
     assert_eq!(disk.journal().unwrap(), bytes);
 
     // The end of what a compaction wrote is not the end of an append, even if nothing follows.

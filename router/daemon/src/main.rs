@@ -7,10 +7,12 @@
 mod api;
 mod attach;
 mod control;
+mod hostport;
 mod log;
 mod metrics;
 mod netlink;
 mod node;
+mod uplink;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -83,8 +85,9 @@ fn main() -> ExitCode {
     if let Err(error) = raise_descriptor_limit() {
         tracing::warn!(%error, "cannot raise the limit of open files (ulimit -n); each pod takes one");
     }
-    let result =
-        Node::start(config, arguments.config, level).and_then(|(node, removals)| run(runtime, signals, node, removals));
+    let (kicks, kicked) = std::sync::mpsc::channel();
+    let started = Node::start(config, arguments.config, level, kicks);
+    let result = started.and_then(|(node, removals)| run(runtime, signals, node, removals, kicked));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -143,9 +146,16 @@ fn raise_descriptor_limit() -> rustix::io::Result<()> {
 }
 
 /// Serves until a signal or the end of the data plane.
-fn run(runtime: Runtime, signals: Signals, node: Node, removals: Receiver<()>) -> anyhow::Result<()> {
+fn run(
+    runtime: Runtime,
+    signals: Signals,
+    node: Node,
+    removals: Receiver<()>,
+    kicked: Receiver<()>,
+) -> anyhow::Result<()> {
     let node = Arc::new(node);
     watch_veths(&node, removals)?;
+    hostport::watch::start(&node, kicked)?;
     let stopped = runtime.block_on(serve(&node, signals));
     // Requests under way have until their deadline; silent clients are cut off.
     runtime.shutdown_timeout(api::GRACE);
@@ -182,7 +192,7 @@ async fn serve(node: &Arc<Node>, mut signals: Signals) -> anyhow::Result<()> {
                 keeping = Some(tokio::task::spawn_blocking(move || keep_house(&node)));
             },
             _ = data_plane.recv() => anyhow::bail!("the data plane has stopped: see the log above, then restart weftd"),
-            stream = socket.accept() => server.serve(stream).await,
+            stream = async { server.has_room().await; socket.accept().await } => server.serve(stream).await,
         }
     }
     tracing::info!("stopping");

@@ -96,10 +96,10 @@ fn a_pod_by_xdp_is_checked_deleted_and_noticed_when_it_vanishes() {
     let node = cluster.weft_node(1, "routed", "");
     let keys = json!({ "port": "xdp" });
     let (gone, stays) = (cluster.sandbox("gone"), cluster.sandbox("stays"));
-    let links = node.netns.ip("-o link show");
+    let links = node.netns.ip("-br link show");
     node.attach_with("gone", &gone, &keys);
     let result = node.attach_with("stays", &stays, &keys);
-    assert_eq!(node.netns.ip("-o link show"), links, "nothing of it is seen on the node");
+    assert_eq!(node.netns.ip("-br link show"), links, "nothing of it is seen on the node");
     assert!(node.runtime.check("stays", &stays, &result).success);
     let again = node.runtime.call("ADD", "another", Some(&stays.path()), &keys);
     assert!(again.refused(101).contains("eth0 already"));
@@ -125,7 +125,7 @@ fn a_killed_daemon_leaves_no_device_and_a_stopped_one_neither() {
     let mut node = cluster.weft_node(1, "routed", "");
     with_port(&cluster, "xdp", &mut node);
     let (one, two) = (cluster.sandbox("one"), cluster.sandbox("two"));
-    let links = node.netns.ip("-o link show");
+    let links = node.netns.ip("-br link show");
     for round in 0..4 {
         let address = plugin::addresses(&node.attach("one", &one))[0];
         node.attach("two", &two);
@@ -145,7 +145,7 @@ fn a_killed_daemon_leaves_no_device_and_a_stopped_one_neither() {
         for sandbox in [&one, &two] {
             eventually("the device is gone", Duration::from_secs(2), || !sandbox.ip("-o link show").contains("eth0"));
         }
-        assert_eq!(node.netns.ip("-o link show"), links);
+        assert_eq!(node.netns.ip("-br link show"), links);
         let are_gone = || !objects.iter().any(|object| object.exists());
         eventually("its programs and maps are gone", Duration::from_secs(5), are_gone);
         node.start_again();

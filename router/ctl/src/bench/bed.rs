@@ -4,6 +4,7 @@
 //! this one is killed.
 
 use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -57,6 +58,7 @@ pub struct Bed {
     /// Which.
     pub contender: &'static Contender,
     plan: Plan,
+    plugin: PathBuf,
     /// The program that forwards on each node, if it is one.
     routers: Vec<Process>,
     servers: Vec<Server>,
@@ -93,11 +95,23 @@ impl Bed {
             }
         };
         // From here on there is something to remove.
-        let mut bed = Bed { contender, plan, routers: Vec::new(), servers: Vec::new(), plain: None, is_removed: false };
+        let plugin = programs.weft_cni.clone();
+        let mut bed =
+            Bed { contender, plan, plugin, routers: Vec::new(), servers: Vec::new(), plain: None, is_removed: false };
         bed.routers = routers?;
         bed.prepare()?;
         bed.rest()?;
         Ok(bed)
+    }
+
+    /// What was built.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Weft's CNI plugin.
+    pub fn plugin(&self) -> &Path {
+        &self.plugin
     }
 
     /// Sees to it that it carries traffic and that its pods are ready to be measured.

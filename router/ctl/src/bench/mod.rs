@@ -3,12 +3,14 @@
 //! Each data path ([`contender`]) is built in namespaces in the same layout, two nodes with two pods each and the same
 //! MTUs ([`bed`]; the kernel's and Weft's by the lab, the others' by [`ovs`] and [`testpmd`]). Each task ([`task`]) is done on one
 //! after the other, in turns ([`schedule`], [`measure`]), by `iperf3` for bulk ([`iperf`]) and by programs of our own for
-//! round trips and connections ([`programs`]), and by programs in the kernel for single frames ([`frames`]). What comes of it are medians, spreads and, above all, ratios within the
+//! round trips and connections ([`programs`]), by programs in the kernel for single frames ([`frames`]), and as a container runtime does
+//! for the pods' attaching ([`attach`]). What comes of it are medians, spreads and, above all, ratios within the
 //! run ([`outcome`]), as a table ([`report`]), a file and a picture ([`chart`]).
 //!
 //! A path that cannot be built here is named, with the reason and what helps. Nothing is left behind, however the run
 //! ends; if it is killed, the next run removes what it left.
 
+mod attach;
 mod bed;
 mod chart;
 mod contender;

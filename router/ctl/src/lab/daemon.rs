@@ -80,6 +80,8 @@ struct Underlay {
     address: Ipv4Addr,
     port: u16,
     device: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kind: Option<plan::Underlay>,
 }
 
 #[derive(Serialize)]
@@ -161,7 +163,12 @@ fn config_text(plan: &Plan, node: u8, files: &Files) -> Result<String> {
         ranges: plan::ranges(node),
         segment: bridged.then_some(plan::SEGMENT),
         gateway: bridged.then_some(plan::SEGMENT_GATEWAY),
-        underlay: Underlay { address: plan::underlay_address(node), port: plan::PORT, device: plan::UPLINK },
+        underlay: Underlay {
+            address: plan::underlay_address(node),
+            port: plan::PORT,
+            device: plan::UPLINK,
+            kind: plan.underlay,
+        },
         peers: plan.node_numbers().filter(|other| *other != node).map(peer).collect(),
     };
     toml::to_string(&config).context("cannot write the configuration as TOML")

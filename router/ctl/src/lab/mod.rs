@@ -97,6 +97,9 @@ pub struct Up {
     /// What pods get as devices; TAPs unless given.
     #[arg(long, value_enum)]
     port: Option<plan::Port>,
+    /// How the tunnel's packets leave and enter the nodes; by UDP unless given.
+    #[arg(long, value_enum)]
+    underlay: Option<plan::Underlay>,
     /// Print the cluster as JSON.
     #[arg(long)]
     json: bool,
@@ -186,7 +189,7 @@ pub fn run_peer(command: PeerCommand) -> Result<()> {
 
 fn up(args: &Up) -> Result<()> {
     let plan = plan::Plan::new(&args.name.name, args.nodes, args.pods, args.mode, args.mtu)?;
-    let plan = plan::Plan { workers: args.workers, port: args.port, ..plan };
+    let plan = plan::Plan { workers: args.workers, port: args.port, underlay: args.underlay, ..plan };
     let programs = args.binaries.find()?;
     let cluster = up::up(&plan, &programs, args.keep)?;
     if args.json { output::print_json(&cluster) } else { output::print(&up::summary(&plan, &cluster, Style::stdout())) }

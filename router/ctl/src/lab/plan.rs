@@ -66,6 +66,18 @@ pub enum Port {
     Auto,
 }
 
+/// How the tunnel's packets leave and enter the nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Underlay {
+    /// By sockets of the kernel.
+    Udp,
+    /// By AF_XDP sockets on the uplink.
+    Xdp,
+    /// By what is faster.
+    Auto,
+}
+
 /// A lab to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
@@ -83,6 +95,8 @@ pub struct Plan {
     pub workers: Option<u8>,
     /// Kind of the pods' ports; what weftd has unless given.
     pub port: Option<Port>,
+    /// Kind of the underlay; what weftd has unless given.
+    pub underlay: Option<Underlay>,
     /// Whether the process that builds it ends it as well.
     pub is_passing: bool,
 }
@@ -100,7 +114,17 @@ impl Plan {
         if !(MIN_MTU..=MAX_MTU).contains(&mtu) {
             bail!("the underlay's MTU must be between {MIN_MTU} and {MAX_MTU}, not {mtu}");
         }
-        Ok(Plan { lab: lab.to_owned(), nodes, pods, mode, mtu, workers: None, port: None, is_passing: false })
+        Ok(Plan {
+            lab: lab.to_owned(),
+            nodes,
+            pods,
+            mode,
+            mtu,
+            workers: None,
+            port: None,
+            underlay: None,
+            is_passing: false,
+        })
     }
 
     /// Nodes count from 1.

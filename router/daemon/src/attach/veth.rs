@@ -107,8 +107,14 @@ impl Drop for Veth {
     }
 }
 
+/// With a longer MTU nothing more is learned about the kernel.
+pub const MAX_PROBED: u32 = 1500;
+
 /// Tries a veth, both of whose ends are here.
-fn probe(mtu: u32) -> anyhow::Result<Capabilities> {
+///
+/// # Errors
+/// What does not work.
+pub fn probe(mtu: u32) -> anyhow::Result<Capabilities> {
     let names = ["probe0", "probe1"];
     let mut netlink = Netlink::open().context("cannot open a netlink socket")?;
     netlink

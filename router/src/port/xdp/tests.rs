@@ -296,8 +296,8 @@ fn underlay(pool: &Pool, checksum: bool) -> (XdpUnderlay, Arc<ArcSwap<Hops>>, Ke
     let channel = Channel::over(ours, fd, Abilities { checksum, pieces: true }, pool, ID);
     let aside = MemoryPort::new(ID);
     let (wire, hops) = (aside.outbox(), Arc::new(ArcSwap::from_pointee(Hops::default())));
-    let tunnel = Tunnel { addresses: vec!["127.0.0.1".parse().unwrap()], port: 8472 };
-    let port = XdpUnderlay::over(channel, tunnel, Arc::clone(&hops), Box::new(aside)).unwrap();
+    let tunnel = Tunnel { addresses: vec!["127.0.0.1".parse().unwrap()], port: 8472, vlan: None };
+    let port = XdpUnderlay::over(vec![channel], tunnel, Arc::clone(&hops), Box::new(aside)).unwrap();
     (port, hops, kernel, wire)
 }
 
@@ -320,13 +320,13 @@ fn a_node_without_next_hop_is_reached_by_the_kernel_until_there_is_one() {
         assert_eq!((kernel.send(&pool), aside.borrow().len()), (None, 1));
         let hop = NextHop { source: Mac([2; 6]), target: Mac([4; 6]), vlan: Some(7), mtu: 1_500 };
         let peer = packet.outer.unwrap().peer;
-        hops.store(Arc::new([(peer, hop)].into_iter().collect()));
+        hops.store(Arc::new([(peer, hop.into())].into_iter().collect()));
         send(&mut port);
-        hops.store(Arc::new([(peer, NextHop { mtu: 100, ..hop })].into_iter().collect()));
+        hops.store(Arc::new([(peer, NextHop { mtu: 100, ..hop }.into())].into_iter().collect()));
         send(&mut port);
         assert_eq!(aside.borrow().len(), 1);
         // The other node: what was sent is what it gets.
-        let there = Tunnel { addresses: vec![peer], port: 8472 };
+        let there = Tunnel { addresses: vec![peer], port: 8472, vlan: None };
         let mut received = Vec::new();
         while let Some((bytes, told)) = kernel.send(&pool) {
             assert_eq!(told.is_some(), checksum, "the outer checksum is the kernel's where it can");
@@ -349,6 +349,7 @@ fn what_is_no_packet_of_the_tunnel_ends_by_name() {
     let mut stats = Stats::default();
     assert!(kernel.deliver(&pool, &sample::udp4(100, 0).0.bytes) && kernel.deliver(&pool, &[7; 20]));
     let mut batch = Batch::new();
+    assert_eq!(port.receive(&pool, &mut batch, &mut stats).unwrap(), Received::More);
     assert_eq!(port.receive(&pool, &mut batch, &mut stats).unwrap(), Received::Drained);
     assert!(batch.is_empty());
     let counted = stats.of(ID);
