@@ -24,5 +24,6 @@ mod overload;
 mod reach;
 mod throughput;
 mod uplink;
+mod virtio;
 mod workers;
 mod xdp;

@@ -65,10 +65,7 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
     let _turn = node.turns.take(&request.key);
     let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
     let mut interface = attempt.lease(request, mac, &namespace)?;
-    match node.devices.choose(kind)? {
-        Chosen::Tap => attempt.open_tap(&namespace, &mut interface)?,
-        Chosen::Veth(veths) => attempt.open_veth(&veths, &namespace, &mut interface)?,
-    }
+    attempt.open(kind, &namespace, &mut interface)?;
     attempt.finish();
     tracing::info!(
         network = request.key.network, container = request.key.container, ifname = request.key.ifname,
@@ -242,6 +239,32 @@ impl Attempt<'_> {
         Ok(interface)
     }
 
+    /// Makes the pod's device. Where any kind will do and the chosen one fails, though it worked when it was tried, the other one is made;
+    /// if that fails too, the first failure is the one to be told.
+    fn open(
+        &mut self,
+        kind: Option<PortKind>,
+        namespace: &Namespace,
+        interface: &mut Interface,
+    ) -> Result<(), Failure> {
+        let devices = &self.node.devices;
+        if let Chosen::Veth(veths) = devices.choose(kind)? {
+            return self.open_veth(&veths, namespace, interface);
+        }
+        let Err(failure) = self.open_tap(namespace, interface) else { return Ok(()) };
+        let Some(veths) = devices.instead_of_tap(kind) else { return Err(failure) };
+        self.undo_port();
+        self.open_veth(&veths, namespace, interface).map_err(|_| failure.clone())?;
+        tracing::warn!(%failure, "a pod has an AF_XDP port, since no TAP could be made for it");
+        Ok(())
+    }
+
+    fn undo_port(&mut self) {
+        if self.port.take().is_some() {
+            self.node.detach(self.key);
+        }
+    }
+
     fn open_tap(&mut self, namespace: &Namespace, interface: &mut Interface) -> Result<(), Failure> {
         let tap = device::make_tap(namespace, interface)?;
         let port = self.enter(interface, None)?;
@@ -284,9 +307,7 @@ impl Attempt<'_> {
 
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
-        if self.port.is_some() {
-            self.node.detach(self.key);
-        }
+        self.undo_port();
         if self.leased {
             self.node.store.release(&owner(self.key), since_boot());
         }
