@@ -40,7 +40,7 @@ fn measures(limit: u64, what: &str, measure: impl Fn() -> f64) {
 fn rates_hold(node_port: &str) {
     let cluster = Cluster::new("bw");
     let more = format!("{}{}", peer(2, None), "");
-    let node = cluster.weft_node_of(1, &format!("{node_port}{}", cluster.config(1, "routed", &more)));
+    let node = cluster.weft_node_of(1, &format!("{node_port}{}", cluster.config(1, "routed", &more)), "");
     let _far = cluster.weft_node(2, "routed", &peer(1, None));
     let free = cluster.sandbox("free");
     let to_free = address_of(&node.attach("free", &free));
