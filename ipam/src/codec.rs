@@ -337,6 +337,15 @@ fn parse_address(value: &[u8]) -> Result<Lease, &'static str> {
 
 const SHORT: &str = "a field is shorter than it says";
 
+/// The addresses of what looks like leases in bytes that cannot be trusted.
+pub(crate) fn addresses_in(bytes: &[u8]) -> impl Iterator<Item = IpAddr> + '_ {
+    (0..bytes.len()).filter_map(|at| {
+        let (header, rest) = bytes[at..].split_first_chunk::<5>()?;
+        let length = [1 + 3 * 4, 1 + 3 * 16].into_iter().find(|length| *header == [ADDRESS, *length, 0, 0, 0])?;
+        Some(parse_address(rest.get(..usize::from(length))?).ok()?.address)
+    })
+}
+
 /// Tag and value of each field.
 struct Fields<'a>(&'a [u8]);
 

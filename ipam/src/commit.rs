@@ -142,7 +142,10 @@ impl Memory {
                 (Change::Lease(record), written) => {
                     self.arriving.remove(&record.owner);
                     match written {
-                        Ok(()) => self.leases.enter(record),
+                        Ok(()) => {
+                            self.counts.leased += 1;
+                            self.leases.enter(record);
+                        }
                         Err(_) => self.leases.free(&record),
                     }
                 }

@@ -17,6 +17,14 @@ pub struct Owner {
     pub ifname: String,
 }
 
+/// The container of reservations.
+pub const RESERVED: &str = "reserved";
+
+/// Who has an address that is never given. No CNI request can name it, for the network's name is empty.
+pub fn reserved_owner(address: IpAddr) -> Owner {
+    Owner { network: String::new(), container: RESERVED.into(), ifname: address.to_canonical().to_string() }
+}
+
 impl fmt::Display for Owner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}/{}", self.network, self.container, self.ifname)

@@ -58,7 +58,7 @@ pub struct Counts {
     pub released: u64,
     /// Leases that were refused because no address was free.
     pub exhausted: u64,
-    /// Resting addresses that were given because no other was left.
+    /// Resting addresses that were given: because no other was left, or somebody asked for them.
     pub woken: u64,
     /// Writes to the journal.
     pub commits: u64,
@@ -197,25 +197,36 @@ impl Store {
         };
         let leases = leases
             .inspect_err(|error| memory.counts.exhausted += u64::from(matches!(error, LeaseError::Exhausted { .. })))?;
-        let record = Arc::new(Record { owner: owner.clone(), leases, facts });
-        self.enter(memory, record)
+        let (record, ticket) = memory.send(Arc::new(Record { owner: owner.clone(), leases, facts }))?;
+        drop(memory);
+        self.acknowledge(record, ticket)
     }
 
     /// Leases an attachment the addresses that it has already, by another program's word, wherever they lie.
     pub fn adopt(&self, owner: Owner, addresses: &[IpAddr], facts: Facts) -> Result<Arc<Record>, LeaseError> {
-        let memory = self.memory();
-        memory.check_owner(&owner)?;
-        let addresses: BTreeSet<IpAddr> = addresses.iter().map(IpAddr::to_canonical).collect();
-        if let Some((address, owner)) =
-            addresses.iter().find_map(|a| Some((*a, memory.leases.holder(&facts.pool, *a)?.clone())))
-        {
-            return Err(LeaseError::Taken { address, owner: Box::new(owner) });
+        let (record, ticket) = self.memory().adopt(owner, addresses, facts)?;
+        self.acknowledge(record, ticket)
+    }
+
+    /// The same for many, in few writes. At the first that cannot be adopted it stops; those before it are.
+    pub fn adopt_all(&self, all: Vec<(Owner, Vec<IpAddr>, Facts)>) -> Result<(), LeaseError> {
+        // All are on their way before anybody waits; the lock is not held for all of them at once.
+        let mut tickets = Vec::new();
+        let mut result = Ok(());
+        for (owner, addresses, facts) in all {
+            match self.memory().adopt(owner, &addresses, facts) {
+                Ok(sent) => tickets.push(sent),
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
+            }
         }
-        if addresses.is_empty() {
-            return Err(LeaseError::NoRanges);
+        for (record, ticket) in tickets {
+            let acknowledged = self.acknowledge(record, ticket).map(drop);
+            result = result.and(acknowledged);
         }
-        let leases = addresses.into_iter().map(Lease::foreign).collect();
-        self.enter(memory, Arc::new(Record { owner, leases, facts }))
+        result
     }
 
     /// Goes on after the address that another program has given last.
@@ -332,30 +343,15 @@ impl Store {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Holds what the record leases, and enters it when that is durable.
-    fn enter<'a>(&'a self, mut memory: MutexGuard<'a, Memory>, record: Arc<Record>) -> Result<Arc<Record>, LeaseError> {
-        let mut payload = Vec::new();
-        codec::put_lease(&mut payload, &record);
-        let bytes = payload.len();
-        if bytes > MAX_PAYLOAD {
-            return Err(LeaseError::TooLarge { bytes, limit: MAX_PAYLOAD });
+    /// Waits until a lease is durable and entered.
+    fn acknowledge(&self, record: Arc<Record>, ticket: u64) -> Result<Arc<Record>, LeaseError> {
+        match self.settle(self.memory(), ticket) {
+            Ok(()) => Ok(record),
+            Err(error) => {
+                self.memory().live -= encoded_len(&record);
+                Err(error.into())
+            }
         }
-        if memory.live + bytes as u64 > MAX_LIVE {
-            return Err(LeaseError::Full { limit: MAX_LIVE });
-        }
-        memory.live += bytes as u64;
-        let rested = memory.leases.resting_of(&record);
-        memory.leases.hold(&record).expect("the addresses were chosen among those that nobody holds");
-        memory.arriving.insert(record.owner.clone());
-        let result = self.await_change(memory, payload, Change::Lease(Arc::clone(&record)));
-        if let Err(error) = result {
-            self.memory().live -= bytes as u64;
-            return Err(error.into());
-        }
-        let mut memory = self.memory();
-        memory.counts.leased += 1;
-        memory.counts.woken += rested;
-        Ok(record)
     }
 
     /// Has a change written, and returns when it is durable and entered.
@@ -391,6 +387,40 @@ impl Memory {
             None if self.arriving.contains(owner) => exists(Vec::new()),
             None => Ok(()),
         }
+    }
+
+    fn adopt(&mut self, owner: Owner, addresses: &[IpAddr], facts: Facts) -> Result<(Arc<Record>, u64), LeaseError> {
+        self.check_owner(&owner)?;
+        let addresses: BTreeSet<IpAddr> = addresses.iter().map(IpAddr::to_canonical).collect();
+        let held = addresses.iter().find_map(|a| Some((*a, self.leases.holder(&facts.pool, *a)?.clone())));
+        if let Some((address, owner)) = held {
+            return Err(LeaseError::Taken { address, owner: Box::new(owner) });
+        }
+        if addresses.is_empty() {
+            return Err(LeaseError::NoRanges);
+        }
+        let leases = addresses.into_iter().map(Lease::foreign).collect();
+        self.send(Arc::new(Record { owner, leases, facts }))
+    }
+
+    /// Holds what the record leases, and sends it on its way to the journal.
+    fn send(&mut self, record: Arc<Record>) -> Result<(Arc<Record>, u64), LeaseError> {
+        let mut payload = Vec::new();
+        codec::put_lease(&mut payload, &record);
+        let bytes = payload.len();
+        if bytes > MAX_PAYLOAD {
+            return Err(LeaseError::TooLarge { bytes, limit: MAX_PAYLOAD });
+        }
+        if self.live + bytes as u64 > MAX_LIVE {
+            return Err(LeaseError::Full { limit: MAX_LIVE });
+        }
+        self.live += bytes as u64;
+        self.counts.woken += self.leases.resting_of(&record);
+        self.leases.hold(&record).expect("the addresses were chosen among those that nobody holds");
+        self.arriving.insert(record.owner.clone());
+        let ticket = self.ticket();
+        self.waiting.push_back(Waiting { ticket, payload, change: Change::Lease(Arc::clone(&record)) });
+        Ok((record, ticket))
     }
 
     fn choose(

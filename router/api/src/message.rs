@@ -54,6 +54,8 @@ pub enum Request {
     Drops,
     /// Answer: a list of [`NodeInfo`].
     Nodes,
+    /// Keeps an address from being given. Answer: [`Empty`]. What undoes it is [`Request::Del`] of its record.
+    Reserve(Reserve),
     /// Reads the configuration file again. Answer: [`Empty`], or an error with line and key; the old one stays in force.
     Reload,
 }
@@ -301,6 +303,16 @@ pub struct Check {
     pub expected: Option<Attached>,
 }
 
+/// A request to keep an address from being given.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Reserve {
+    /// The address.
+    pub address: IpAddr,
+    /// What for; may be empty.
+    #[serde(default)]
+    pub note: String,
+}
+
 /// A request to free what is not listed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Gc {
@@ -418,6 +430,12 @@ pub struct RangeUse {
     pub range: String,
     /// Addresses leased.
     pub leased: u64,
+    /// Addresses that were freed and are given again only when nothing else is left; 0 if weftd is too old to say.
+    #[serde(default)]
+    pub resting: u64,
+    /// Addresses that are never given, beside `size`; 0 if weftd is too old to say.
+    #[serde(default)]
+    pub reserved: u64,
     /// Addresses that can be leased in all; saturates at `u64::MAX`.
     pub size: u64,
 }

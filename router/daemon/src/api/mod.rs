@@ -172,6 +172,7 @@ fn answer(node: &Node, connection: &mut Connection, incoming: Incoming) -> Resul
         Request::Leases => reply(connection, Ok(show::leases(node))),
         Request::Drops => reply(connection, show::drops(node)),
         Request::Nodes => reply(connection, show::nodes(node)),
+        Request::Reserve(request) => reply(connection, attach::reserve::reserve(node, &request).map(|()| Empty {})),
         Request::Reload => reply(connection, node.reload().map(|()| Empty {})),
     }
 }

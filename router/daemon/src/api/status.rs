@@ -104,7 +104,13 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         pods: state.attachments.len(),
         peers: config.peers.len(),
         leases: usages(&node.store, &state)
-            .map(|(range, usage)| RangeUse { range: range.to_string(), leased: usage.leased, size: usage.size })
+            .map(|(range, usage)| RangeUse {
+                range: range.to_string(),
+                leased: usage.leased,
+                resting: usage.resting,
+                reserved: usage.reserved,
+                size: usage.size,
+            })
             .collect(),
         epoch: snapshot.epoch,
         counters: counters(&sum),

@@ -19,6 +19,7 @@ pub mod namespace;
 pub mod only_lease;
 pub mod pod;
 pub mod reconcile;
+pub mod reserve;
 pub mod tombstone;
 pub mod turn;
 pub mod veth;
@@ -399,6 +400,7 @@ fn check_key(key: &AttachmentKey) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The protocol's word for what the store refuses.
 fn refusal(error: &LeaseError) -> Failure {
     let code = match error {
         LeaseError::Exists { .. } => code::EXISTS,

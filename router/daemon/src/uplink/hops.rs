@@ -1,6 +1,6 @@
 //! Where each node is reached, of what the kernel says: pure, so that it can be tested without one.
 //!
-//! A node whose route leaves by the uplink, to a next hop with a known MAC, has a [`Hop`]. All others go the kernel's way, and
+//! A node whose route leaves by the uplink, to a next hop with a known MAC, has a hop of the data plane. All others go the kernel's way, and
 //! [`Way`] says why.
 
 use std::collections::{BTreeMap, HashMap};
