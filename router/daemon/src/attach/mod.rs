@@ -32,10 +32,12 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use weft_api::{
-    Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Check, Collected, Failure, Found, Gc, code,
+    Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Bandwidth, Check, Collected, Failure, Found, Gc,
+    code,
 };
 use weft_encap::mac::Mac;
 use weft_ipam::{Facts, LeaseError, Owner, Store};
+use weft_router::pace::{Limit, Limits};
 use weft_router::tables::Pod;
 use weft_router::{Device, PortId, RouterError};
 
@@ -234,7 +236,14 @@ impl Attempt<'_> {
         self.leased = true;
         let leased = record.leases.iter().map(|lease| (lease.cidr(), lease.gateway));
         let addresses = if given.is_empty() { leased.collect() } else { given };
-        let mut interface = Interface { name: self.key.ifname.clone(), mac, mtu, addresses, routes: Vec::new() };
+        let mut interface = Interface {
+            name: self.key.ifname.clone(),
+            mac,
+            mtu,
+            addresses,
+            routes: Vec::new(),
+            bandwidth: request.bandwidth.unwrap_or_default(),
+        };
         interface.routes = given::routes(request.routes.as_deref(), &interface)?;
         Ok(interface)
     }
@@ -443,7 +452,13 @@ fn attached(interface: &Interface) -> Attached {
 impl Attachment {
     /// What the data plane needs to know.
     pub fn pod(interface: &Interface) -> Pod {
-        let mut pod = Pod { mac: interface.mac, ipv4: Vec::new(), ipv6: Vec::new(), mtu: interface.mtu };
+        let mut pod = Pod {
+            mac: interface.mac,
+            ipv4: Vec::new(),
+            ipv6: Vec::new(),
+            mtu: interface.mtu,
+            limits: limits(&interface.bandwidth),
+        };
         for (net, _) in &interface.addresses {
             match net.addr() {
                 IpAddr::V4(address) => pod.ipv4.push(address),
@@ -452,6 +467,15 @@ impl Attachment {
         }
         pod
     }
+}
+
+/// Full buckets. A rate of zero is no limit.
+fn limits(bandwidth: &Bandwidth) -> Limits {
+    let limit = |rate, burst| (rate > 0).then_some(Limit { rate, burst });
+    Limits::new(
+        limit(bandwidth.ingress_rate, bandwidth.ingress_burst),
+        limit(bandwidth.egress_rate, bandwidth.egress_burst),
+    )
 }
 
 /// The store's word for an attachment.
