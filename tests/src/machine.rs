@@ -102,7 +102,7 @@ pub fn port() -> Option<String> {
 }
 
 /// The same for how the tunnel's packets leave and enter nodes: `WEFT_TEST_UNDERLAY`.
-pub fn underlay() -> Option<String> {
+pub fn underlay_kind() -> Option<String> {
     std::env::var("WEFT_TEST_UNDERLAY").ok()
 }
 

@@ -6,6 +6,7 @@
 
 mod api;
 mod attach;
+mod conflist;
 mod control;
 mod hostport;
 mod log;
@@ -156,6 +157,12 @@ fn run(
     let node = Arc::new(node);
     watch_veths(&node, removals)?;
     hostport::watch::start(&node, kicked)?;
+    let listener = Arc::downgrade(&node);
+    node.uplink.on_path_mtu(move || {
+        if let Some(node) = listener.upgrade() {
+            node.path_mtus_changed();
+        }
+    });
     let stopped = runtime.block_on(serve(&node, signals));
     // Requests under way have until their deadline; silent clients are cut off.
     runtime.shutdown_timeout(api::GRACE);
@@ -178,6 +185,8 @@ async fn serve(node: &Arc<Node>, mut signals: Signals) -> anyhow::Result<()> {
     housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut keeping: Option<JoinHandle<()>> = None;
     tracing::info!(socket = %path.display(), pid = std::process::id(), "ready");
+    let config = Arc::clone(&node.state().desired.config);
+    drop(tokio::task::spawn_blocking(move || conflist::tell_runtime(&config)));
     loop {
         tokio::select! {
             _ = signals.terminate.recv() => break,

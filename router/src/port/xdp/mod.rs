@@ -16,6 +16,7 @@ mod probe;
 pub mod programs;
 #[cfg(test)]
 mod tests;
+pub mod too_big;
 mod underlay;
 mod uplink;
 

@@ -30,6 +30,8 @@ pub struct Tunnel {
     pub port: u16,
     /// The VLAN that frames come by; any if it is none. Some devices take the tag off, so a frame may come without.
     pub vlan: Option<u16>,
+    /// What [`cookie`](super::too_big::cookie) is made with; unknown to others.
+    pub secret: u64,
 }
 
 /// Every frame goes to the socket of its queue.
