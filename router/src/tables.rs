@@ -135,6 +135,8 @@ pub struct Tables {
     pub host: Option<Neighbour>,
     /// MTU of packets inside the tunnel in bytes: underlay MTU less the encapsulation.
     pub tunnel_mtu: u32,
+    /// The same towards nodes that less can be sent to at once: a router on the way said so.
+    pub path_mtus: ExactMap<NodeId, u32>,
     /// Who is behind each port, indexed by [`PortId`].
     pub ports: Vec<Option<Role>>,
     /// The other nodes, indexed by [`NodeId`]; a hole is a node that left.
@@ -165,6 +167,7 @@ impl Tables {
             underlay: None,
             host: None,
             tunnel_mtu: 1450,
+            path_mtus: ExactMap::default(),
             ports: Vec::new(),
             nodes: Vec::new(),
             members: ExactMap::default(),
@@ -237,6 +240,11 @@ impl Tables {
             Role::Pod(pod) | Role::Host(pod) => Some(&pod.limits),
             Role::Underlay => None,
         }
+    }
+
+    /// How long a packet to a node may be, inside the tunnel.
+    pub fn mtu_to(&self, id: NodeId) -> u32 {
+        self.path_mtus.get(&id).map_or(self.tunnel_mtu, |mtu| self.tunnel_mtu.min(*mtu))
     }
 
     /// A node by number.
