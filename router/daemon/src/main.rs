@@ -156,6 +156,12 @@ fn run(
     let node = Arc::new(node);
     watch_veths(&node, removals)?;
     hostport::watch::start(&node, kicked)?;
+    let listener = Arc::downgrade(&node);
+    node.uplink.on_path_mtu(move || {
+        if let Some(node) = listener.upgrade() {
+            node.path_mtus_changed();
+        }
+    });
     let stopped = runtime.block_on(serve(&node, signals));
     // Requests under way have until their deadline; silent clients are cut off.
     runtime.shutdown_timeout(api::GRACE);
