@@ -9,6 +9,7 @@
 
 mod bench;
 mod doctor;
+mod install_cni;
 mod interrupt;
 mod ipam;
 mod lab;
@@ -66,6 +67,8 @@ enum Command {
     Ipam(ipam::Command),
     /// Make weftd read its configuration again.
     Reload,
+    /// Put the plugin where this node's container runtime looks for it.
+    InstallCni(install_cni::Install),
     /// Is this node fit for Weft? What is not, and what to change. Exits with 3 if there is a problem.
     Doctor(doctor::Doctor),
     /// A cluster on this machine, from network namespaces.
@@ -116,6 +119,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             return doctor::run(&arguments, &cli.socket)
                 .map(|found_problems| if found_problems { EXIT_PROBLEMS } else { 0 });
         }
+        Command::InstallCni(args) => return install_cni::install(&args).map(|()| 0),
         Command::Ipam(command) => return ipam::run(command, &cli.socket),
         Command::Lab(command) => return lab::run(command).map(|()| 0),
         Command::LabPeer(command) => return lab::run_peer(command).map(|()| 0),

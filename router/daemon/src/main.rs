@@ -6,6 +6,7 @@
 
 mod api;
 mod attach;
+mod conflist;
 mod control;
 mod hostport;
 mod log;
@@ -184,6 +185,8 @@ async fn serve(node: &Arc<Node>, mut signals: Signals) -> anyhow::Result<()> {
     housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut keeping: Option<JoinHandle<()>> = None;
     tracing::info!(socket = %path.display(), pid = std::process::id(), "ready");
+    let config = Arc::clone(&node.state().desired.config);
+    drop(tokio::task::spawn_blocking(move || conflist::tell_runtime(&config)));
     loop {
         tokio::select! {
             _ = signals.terminate.recv() => break,

@@ -6,13 +6,16 @@
 #![allow(clippy::unwrap_used)]
 
 mod answers;
+mod attach;
 mod bench;
 mod bridged;
 mod chains;
 mod cni;
+mod conformance;
 mod footprint;
 mod hostile;
 mod hostport;
+mod installing;
 mod interop;
 mod ipam_plugins;
 mod labs;

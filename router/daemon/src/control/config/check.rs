@@ -67,6 +67,7 @@ pub fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Conf
             limits: draft.limits,
             metrics: draft.metrics.as_ref().map(|metrics| metrics.value),
             leases: draft.leases,
+            cni: draft.cni,
             log: draft.log,
         })
     })();
