@@ -74,7 +74,7 @@ fn is_on_the_node() -> bool {
 }
 
 fn content(config: &Config, plugins: &Path) -> Value {
-    let capabilities = json!({ "ips": true, "ipRanges": true, "mac": true });
+    let capabilities = json!({ "ips": true, "ipRanges": true, "mac": true, "bandwidth": true });
     let mut ours = json!({ "type": "weft-cni", "capabilities": capabilities });
     if config.socket != Path::new(weft_api::SOCKET) {
         ours["socket"] = config.socket.display().to_string().into();
