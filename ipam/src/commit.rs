@@ -160,6 +160,7 @@ impl Memory {
     /// The first pending releases are durable, or were tried in vain.
     fn let_go(&mut self, count: usize, written: &Result<(), StoreError>) {
         for released in self.pending.iter_mut().take(count) {
+            released.tried = true;
             if let Some(ticket) = released.ticket.take() {
                 self.done.insert(ticket, again(written));
             }

@@ -95,6 +95,8 @@ pub(crate) struct Released {
     pub(crate) since: u64,
     /// Who waits for it, until it was tried.
     pub(crate) ticket: Option<u64>,
+    /// Whether it was tried in vain.
+    pub(crate) tried: bool,
 }
 
 /// A change that is not in the journal.
@@ -245,7 +247,12 @@ impl Store {
         memory.live -= encoded_len(&record);
         memory.counts.released += 1;
         let ticket = memory.ticket();
-        memory.pending.push_back(Released { record: Arc::clone(&record), since: now, ticket: Some(ticket) });
+        memory.pending.push_back(Released {
+            record: Arc::clone(&record),
+            since: now,
+            ticket: Some(ticket),
+            tried: false,
+        });
         // The error is kept in `trouble`, and the release in `pending`.
         let _ = self.settle(memory, ticket);
         Some(record)
@@ -315,7 +322,7 @@ impl Store {
 
     /// How many releases could not be made durable. While there are any, something is wrong with the disk.
     pub fn pending(&self) -> usize {
-        self.memory().pending.iter().filter(|released| released.ticket.is_none()).count()
+        self.memory().pending.iter().filter(|released| released.tried).count()
     }
 
     /// What the journal's last write failed with, if it did, and what to do; `None` as soon as one succeeds.
