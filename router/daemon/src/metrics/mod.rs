@@ -17,6 +17,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use weft_api::{Failure, Status, code};
+use weft_ipam::Counts;
 use weft_router::DropReason;
 use weft_router::stats::PortStats;
 
@@ -51,6 +52,7 @@ fn write(reading: Reading, requests: &Requests) -> Result<String, Failure> {
 struct Reading {
     status: Status,
     ready: bool,
+    leases: Counts,
     ports: [Ports; 2],
     process: process::Usage,
 }
@@ -76,7 +78,7 @@ impl Reading {
         }
         // A counter never falls: what pods that left have sent stays in it.
         ports[0].stats += &node.state().retired;
-        Ok(Reading { status, ready, ports, process: process::Usage::take() })
+        Ok(Reading { status, ready, leases: node.store.counts(), ports, process: process::Usage::take() })
     }
 
     fn write_node(&self, out: &mut Writer<'_>) -> fmt::Result {
@@ -140,24 +142,42 @@ impl Reading {
     }
 
     fn write_memory(&self, out: &mut Writer<'_>) -> fmt::Result {
-        let by_range = |value: fn(&weft_api::RangeUse) -> u64| -> Vec<_> {
+        let by_range = |value: Value| -> Vec<_> {
             let ranges = self.status.leases.iter();
             ranges.map(|range| ([("range", range.range.as_str())], value(range) as f64)).collect()
         };
-        let (leased, size) = (by_range(|range| range.leased), by_range(|range| range.size));
-        let samples = leased.iter().map(|(labels, value)| (&labels[..], *value));
-        out.gauge("weft_addresses_leased", "Addresses that are leased, by range", samples)?;
-        let samples = size.iter().map(|(labels, value)| (&labels[..], *value));
-        out.gauge("weft_addresses", "Addresses that can be leased in all, by range", samples)?;
+        let families: [(&str, &str, Value); 4] = [
+            ("weft_addresses_leased", "Addresses that are leased, by range", |range| range.leased),
+            ("weft_addresses_resting", "Addresses that were freed and are not given again yet", |range| range.resting),
+            ("weft_addresses_reserved", "Addresses that are given to nobody", |range| range.reserved),
+            ("weft_addresses", "Addresses that can be leased in all, by range", |range| range.size),
+        ];
+        for (name, help, value) in families {
+            let samples = by_range(value);
+            out.gauge(name, help, samples.iter().map(|(labels, value)| (&labels[..], *value)))?;
+        }
         let free = self.status.free.map_or((0, 0), |free| (free.chunks, free.supers));
         let labels = [[("kind", "chunk")], [("kind", "super")]];
         let samples = labels.iter().map(|labels| &labels[..]).zip([free.0 as f64, free.1 as f64]);
         out.gauge("weft_buffers_free", "Buffers of the data plane that hold no frame", samples)
     }
 
+    fn write_leases(&self, out: &mut Writer<'_>) -> fmt::Result {
+        let Counts { leased, released, exhausted, woken, commits, failed } = self.leases;
+        let families = [
+            ("weft_leases_given", "Leases given", leased),
+            ("weft_leases_released", "Leases released", released),
+            ("weft_leases_exhausted", "Requests for which no address was free", exhausted),
+            ("weft_leases_woken", "Addresses that were given before their rest was over", woken),
+            ("weft_lease_store_writes", "Writes to the lease store, each for one change or more", commits),
+            ("weft_lease_store_failures", "Writes to the lease store that failed", failed),
+        ];
+        families.iter().try_for_each(|(name, help, value)| out.total(name, help, ConstCounter::new(*value)))
+    }
+
     fn write_process(&self, out: &mut Writer<'_>) -> fmt::Result {
         let process::Usage { cpu, resident, descriptors, descriptor_limit } = self.process;
-        out.seconds("process_cpu_seconds", "CPU time of weftd, user and system", cpu)?;
+        out.total("process_cpu_seconds", "CPU time of weftd, user and system", ConstCounter::new(cpu))?;
         out.plain("process_resident_memory_bytes", "Memory of weftd that is resident", resident as f64)?;
         out.plain("process_open_fds", "Open descriptors of weftd", descriptors as f64)?;
         out.plain("process_max_fds", "Most descriptors that weftd may have open", descriptor_limit as f64)
@@ -171,9 +191,13 @@ impl Collector for Reading {
         self.write_ports(&mut out)?;
         self.write_drops(&mut out)?;
         self.write_memory(&mut out)?;
+        self.write_leases(&mut out)?;
         self.write_process(&mut out)
     }
 }
+
+/// A figure of a range.
+type Value = fn(&weft_api::RangeUse) -> u64;
 
 type Labels<'l> = &'l [(&'l str, &'l str)];
 
@@ -210,9 +234,9 @@ impl Writer<'_> {
             .try_for_each(|(labels, value)| ConstCounter::new(value).encode(family.encode_family(&labels)?))
     }
 
-    fn seconds(&mut self, name: &str, help: &str, value: f64) -> fmt::Result {
+    fn total(&mut self, name: &str, help: &str, counter: impl EncodeMetric) -> fmt::Result {
         let family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
-        ConstCounter::new(value).encode(family)
+        counter.encode(family)
     }
 }
 
@@ -251,8 +275,9 @@ mod tests {
         (ports[0].up, ports[0].stats.received, ports[0].stats.dropped[3]) = (3, 17, 2);
         let requests = Requests::default();
         requests.count("add", 11, std::time::Duration::from_millis(30));
+        let leases = Counts { leased: 5, ..Counts::default() };
         let process = process::Usage { cpu: 0.25, resident: 4096, descriptors: 9, descriptor_limit: 1024 };
-        write(Reading { status: status(), ready: true, ports, process }, &requests).unwrap()
+        write(Reading { status: status(), ready: true, leases, ports, process }, &requests).unwrap()
     }
 
     #[test]
@@ -263,6 +288,7 @@ mod tests {
             "weft_pods 3.0",
             "weft_received_frames_total{role=\"pod\"} 17",
             "weft_addresses_leased{range=\"10.244.1.0/24\"} 3.0",
+            "weft_leases_given_total 5",
             "weft_buffers_free{kind=\"super\"} 2.0",
             "process_cpu_seconds_total 0.25",
             "weft_cni_requests_total{operation=\"add\",code=\"11\"} 1",
