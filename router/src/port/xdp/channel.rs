@@ -17,7 +17,7 @@ use super::endpoint::Endpoint;
 use super::pod_program::{PodLead, PodProgram};
 use super::programs::{self, Tunnel};
 use crate::drop_reason::DropReason;
-use crate::frame::{Body, Frame};
+use crate::frame::{Body, Frame, prefetch};
 use crate::pool::{CHUNK, Pool};
 use crate::port::sys::arena::Chunk;
 use crate::port::sys::bpf::{BpfError, Instruction, Link, Map, MapKind, Mode, Program};
@@ -274,18 +274,31 @@ impl Channel {
         mut open: impl FnMut(&mut Frame) -> Result<(), DropReason>,
     ) -> io::Result<Received> {
         let mut count = 0;
+        let first = batch.len();
         // What ends here counts against the batch as well, so that it cannot keep us here.
         while !batch.is_full() && count < BATCH {
             let Some(taken) = self.take(pool, &mut count) else { break };
-            let opened = taken.and_then(|mut frame| open(&mut frame).map(|()| frame));
-            match opened {
+            match taken {
                 Err(reason) => stats.lost(self.id, reason),
                 Ok(frame) => {
-                    stats.received(&frame);
+                    // Another CPU has written it: by the time all are taken, it has come.
+                    frame.head().first().inspect(|byte| prefetch(*byte));
                     batch.push(frame);
                 }
             }
         }
+        let mut kept = first;
+        for index in first..batch.len() {
+            match open(&mut batch[index]) {
+                Err(reason) => stats.lost(self.id, reason),
+                Ok(()) => {
+                    stats.received(&batch[index]);
+                    batch.swap(kept, index);
+                    kept += 1;
+                }
+            }
+        }
+        batch.truncate(kept);
         self.endpoint.received(count);
         self.look(count, stats)?;
         // Without chunks nothing is received, and so nothing would have us called again.
