@@ -137,8 +137,8 @@ fn a_killed_daemon_leaves_no_device_and_a_stopped_one_neither() {
         assert!(status.port.starts_with("xdp, offloads: "), "{}", status.port);
         let objects = node.daemon().bpf_objects();
         assert!(
-            objects.len() >= 4 && objects.iter().all(|object| object.exists()),
-            "two programs, two maps: {objects:?}"
+            objects.len() >= 2 && objects.iter().all(|object| object.exists()),
+            "a program and its map at least: {objects:?}"
         );
         if round % 2 == 0 {
             node.kill()
