@@ -137,7 +137,7 @@ fn a_path_that_cannot_be_built_says_what_to_install() {
     let _turn = turn();
     let name = unique("w");
     let programs = tempfile::tempdir().unwrap();
-    for program in ["ip", "bridge", "ethtool", "iperf3", "sh"] {
+    for program in ["ip", "bridge", "ethtool", "iperf3", "sh", "tee"] {
         let path = find(program).unwrap_or_else(|| panic!("{program} is missing"));
         std::os::unix::fs::symlink(path, programs.path().join(program)).unwrap();
     }
