@@ -47,6 +47,8 @@ pub enum Request {
     Drops,
     /// Answer: a list of [`NodeInfo`].
     Nodes,
+    /// Gives this node's ranges back, for it goes for good; refused while pods are attached. Answer: [`Empty`].
+    Leave,
     /// Reads the configuration file again. Answer: [`Empty`], or an error with line and key; the old one stays in force.
     Reload,
 }
@@ -310,6 +312,9 @@ pub struct Status {
     /// What pods get as ports unless they ask for a kind, and why, e.g. `tap`; empty if weftd is too old to say.
     #[serde(default)]
     pub port: String,
+    /// Where this node knows its ranges and peers from, e.g. `file`; empty if weftd is too old to say.
+    #[serde(default)]
+    pub source: String,
     /// VXLAN network identifier.
     pub vni: u32,
     /// MTU of pods in bytes.

@@ -61,6 +61,8 @@ enum Command {
     Nodes(Format),
     /// Make weftd read its configuration again.
     Reload,
+    /// Give this node's ranges back to the cluster's engine, before the node goes for good. Refused while pods are attached.
+    Leave,
     /// A cluster on this machine, from network namespaces.
     #[command(subcommand)]
     Lab(lab::Command),
@@ -105,6 +107,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Drops(format) => (View::Drops, format),
         Command::Nodes(format) => (View::Nodes, format),
         Command::Reload => return show::reload(&cli.socket).map(|()| 0),
+        Command::Leave => return show::leave(&cli.socket).map(|()| 0),
         Command::Lab(command) => return lab::run(command).map(|()| 0),
         Command::LabPeer(command) => return lab::run_peer(command).map(|()| 0),
         Command::Bench(args) => return bench::run(&args).map(|()| 0),

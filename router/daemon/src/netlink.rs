@@ -268,7 +268,9 @@ impl Netlink {
             up: link.up && link.carrier,
             addresses: addresses.iter().filter(|(at, _)| *at == link.index).map(|(_, net)| net.addr()).collect(),
         };
-        Ok(Host { interfaces: self.links()?.into_iter().map(interface).collect() })
+        let interfaces = self.links()?.into_iter().map(interface).collect();
+        let defaults = self.default_routes()?.into_iter().map(|(index, _)| index).collect();
+        Ok(Host { interfaces, defaults })
     }
 
     /// Sends one request and collects what comes back until the kernel says that it is all.

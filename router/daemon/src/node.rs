@@ -23,11 +23,14 @@ use crate::attach::device::{self, Devices};
 use crate::attach::pod::Interface;
 use crate::attach::turn::Turns;
 use crate::attach::veth::Veth;
+use crate::control::cluster::Cluster;
 use crate::control::compile::compile;
 use crate::control::config::reader::{Problem, decode};
 use crate::control::config::{Checked, Config, default_workers};
 use crate::control::desired::{DesiredState, UNDERLAY};
 use crate::control::host::Host;
+use crate::control::saved;
+use crate::control::source::{Order, View};
 use crate::log::LogLevel;
 use crate::netlink::Netlink;
 
@@ -51,16 +54,22 @@ pub struct Node {
     pub devices: Devices,
     /// One request at a time for each attachment.
     pub turns: Turns,
+    /// Where the source takes orders, if it is not the file.
+    pub orders: Option<tokio::sync::mpsc::Sender<Order>>,
     log_level: LogLevel,
-    /// Held over a whole reload, so that the file that was read last is the one in force.
+    /// Held over a whole reload, so that the file that was read last is the one in force; and while a source's news are put in force.
     reloading: Mutex<()>,
     state: Mutex<State>,
 }
 
 /// What requests change.
 pub struct State {
-    /// What the tables in force were made of.
+    /// What the tables in force were made of; its configuration has what the source knows.
     pub desired: DesiredState,
+    /// The configuration as it stands in the file.
+    local: Arc<Config>,
+    /// What the source said last.
+    pub view: View,
     /// The leases.
     pub store: Store,
     /// Attachments that have a port.
@@ -116,20 +125,22 @@ impl Node {
     /// # Errors
     /// What could not be had, and what to do.
     pub fn start(
-        config: Config,
+        local: Config,
+        view: View,
         config_path: PathBuf,
         log_level: LogLevel,
     ) -> anyhow::Result<(Node, mpsc::Receiver<()>)> {
+        let config = joined(&local, view.cluster.as_deref());
         let folder = config.state_dir.join(LEASES);
         let store = Store::open(&folder).with_context(|| format!("cannot open the leases in {}", folder.display()))?;
         if let Some(recovery) = store.recovery() {
             tracing::warn!("{recovery}; it was cut off");
         }
-        let local = SocketAddr::new(config.underlay.address, config.underlay.port);
+        let at = SocketAddr::new(config.underlay.address, config.underlay.port);
         let workers = config.workers.unwrap_or_else(|| default_workers(cpus()));
-        let underlay = Underlay::open_for(workers, local, TRANSMIT_SOCKETS).with_context(|| {
+        let underlay = Underlay::open_for(workers, at, TRANSMIT_SOCKETS).with_context(|| {
             format!(
-                "cannot open the underlay at {local}: the address must be this machine's (underlay.address), and no \
+                "cannot open the underlay at {at}: the address must be this machine's (underlay.address), and no \
                  VXLAN device or other program may use the port (ss -ulnp; underlay.port)"
             )
         })?;
@@ -143,6 +154,8 @@ impl Node {
         let devices = Devices::new(desired.config.port, desired.config.mtu, workers, removed);
         let state = State {
             desired,
+            local: Arc::new(local),
+            view,
             store,
             attachments: BTreeMap::new(),
             retired: Counters::default(),
@@ -156,6 +169,7 @@ impl Node {
             router,
             devices,
             turns: Turns::default(),
+            orders: None,
             log_level,
             reloading: Mutex::default(),
             state: Mutex::new(state),
@@ -314,16 +328,47 @@ impl Node {
         };
         log_warnings(&self.config_path, &warnings);
         let mut state = self.state();
-        let fixed = state.desired.config.fixed_differences(&config);
+        let fixed = state.local.fixed_differences(&config);
         if !fixed.is_empty() {
             let msg = format!("cannot change while weftd runs: {}", fixed.join(", "));
             return refuse(msg, "restart weftd, or set it back; the old configuration stays in force");
         }
         self.log_level.set(config.log.level);
-        let desired = state.desired.reconfigured(Arc::new(config));
+        let desired = state.desired.reconfigured(Arc::new(joined(&config, state.view.cluster.as_deref())));
+        state.local = Arc::new(config);
         self.put_in_force(&mut state, desired);
         tracing::info!(peers = state.desired.config.peers.len(), epoch = state.epoch, "configuration in force");
         Ok(())
+    }
+
+    /// Puts what a source says in force, and keeps it on disk.
+    pub fn follow(&self, view: View) {
+        let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
+        let (local, known) = {
+            let state = self.state();
+            (Arc::clone(&state.local), state.view.cluster.clone())
+        };
+        let new = view.cluster.clone().filter(|new| known.as_ref() != Some(new));
+        // A large cluster takes a while to be compiled into a configuration: not with the state held.
+        let config = new.as_deref().map(|cluster| Arc::new(cluster.join(&local)));
+        let mut state = self.state();
+        state.view = view;
+        let Some((cluster, config)) = new.zip(config) else { return };
+        let desired = state.desired.reconfigured(config);
+        self.put_in_force(&mut state, desired);
+        let (peers, epoch) = (cluster.peers.len(), state.epoch);
+        drop(state);
+        tracing::debug!(peers, epoch, "news of the cluster in force");
+        log_denied(&cluster, known.as_deref());
+        self.keep(&cluster);
+    }
+
+    /// Keeps what is known of the cluster for the next start.
+    pub fn keep(&self, cluster: &Cluster) {
+        let local = Arc::clone(&self.state().local);
+        if let Err(error) = saved::save(&local.state_dir, &local.node, cluster) {
+            tracing::warn!(%error, "the state of the cluster cannot be kept in {}", local.state_dir.display());
+        }
     }
 
     /// Tries again to write releases that the disk did not take.
@@ -356,6 +401,18 @@ impl Node {
         state.epoch += 1;
         self.router.set_tables(compile(&desired, state.epoch));
         state.desired = desired;
+    }
+}
+
+/// The configuration of this node in its cluster; the file's alone if that is the source.
+fn joined(local: &Config, cluster: Option<&Cluster>) -> Config {
+    cluster.map_or_else(|| local.clone(), |cluster| cluster.join(local))
+}
+
+fn log_denied(cluster: &Cluster, before: Option<&Cluster>) {
+    let known = before.map_or(&[][..], |before| &before.problems);
+    for problem in cluster.problems.iter().filter(|problem| !known.contains(problem)) {
+        tracing::warn!("{problem}");
     }
 }
 

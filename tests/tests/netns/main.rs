@@ -9,6 +9,7 @@ mod answers;
 mod bench;
 mod bridged;
 mod cni;
+mod etcd;
 mod footprint;
 mod hostile;
 mod interop;

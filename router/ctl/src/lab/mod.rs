@@ -11,6 +11,7 @@ mod cni;
 pub mod command;
 pub mod daemon;
 mod demo;
+mod etcd;
 pub mod down;
 pub mod net;
 pub mod peer;
@@ -97,6 +98,9 @@ pub struct Up {
     /// What pods get as devices; TAPs unless given.
     #[arg(long, value_enum)]
     port: Option<plan::Port>,
+    /// Where the nodes know each other from: their configuration, or an etcd that the lab runs.
+    #[arg(long, value_enum, default_value_t = plan::Source::File)]
+    source: plan::Source,
     /// Print the cluster as JSON.
     #[arg(long)]
     json: bool,
@@ -186,7 +190,7 @@ pub fn run_peer(command: PeerCommand) -> Result<()> {
 
 fn up(args: &Up) -> Result<()> {
     let plan = plan::Plan::new(&args.name.name, args.nodes, args.pods, args.mode, args.mtu)?;
-    let plan = plan::Plan { workers: args.workers, port: args.port, ..plan };
+    let plan = plan::Plan { workers: args.workers, port: args.port, source: args.source, ..plan };
     let programs = args.binaries.find()?;
     let cluster = up::up(&plan, &programs, args.keep)?;
     if args.json { output::print_json(&cluster) } else { output::print(&up::summary(&plan, &cluster, Style::stdout())) }

@@ -3,6 +3,7 @@
 //! The underlay is a bridge in a namespace of its own with one veth to each node, so nothing is ever made in, or
 //! moved through, the machine's own namespace.
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -52,6 +53,12 @@ pub fn make_underlay(plan: &Plan) -> Result<()> {
         run(format!("-n {netns} link set {UPLINK} up"))?;
     }
     Ok(())
+}
+
+/// Gives the underlay's bridge an address of its own, for a service in the underlay's namespace.
+pub fn give_bridge_address(plan: &Plan, address: Ipv4Addr) -> Result<()> {
+    let underlay = plan.underlay_netns();
+    Run::ip(&format!("-n {underlay} address add {address}/24 dev {BRIDGE}")).building(&plan.lab).succeed().map(drop)
 }
 
 /// Removes a namespace with everything in it. One that is not there is fine.

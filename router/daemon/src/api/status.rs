@@ -32,6 +32,10 @@ pub fn ready(node: &Node) -> Result<(), Failure> {
     if let Some(problem) = underlay_problem(&snapshot, config, host.as_ref()) {
         return fail(code::LIMITED, problem, "pods of this node reach each other, but no other node");
     }
+    if config.ranges.is_empty() {
+        let why = state.view.trouble.clone().unwrap_or_else(|| "its source has not said which".into());
+        return fail(code::NOT_AVAILABLE, format!("this node has no ranges: {why}"), "");
+    }
     if let Some(trouble) = state.store.trouble().or(state.store.poisoned()) {
         return fail(code::NOT_AVAILABLE, trouble.to_owned(), "no lease can be made durable");
     }
@@ -80,6 +84,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         underlay_kind: kind.map(|port| format!("{}, offloads: {}", port.kind, port.capabilities)).unwrap_or_default(),
         workers: node.router.workers(),
         port: node.devices.shown(),
+        source: config.source.to_string(),
         vni: config.vni.get(),
         mtu: config.mtu,
         underlay_mtu: device.map_or(config.underlay.mtu, |device| device.mtu),
@@ -118,6 +123,7 @@ fn problems(state: &State, snapshot: &Snapshot, host: Option<&Host>) -> Vec<Stri
     all.extend(underlay_problem(snapshot, config, host));
     all.extend(host.and_then(|host| mtu_problem(config, host)));
     all.extend(store_problems(state));
+    all.extend(source_problems(state));
     all.extend(unattached_problem(state));
     all.extend(peer_problems(state, snapshot));
     all.extend(usages(state).filter(|(_, usage)| nearly_full(*usage)).map(|(range, usage)| {
@@ -164,6 +170,12 @@ fn mtu_problem(config: &Config, host: &Host) -> Option<String> {
             config.mtu, device.name, device.mtu
         )
     })
+}
+
+fn source_problems(state: &State) -> Vec<String> {
+    let trouble = state.view.trouble.iter().map(|why| format!("{why}; what was known of the cluster stays in force"));
+    let denied = state.view.cluster.iter().flat_map(|cluster| &cluster.problems).cloned();
+    trouble.chain(denied).collect()
 }
 
 fn store_problems(state: &State) -> Vec<String> {

@@ -20,10 +20,12 @@
 //! Optional: `workers` (by the number of CPUs, see [`default_workers`]), `port` (`"tap"`), `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
 //! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
-//! `underlay.device`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[log]`.
+//! `underlay.device`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[log]`. With `[etcd]` ([`source`]) ranges and
+//! peers come from there, and `underlay.address` is the machine's main one unless given.
 
 mod check;
 pub mod reader;
+pub mod source;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -38,6 +40,9 @@ use weft_router::tables::{Gateway, Mode};
 
 use super::host::Host;
 use reader::{At, Problem, Reader, Section, TEXT};
+use source::{DraftEtcd, SourceConfig};
+
+pub use check::{gateway_v4, gateway_v6, is_name, special};
 
 /// The UDP port of VXLAN as Linux and Flannel use it.
 const DEFAULT_PORT: u16 = 8472;
@@ -107,6 +112,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// Where leases and tombstones are kept.
     pub state_dir: PathBuf,
+    /// Where ranges and peers come from.
+    pub source: SourceConfig,
     /// What this node gives to pods.
     pub ranges: Vec<IpNet>,
     /// Bridged mode: what is on-link for pods. Empty in routed mode.
@@ -224,6 +231,7 @@ impl Config {
             ("vni", self.vni != new.vni),
             ("socket", self.socket != new.socket),
             ("state_dir", self.state_dir != new.state_dir),
+            ("etcd", self.source != new.source),
             ("segment", self.segment != new.segment),
             ("gateway", (self.gateway.ipv4, self.gateway.ipv6) != (new.gateway.ipv4, new.gateway.ipv6)),
             ("gateway_mac", self.gateway.mac != new.gateway.mac),
@@ -288,6 +296,7 @@ struct Draft {
     mtu: Option<At<u32>>,
     socket: Option<At<PathBuf>>,
     state_dir: Option<At<PathBuf>>,
+    etcd: Option<DraftEtcd>,
     ranges: Vec<At<IpNet>>,
     segment: Vec<At<IpNet>>,
     gateway: Vec<At<IpAddr>>,
@@ -325,6 +334,7 @@ impl Draft {
             mtu: reader.number(&mut root, "mtu", 0..=u32::from(u16::MAX)),
             socket: reader.parsed(&mut root, "socket", "a path"),
             state_dir: reader.parsed(&mut root, "state_dir", "a path"),
+            etcd: DraftEtcd::read(reader, &mut root),
             ranges: reader.list(&mut root, "ranges", PREFIX),
             segment: reader.list(&mut root, "segment", PREFIX),
             gateway: reader.list(&mut root, "gateway", ADDRESS),
