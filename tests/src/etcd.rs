@@ -158,7 +158,8 @@ impl Etcd {
         self.folder.join("etcd")
     }
 
-    fn command(&self, line: &str) -> Command {
+    /// `etcdctl` with these arguments; words are separated by white space.
+    pub fn command(&self, line: &str) -> Command {
         let mut command = Command::new("ip");
         command.env("ETCDCTL_API", "3");
         command.args(["netns", "exec", &self.netns, "etcdctl", "--endpoints", &self.url()]);

@@ -16,6 +16,7 @@ mod interop;
 mod labs;
 mod lifecycle;
 mod reach;
+mod scale;
 mod throughput;
 mod workers;
 mod xdp;

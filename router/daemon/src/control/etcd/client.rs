@@ -56,15 +56,16 @@ impl Client {
                 Client::connect_to(&config, &server).await
             });
         }
-        let mut last = None;
+        let mut errors = Vec::new();
         while let Some(attempt) = attempts.join_next().await {
             match attempt {
                 Ok(Ok(client)) => return Ok(client),
-                Ok(Err(error)) => last = Some(error),
-                Err(ended) => last = Some(ended.into()),
+                Ok(Err(error)) => errors.push(format!("{error:#}")),
+                Err(ended) => errors.push(ended.to_string()),
             }
         }
-        Err(last.unwrap_or_else(|| anyhow!("there is no server")))
+        errors.sort();
+        bail!("{}", errors.join("; "))
     }
 
     async fn connect_to(config: &EtcdConfig, server: &str) -> Result<Client> {

@@ -1,0 +1,170 @@
+//! Large clusters by etcd: thousands of nodes that are only told of, and hundreds that are really there, all at once.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::io::{Read, Write as _};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use weft_api::{Client, Request, Status};
+use weft_tests::cluster::Cluster;
+use weft_tests::command::{Background, eventually, run_with};
+use weft_tests::etcd::{ADDRESS, Etcd};
+use weft_tests::machine::{binary, turn};
+use weft_tests::netns::OwnNetns;
+
+/// Nodes of the largest cluster that Kubernetes knows.
+const MANY: u32 = 5000;
+/// Nodes that are really there.
+const REAL: u32 = 200;
+const NETWORK: &str = "network = [\"10.128.0.0/11\", \"fd00:10::/48\"]";
+
+/// A key and its value.
+fn slot(number: u32, network: u32) -> [String; 2] {
+    let holder = serde_json::json!({
+        "identity": format!("{number:032x}"),
+        "name": format!("node-{number:04}.example.internal"),
+        "underlay": format!("10.{network}.{}.{}", number / 250, number % 250 + 1),
+        "ranges": [],
+        "mode": "routed",
+        "vni": 1,
+        "port": 8472,
+    });
+    [format!("/weft/slots/{number}"), holder.to_string()]
+}
+
+/// Writes many keys with few calls: a transaction takes 128.
+fn fill(etcd: &Etcd) {
+    for first in (0..MANY).step_by(100) {
+        let mut script = String::from("\n");
+        for number in first..first + 100 {
+            let [key, value] = slot(number, 201);
+            writeln!(script, "put {key} {value:?}").unwrap();
+        }
+        script.push_str("\n\n");
+        run_with(etcd.command("txn"), script.as_bytes(), Duration::from_secs(20)).must();
+    }
+}
+
+#[test]
+fn five_thousand_nodes_cost_little_and_a_change_is_in_force_at_once() {
+    let _turn = turn();
+    let cluster = Cluster::new("scale");
+    let etcd = Etcd::start(&cluster);
+    fill(&etcd);
+    let engine = format!("[etcd]\nendpoints = [\"{}\"]\n{NETWORK}\n", etcd.url());
+    let node = cluster.weft_node_unready(1, &cluster.config_by(1, "routed", &engine), "");
+    node.await_ready();
+    let daemon = node.daemon();
+    eventually("it knows them all", Duration::from_secs(10), || daemon.status().peers == MANY as usize);
+    assert_eq!(daemon.status().problems, Vec::<String>::new());
+
+    let mut took = Vec::new();
+    for number in 0..20 {
+        let before = daemon.status().epoch;
+        let mut command = etcd.command("");
+        command.arg("put").args(slot(number, 202));
+        let started = Instant::now();
+        let change = std::thread::spawn(move || {
+            assert!(weft_tests::command::run(command).success);
+            Instant::now()
+        });
+        while daemon.status().epoch == before {
+            assert!(started.elapsed() < Duration::from_secs(10), "the change never comes");
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        // etcdctl says that it was written a little after it was; it may then have been in force for a while.
+        let in_force = Instant::now();
+        took.push(in_force.saturating_duration_since(change.join().unwrap()));
+    }
+    took.sort();
+    let resident = daemon.resident_kib() / 1024;
+    println!("5,000 nodes: {resident} MiB resident; a change in force after {:?} (median), {:?} (worst)", took[10], took[19]);
+    assert!(resident < 200, "{resident} MiB are resident");
+    assert!(took[10] < Duration::from_millis(50), "{took:?}");
+}
+
+/// A weftd of 200 in one namespace, each with an address of its own.
+struct Small {
+    socket: PathBuf,
+    _process: Background,
+}
+
+impl Small {
+    fn start(cluster: &Cluster, netns: &OwnNetns, etcd: &Etcd, number: u32) -> Small {
+        let file = |end: &str| cluster.folder.path().join(format!("s{number}.{end}"));
+        let (config, socket, log) = (file("toml"), file("sock"), file("log"));
+        let text = format!(
+            "node = \"s{number}\"\nmode = \"routed\"\nworkers = 1\nmtu = 1400\nsocket = \"{}\"\nstate_dir = \"{}\"\n\
+             [underlay]\naddress = \"10.203.0.{}\"\n[limits]\nflows = 64\nfdb_limit = 16\nchunks = 1024\n[etcd]\nendpoints = [\"{}\"]\n{NETWORK}\nlease = 10\n",
+            socket.display(),
+            file("state").display(),
+            number + 1,
+            etcd.url()
+        );
+        std::fs::write(&config, text).unwrap();
+        let script = format!(
+            "exec ip netns exec {} {} --config {} >{} 2>&1",
+            netns.0,
+            binary("weftd").display(),
+            config.display(),
+            log.display()
+        );
+        let mut command = Command::new("sh");
+        command.args(["-c", &script]);
+        Small { socket, _process: Background::start(command) }
+    }
+
+    fn status(&self) -> Option<Status> {
+        Client::connect(&self.socket, Duration::from_secs(5)).ok()?.call(&Request::Status).ok()
+    }
+}
+
+/// How many calls etcd has been sent so far, by its own count.
+fn calls(netns: &OwnNetns) -> u64 {
+    let text = netns.inside(|| {
+        let mut stream = TcpStream::connect((ADDRESS, 2379)).unwrap();
+        write!(stream, "GET /metrics HTTP/1.0\r\nHost: etcd\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    });
+    let counted = text.lines().filter(|line| line.starts_with("grpc_server_msg_received_total{"));
+    counted.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64).sum()
+}
+
+#[test]
+fn two_hundred_nodes_join_at_once() {
+    let _turn = turn();
+    let cluster = Cluster::new("herd");
+    let etcd = Etcd::start(&cluster);
+    let netns = cluster.machine(1);
+    let mut addresses = String::new();
+    (1..=REAL).for_each(|number| writeln!(addresses, "address add 10.203.0.{number}/16 dev uplink").unwrap());
+    let mut command = Command::new("ip");
+    command.args(["-n", &netns.0, "-batch", "-"]);
+    run_with(command, addresses.as_bytes(), Duration::from_secs(20)).must();
+    let before = calls(&netns);
+    let started = Instant::now();
+    let nodes: Vec<Small> = (0..REAL).map(|number| Small::start(&cluster, &netns, &etcd, number)).collect();
+    let mut all: Vec<Status> = Vec::new();
+    eventually("all know all", Duration::from_secs(120), || {
+        std::thread::sleep(Duration::from_millis(200));
+        all = nodes.iter().map_while(|node| node.status().filter(|status| status.peers == REAL as usize - 1)).collect();
+        all.len() == REAL as usize
+    });
+    let joining = started.elapsed();
+    let joined = calls(&netns) - before;
+    let ranges: BTreeSet<&String> = all.iter().flat_map(|status| &status.ranges).collect();
+    assert_eq!(ranges.len(), 2 * REAL as usize, "each has ranges of its own");
+
+    let (idle, watched) = (calls(&netns), Instant::now());
+    std::thread::sleep(Duration::from_secs(10));
+    let steady = (calls(&netns) - idle) as f64 / watched.elapsed().as_secs_f64();
+    println!("{REAL} nodes joined in {joining:.1?} with {joined} calls to etcd, and send {steady:.1} a second then");
+    assert!(joined <= u64::from(REAL) * 20, "{joined} calls");
+    // Two leases, each kept after a third of ten seconds, give or take.
+    assert!(steady <= f64::from(REAL) * 2.0 / 10.0 * 6.0, "{steady} calls a second");
+}
