@@ -6,7 +6,7 @@
 //!
 //! | operation | kind | fields |
 //! |---|---|---|
-//! | lease | 1 | owner (1, 2, 3), pool 4, time 5, then MAC 6, netns 7, label 8 (repeated), address 9 (repeated) |
+//! | lease | 1 | owner (1, 2, 3), pool 4, time 5, then MAC 6, boot 12, netns 13, label 8 (repeated), address 9 (repeated) |
 //! | release | 2 | owner (1, 2, 3) |
 //! | round | 3 | pool 4, set 10, last 11 |
 //!
@@ -15,10 +15,12 @@
 //! | 1, 2, 3, 4 | network, container, ifname, pool | string |
 //! | 5 | time | u64 |
 //! | 6 | MAC | 6 bytes |
-//! | 7 | netns | string |
+//! | 7 | what version 1 knew of the namespace | string; passed over |
 //! | 8 | label | `length of the key: u32, key, value` |
 //! | 9 | address | `prefix length: u8, address, gateway, set`, three IP addresses of one family |
 //! | 10, 11 | set, last | IP address |
+//! | 12 | boot | string |
+//! | 13 | netns | `cookie: u64, inode: u64`, and if it has a number `home: u64, id: i32` |
 //!
 //! This is written by hand, and not JSON, because a reader has to refuse whatever it does not fully understand: an
 //! unknown tag, a field twice, a byte too many. One field more costs one line on each side, and a lease is a fifth
@@ -27,7 +29,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::leases::{Facts, Lease, Owner, Record};
+use crate::leases::{Facts, Lease, Netns, NetnsNumber, Owner, Record};
 use crate::range::is_v4;
 
 /// A change of the leases.
@@ -51,11 +53,13 @@ const IFNAME: u8 = 3;
 const POOL: u8 = 4;
 const TIME: u8 = 5;
 const MAC: u8 = 6;
-const NETNS: u8 = 7;
+const OLD_NETNS: u8 = 7;
 const LABEL: u8 = 8;
 const ADDRESS: u8 = 9;
 const SET: u8 = 10;
 const LAST: u8 = 11;
+const BOOT: u8 = 12;
+const NETNS: u8 = 13;
 
 /// Appends a lease.
 pub(crate) fn put_lease(out: &mut Vec<u8>, record: &Record) {
@@ -67,8 +71,11 @@ pub(crate) fn put_lease(out: &mut Vec<u8>, record: &Record) {
         if let Some(mac) = facts.mac {
             put(out, MAC, |out| out.extend(mac));
         }
+        if !facts.boot.is_empty() {
+            put(out, BOOT, |out| out.extend(facts.boot.as_bytes()));
+        }
         if let Some(netns) = &facts.netns {
-            put(out, NETNS, |out| out.extend(netns.as_bytes()));
+            put(out, NETNS, |out| put_netns(out, netns));
         }
         for (key, value) in &facts.labels {
             put(out, LABEL, |out| {
@@ -108,6 +115,15 @@ fn put_owner(out: &mut Vec<u8>, owner: &Owner) {
     put(out, IFNAME, |out| out.extend(owner.ifname.as_bytes()));
 }
 
+fn put_netns(out: &mut Vec<u8>, netns: &Netns) {
+    out.extend(netns.cookie.to_le_bytes());
+    out.extend(netns.inode.to_le_bytes());
+    if let Some(number) = netns.number {
+        out.extend(number.home.to_le_bytes());
+        out.extend(number.id.to_le_bytes());
+    }
+}
+
 fn put_ip(out: &mut Vec<u8>, address: IpAddr) {
     match address {
         IpAddr::V4(a) => out.extend(a.octets()),
@@ -142,7 +158,7 @@ pub(crate) fn parse(payload: &[u8]) -> Result<Vec<Op>, &'static str> {
 
 fn parse_lease(body: &[u8]) -> Result<Record, &'static str> {
     let mut owner = OwnerFields::default();
-    let (mut pool, mut time, mut mac, mut netns) = (None, None, None, None);
+    let (mut pool, mut time, mut mac, mut boot, mut netns, mut old_netns) = (None, None, None, None, None, None);
     let (mut labels, mut leases) = (BTreeMap::new(), Vec::new());
     for field in Fields(body) {
         let (tag, value) = field?;
@@ -150,7 +166,9 @@ fn parse_lease(body: &[u8]) -> Result<Record, &'static str> {
             POOL => once(&mut pool, string(value)?)?,
             TIME => once(&mut time, u64::from_le_bytes(value.try_into().map_err(|_| "a time is not 8 bytes")?))?,
             MAC => once(&mut mac, value.try_into().map_err(|_| "a MAC is not 6 bytes")?)?,
-            NETNS => once(&mut netns, string(value)?)?,
+            OLD_NETNS => once(&mut old_netns, string(value)?)?,
+            BOOT => once(&mut boot, string(value)?)?,
+            NETNS => once(&mut netns, parse_netns(value)?)?,
             LABEL => {
                 let (key, value) = label(value)?;
                 if labels.insert(key, value).is_some() {
@@ -164,7 +182,8 @@ fn parse_lease(body: &[u8]) -> Result<Record, &'static str> {
     if leases.is_empty() {
         return Err("a lease has no address");
     }
-    let facts = Facts { pool: pool.ok_or(MISSING)?, time: time.ok_or(MISSING)?, mac, netns, labels };
+    let (pool, time, boot) = (pool.ok_or(MISSING)?, time.ok_or(MISSING)?, boot.unwrap_or_default());
+    let facts = Facts { pool, time, mac, boot, netns, labels };
     Ok(Record { owner: owner.whole()?, leases, facts })
 }
 
@@ -234,6 +253,20 @@ fn label(value: &[u8]) -> Result<(String, String), &'static str> {
     Ok((string(key)?, string(value)?))
 }
 
+fn parse_netns(value: &[u8]) -> Result<Netns, &'static str> {
+    let (cookie, rest) = value.split_first_chunk().ok_or(SHORT)?;
+    let (inode, rest) = rest.split_first_chunk().ok_or(SHORT)?;
+    let number = match rest.split_first_chunk() {
+        None if rest.is_empty() => None,
+        None => return Err(SHORT),
+        Some((home, id)) => Some(NetnsNumber {
+            home: u64::from_le_bytes(*home),
+            id: i32::from_le_bytes(id.try_into().map_err(|_| "a namespace's number is not 4 bytes")?),
+        }),
+    };
+    Ok(Netns { cookie: u64::from_le_bytes(*cookie), inode: u64::from_le_bytes(*inode), number })
+}
+
 fn ip(value: &[u8]) -> Result<IpAddr, &'static str> {
     if let Ok(v4) = <[u8; 4]>::try_from(value) {
         Ok(IpAddr::V4(Ipv4Addr::from(v4)))
@@ -282,40 +315,56 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn lease() -> Lease {
+        let gateway = "10.0.0.1".parse().unwrap();
+        Lease { address: "10.0.0.2".parse().unwrap(), prefix_len: 24, gateway, set: gateway }
+    }
+
     /// Every byte of a lease, so that the format cannot change by accident.
     #[test]
     fn a_lease_is_these_bytes() {
         let record = Record {
             owner: Owner { network: "n".into(), container: "c".into(), ifname: "e".into() },
-            leases: vec![Lease {
-                address: "10.0.0.2".parse().unwrap(),
-                prefix_len: 24,
-                gateway: "10.0.0.1".parse().unwrap(),
-                set: "10.0.0.1".parse().unwrap(),
-            }],
+            leases: vec![lease()],
             facts: Facts {
                 pool: "p".into(),
                 time: 0x0102,
                 mac: Some([2, 0, 0, 0, 0, 9]),
-                netns: Some("x".into()),
+                boot: "x".into(),
+                netns: Some(Netns { cookie: 7, inode: 8, number: Some(NetnsNumber { home: 9, id: -1 }) }),
                 labels: BTreeMap::from([("k".into(), "v".into())]),
             },
         };
         let mut bytes = Vec::new();
         put_lease(&mut bytes, &record);
-        let fields: [&[u8]; 9] = [
+        let fields: [&[u8]; 10] = [
             b"\x01\x01\0\0\0n",
             b"\x02\x01\0\0\0c",
             b"\x03\x01\0\0\0e",
             b"\x04\x01\0\0\0p",
             b"\x05\x08\0\0\0\x02\x01\0\0\0\0\0\0",
             b"\x06\x06\0\0\0\x02\0\0\0\0\x09",
-            b"\x07\x01\0\0\0x",
+            b"\x0c\x01\0\0\0x",
+            b"\x0d\x1c\0\0\0\x07\0\0\0\0\0\0\0\x08\0\0\0\0\0\0\0\x09\0\0\0\0\0\0\0\xff\xff\xff\xff",
             b"\x08\x06\0\0\0\x01\0\0\0kv",
             b"\x09\x0d\0\0\0\x18\x0a\0\0\x02\x0a\0\0\x01\x0a\0\0\x01",
         ];
         let body = fields.concat();
         assert_eq!(bytes, [&[1, body.len() as u8, 0, 0, 0], &body[..]].concat());
+        assert_eq!(parse(&bytes), Ok(vec![Op::Lease(Box::new(record))]));
+    }
+
+    #[test]
+    fn a_lease_of_version_1_is_read_without_what_it_knew_of_the_namespace() {
+        let mut record = Record { owner: Owner::default(), leases: vec![lease()], facts: Facts::default() };
+        let mut bytes = Vec::new();
+        put_lease(&mut bytes, &record);
+        bytes.extend(b"\x07\x03\0\0\x004:9");
+        bytes[1] += 8;
+        assert_eq!(parse(&bytes), Ok(vec![Op::Lease(Box::new(record.clone()))]));
+        record.facts.netns = Some(Netns { cookie: 1, inode: 2, number: None });
+        let mut bytes = Vec::new();
+        put_lease(&mut bytes, &record);
         assert_eq!(parse(&bytes), Ok(vec![Op::Lease(Box::new(record))]));
     }
 

@@ -5,7 +5,7 @@
 //! | header | bytes | |
 //! |---|---|---|
 //! | magic | 8 | `WEFTIPAM` |
-//! | version | 4 | [`VERSION`]; any other is refused |
+//! | version | 4 | [`VERSION`]; an older one is read and written anew, any other is refused |
 //! | zero | 4 | |
 //! | base | 8 | length in bytes of header and the frames that a compaction wrote |
 //! | first | 8 | number of the first frame |
@@ -43,8 +43,10 @@ use crate::disk::{Disk, Which};
 use crate::leases::Leases;
 use crate::store::{OpenError, Recovery, StoreError};
 
-/// The version of the file format.
-pub const VERSION: u32 = 1;
+/// The version of the file format that is written.
+pub const VERSION: u32 = 2;
+/// The oldest version that is read; such a journal is written anew when it is opened.
+const OLDEST: u32 = 1;
 /// Longest payload of a frame in bytes: one attachment with all its labels has to fit.
 pub const MAX_PAYLOAD: usize = 64 << 10;
 /// Longest journal in bytes that is written or read.
@@ -86,6 +88,9 @@ impl Journal {
         journal.end = replay.end;
         journal.next_number = replay.next_number;
         journal.compact_at = compact_at(replay.base);
+        if replay.version != VERSION {
+            journal.rewrite(&replay.leases).map_err(|(_, source)| OpenError::recovering(source))?;
+        }
         Ok((journal, replay.leases, replay.recovery))
     }
 
@@ -264,11 +269,12 @@ pub(crate) struct Replay {
     end: u64,
     base: u64,
     next_number: u64,
+    version: u32,
 }
 
 /// Reads a whole journal.
 pub(crate) fn replay(bytes: &[u8]) -> Result<Replay, OpenError> {
-    let (base, mut number) = parse_header(bytes)?;
+    let (version, base, mut number) = parse_header(bytes)?;
     let mut leases = Leases::default();
     let (mut last, mut at) = (HEADER, HEADER);
     while at < bytes.len() {
@@ -289,10 +295,11 @@ pub(crate) fn replay(bytes: &[u8]) -> Result<Replay, OpenError> {
         return Err(OpenError::Damaged { offset: at as u64, what: "a frame of the compacted part is not whole" });
     }
     let recovery = (at < bytes.len()).then(|| torn(bytes, at, number)).transpose()?;
-    Ok(Replay { leases, recovery, last: last as u64, end: at as u64, base, next_number: number })
+    Ok(Replay { leases, recovery, last: last as u64, end: at as u64, base, next_number: number, version })
 }
 
-fn parse_header(bytes: &[u8]) -> Result<(u64, u64), OpenError> {
+/// Version, end of the compacted part, number of the first frame.
+fn parse_header(bytes: &[u8]) -> Result<(u32, u64, u64), OpenError> {
     let damaged = |what| OpenError::Damaged { offset: 0, what };
     let header: &[u8; HEADER] = bytes.first_chunk().ok_or(damaged("the file is shorter than its header"))?;
     if &header[..8] != MAGIC {
@@ -303,10 +310,11 @@ fn parse_header(bytes: &[u8]) -> Result<(u64, u64), OpenError> {
     if crc32fast::hash(&header[..HEADER - 4]) != u32_at(HEADER - 4) {
         return Err(damaged("the header's checksum is wrong"));
     }
-    if u32_at(8) != VERSION {
-        return Err(OpenError::Version { found: u32_at(8) });
+    let version = u32_at(8);
+    if !(OLDEST..=VERSION).contains(&version) {
+        return Err(OpenError::Version { found: version });
     }
-    Ok((u64_at(16), u64_at(24)))
+    Ok((version, u64_at(16), u64_at(24)))
 }
 
 /// The payload and whole length of the frame at the start of `bytes`, if it is whole and its number is `wanted`.

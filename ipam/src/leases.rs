@@ -46,10 +46,33 @@ pub struct Facts {
     pub time: u64,
     /// The MAC of the interface.
     pub mac: Option<[u8; 6]>,
-    /// What tells the network namespace from others, e.g. device and inode of its file.
-    pub netns: Option<String>,
+    /// The boot in which the lease was made, by the kernel's boot id: no pod outlives one. Empty if it is not known.
+    pub boot: String,
+    /// The pod's network namespace, if it is known.
+    pub netns: Option<Netns>,
     /// Anything else, for people: namespace and name of the pod and the like.
     pub labels: BTreeMap<String, String>,
+}
+
+/// A network namespace, by what the kernel never gives to another one before the next boot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Netns {
+    /// Its cookie (`SO_NETNS_COOKIE`).
+    pub cookie: u64,
+    /// The inode of its file, which the kernel wants to hear along with the cookie to find it again. By itself it means nothing: the
+    /// next namespace may have it.
+    pub inode: u64,
+    /// Its number, if it was given one.
+    pub number: Option<NetnsNumber>,
+}
+
+/// The number that a namespace has in another one (`RTM_NEWNSID`); it is gone when the namespace is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NetnsNumber {
+    /// The cookie of the namespace in which the number counts.
+    pub home: u64,
+    /// The number.
+    pub id: i32,
 }
 
 /// An address given to an attachment.

@@ -50,6 +50,6 @@ mod taken;
 pub use disk::{Disk, JOURNAL_FILE, LOCK_FILE, NEXT_FILE, Which};
 pub use ipnet::IpNet;
 pub use journal::{COMPACT_STEP, MAX_JOURNAL, MAX_PAYLOAD, VERSION};
-pub use leases::{Facts, Lease, Leases, Owner, Record, Usage};
+pub use leases::{Facts, Lease, Leases, Netns, NetnsNumber, Owner, Record, Usage};
 pub use range::{Range, RangeError, RangeSet};
 pub use store::{LeaseError, MAX_LIVE, OpenError, Recovery, Store, StoreError};

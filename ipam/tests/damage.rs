@@ -136,14 +136,26 @@ fn damage_in_the_middle_is_refused_with_its_offset_and_leaves_the_file_alone() {
 #[test]
 fn another_version_is_refused_whatever_the_file_holds() {
     let (mut bytes, _) = journal(1);
-    bytes[8] = 2;
+    bytes[8] = 3;
     let check = crc32fast::hash(&bytes[..32]).to_le_bytes();
     bytes[32..36].copy_from_slice(&check);
     let error = open(&bytes).unwrap_err();
-    assert!(matches!(error, OpenError::Version { found: 2 }), "{error}");
+    assert!(matches!(error, OpenError::Version { found: 3 }), "{error}");
     for bytes in [&b""[..], b"WEFTIPAM", &[0; 4096]] {
         assert!(matches!(open(bytes), Err(OpenError::Damaged { offset: 0, .. })));
     }
+}
+
+#[test]
+fn a_journal_of_version_1_is_read_and_written_anew() {
+    let (mut bytes, history) = journal(1);
+    bytes[8] = 1;
+    let check = crc32fast::hash(&bytes[..32]).to_le_bytes();
+    bytes[32..36].copy_from_slice(&check);
+    let disk = Sim::with_journal(&bytes);
+    let store = Store::with_disk(disk.boxed()).unwrap();
+    assert_eq!(&truth(&store), &history.last().unwrap().1);
+    assert_eq!(disk.journal().unwrap()[8], weft_ipam::VERSION as u8);
 }
 
 #[test]

@@ -10,7 +10,9 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use weft_ipam::{Facts, JOURNAL_FILE, LOCK_FILE, LeaseError, OpenError, Owner, Range, RangeSet, Store, StoreError};
+use weft_ipam::{
+    Facts, JOURNAL_FILE, LOCK_FILE, LeaseError, Netns, OpenError, Owner, Range, RangeSet, Store, StoreError,
+};
 
 fn sets() -> [RangeSet; 2] {
     [
@@ -50,7 +52,8 @@ fn everything_that_came_with_a_lease_comes_back() {
         pool: "other".into(),
         time: u64::MAX,
         mac: Some([2, 0, 0, 0, 0, 7]),
-        netns: Some("4:4026532".into()),
+        boot: "0a1b".into(),
+        netns: Some(Netns { cookie: u64::MAX, inode: 4_026_532, number: None }),
         labels: BTreeMap::from([("pod".into(), "wörk\0er".into()), (String::new(), String::new())]),
     };
     let mut store = Store::open(folder.path()).unwrap();

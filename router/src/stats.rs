@@ -76,6 +76,38 @@ impl PortStats {
     }
 }
 
+impl std::ops::AddAssign<&PortStats> for PortStats {
+    fn add_assign(&mut self, more: &PortStats) {
+        // Taken apart, so that a counter that is added there is not forgotten here.
+        let PortStats {
+            received,
+            received_bytes,
+            copies,
+            replies,
+            splits,
+            sent,
+            sent_bytes,
+            merged,
+            dropped,
+            out,
+            out_bytes,
+            overruns,
+        } = more;
+        self.received += received;
+        self.received_bytes += received_bytes;
+        self.copies += copies;
+        self.replies += replies;
+        self.splits += splits;
+        self.sent += sent;
+        self.sent_bytes += sent_bytes;
+        self.merged += merged;
+        self.dropped.iter_mut().zip(dropped).for_each(|(sum, more)| *sum += more);
+        self.out += out;
+        self.out_bytes += out_bytes;
+        self.overruns += overruns;
+    }
+}
+
 /// Traffic with one node.
 #[derive(Copy, Clone, Debug, Default)]
 pub struct NodeStats {

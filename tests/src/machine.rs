@@ -37,13 +37,20 @@ pub fn turn() -> Turn {
         rustix::process::geteuid().is_root(),
         "these tests make network namespaces: run them as root, `sudo make test`"
     );
-    for (program, package) in PROGRAMS {
-        assert!(find(program).is_some(), "{program} is missing: `apt-get install {package}`");
-    }
+    need(&PROGRAMS);
     let path = std::env::temp_dir().join("weft-tests.lock");
     let machine = File::create(&path).unwrap_or_else(|error| panic!("cannot make {}: {error}", path.display()));
     flock(&machine, FlockOperation::LockExclusive).expect("a lock on a local file can be waited for");
     Turn { _process: process, _machine: machine }
+}
+
+/// Fails unless these programs are there; with each comes its Debian package.
+#[track_caller]
+pub fn need(programs: &[(&str, &str)]) {
+    for (program, package) in programs {
+        let is_there = if program.starts_with('/') { Path::new(program).exists() } else { find(program).is_some() };
+        assert!(is_there, "{program} is missing: `apt-get install {package}`");
+    }
 }
 
 /// Where a program of the machine is.

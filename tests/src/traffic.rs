@@ -41,6 +41,21 @@ pub fn transfer(from: &Netns, to: &Netns, address: IpAddr, bytes: u64) {
     assert_eq!(received, sent, "SHA-256 of {bytes} bytes from {} to {address}", from.0);
 }
 
+/// What a web server says, asked from a namespace.
+///
+/// # Errors
+/// It does not answer.
+pub fn fetch(from: &Netns, server: SocketAddr) -> std::io::Result<String> {
+    let patience = Duration::from_secs(3);
+    let mut stream = from.inside(|| TcpStream::connect_timeout(&server, patience))?;
+    stream.set_read_timeout(Some(patience))?;
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.trim().to_owned());
+    body.ok_or_else(|| std::io::Error::other(answer))
+}
+
 fn send(mut stream: TcpStream, bytes: u64) -> [u8; 32] {
     stream.set_write_timeout(Some(PATIENCE)).expect("a timeout can be set");
     let (mut hash, mut left) = (Sha256::new(), bytes);

@@ -5,9 +5,10 @@
 //! namespaces, with the real daemon and the real plugin, and takes it down again.
 //!
 //! Results go to stdout, progress and errors to stderr. The exit code is 0 if all went well, 1 if not, 2 if the
-//! command line was wrong, and 3 if `weft status` succeeded but weftd reported problems.
+//! command line was wrong, and 3 if `weft status` or `weft doctor` succeeded and there are problems.
 
 mod bench;
+mod doctor;
 mod interrupt;
 mod lab;
 mod output;
@@ -21,11 +22,11 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::show::View;
 
-/// Exit code of `weft status` when the daemon answered and has problems to report.
+/// Exit code of `weft status` and `weft doctor` when there are problems to report.
 const EXIT_PROBLEMS: u8 = 3;
 
-const EXIT_CODES: &str =
-    "Exit code: 0 all went well; 1 an error; 2 a wrong command line; 3 `weft status` found problems.
+const EXIT_CODES: &str = "Exit code: 0 all went well; 1 an error; 2 a wrong command line; 3 `weft status` or
+`weft doctor` found problems.
 Colour is used on a terminal only, and never if NO_COLOR is set.";
 
 /// The pod network of a bare-metal cluster: what it is doing, and a laboratory to try it in.
@@ -63,6 +64,8 @@ enum Command {
     Reload,
     /// Give this node's ranges back to the cluster's engine, before the node goes for good. Refused while pods are attached.
     Leave,
+    /// Is this node fit for Weft? What is not, and what to change. Exits with 3 if there is a problem.
+    Doctor(doctor::Doctor),
     /// A cluster on this machine, from network namespaces.
     #[command(subcommand)]
     Lab(lab::Command),
@@ -108,6 +111,10 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Nodes(format) => (View::Nodes, format),
         Command::Reload => return show::reload(&cli.socket).map(|()| 0),
         Command::Leave => return show::leave(&cli.socket).map(|()| 0),
+        Command::Doctor(arguments) => {
+            return doctor::run(&arguments, &cli.socket)
+                .map(|found_problems| if found_problems { EXIT_PROBLEMS } else { 0 });
+        }
         Command::Lab(command) => return lab::run(command).map(|()| 0),
         Command::LabPeer(command) => return lab::run_peer(command).map(|()| 0),
         Command::Bench(args) => return bench::run(&args).map(|()| 0),

@@ -74,7 +74,9 @@ pub fn show(view: View, socket: &Path, json: bool) -> Result<bool> {
 /// Gives the node's ranges back.
 pub fn leave(socket: &Path) -> Result<()> {
     let Empty {} = ask(socket, &Request::Leave)?;
-    output::progress("this node's ranges are given back; the node is no part of the cluster until weftd is started again");
+    output::progress(
+        "this node's ranges are given back; the node is no part of the cluster until weftd is started again",
+    );
     Ok(())
 }
 

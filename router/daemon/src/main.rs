@@ -8,6 +8,7 @@ mod api;
 mod attach;
 mod control;
 mod log;
+mod metrics;
 mod netlink;
 mod node;
 
@@ -230,16 +231,17 @@ async fn await_ranges(
     }
 }
 
-async fn serve(
-    node: &Arc<Node>,
-    mut signals: Signals,
-    socket: api::socket::Bound,
-) -> anyhow::Result<()> {
+async fn serve(node: &Arc<Node>, mut signals: Signals, socket: api::socket::Bound) -> anyhow::Result<()> {
     let path = node.state().desired.config.socket.clone();
     // After the socket is bound and before anyone is served: a shim that still gave up finds the socket on its second try.
     attach::tombstone::honour_all(node);
+    attach::reconcile::at_start(node);
     let mut data_plane = watch_data_plane(node)?;
     let server = api::Server::new(Arc::clone(node));
+    let metrics = node.state().desired.config.metrics;
+    if let Some(address) = metrics {
+        metrics::http::start(node, address).await?;
+    }
     let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
     housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut keeping: Option<JoinHandle<()>> = None;
@@ -276,11 +278,12 @@ async fn put_in_force(node: Arc<Node>, mut views: watch::Receiver<View>) {
     }
 }
 
-/// Releases that the disk did not take are tried again, what shims left while weftd did not answer is freed, and the
-/// counters are remembered.
+/// Releases that the disk did not take are tried again, what shims left while weftd did not answer and what pods left that are gone is
+/// freed, and the counters are remembered.
 fn keep_house(node: &Node) {
     node.write_pending_releases();
     attach::tombstone::honour_all(node);
+    attach::reconcile::reconcile(node);
     node.keep_sample();
 }
 

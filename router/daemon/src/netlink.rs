@@ -3,6 +3,7 @@
 //! A socket belongs to the namespace of the thread that opens it, for good. So [`Netlink::open`] is called on the thread that
 //! is in the right one, and there is no runtime in between that could move the work elsewhere.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -16,6 +17,7 @@ use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo,
     LinkMessage,
 };
+use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -273,6 +275,28 @@ impl Netlink {
         Ok(Host { interfaces, defaults })
     }
 
+    /// Gives a namespace a number here.
+    ///
+    /// # Errors
+    /// `EEXIST`: it has one, or another one has this one.
+    pub fn number_namespace(&mut self, namespace: BorrowedFd<'_>, number: i32) -> io::Result<()> {
+        let mut message = namespace_message(namespace);
+        message.attributes.push(NsidAttribute::Id(number));
+        self.ask(RouteNetlinkMessage::NewNsId(message), NLM_F_ACK).map(drop)
+    }
+
+    /// The number that a namespace has here, if it has one.
+    pub fn namespace_number(&mut self, namespace: BorrowedFd<'_>) -> io::Result<Option<i32>> {
+        let answers = self.ask(RouteNetlinkMessage::GetNsId(namespace_message(namespace)), NLM_F_ACK)?;
+        Ok(answers.into_iter().find_map(namespace_number_of))
+    }
+
+    /// The numbers of all namespaces that have one here.
+    pub fn namespaces(&mut self) -> io::Result<HashSet<i32>> {
+        let answers = self.ask(RouteNetlinkMessage::GetNsId(NsidMessage::default()), NLM_F_DUMP)?;
+        Ok(answers.into_iter().filter_map(namespace_number_of).collect())
+    }
+
     /// Sends one request and collects what comes back until the kernel says that it is all.
     fn ask(&mut self, request: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
         self.sequence = self.sequence.wrapping_add(1);
@@ -307,6 +331,20 @@ impl Netlink {
             }
         }
     }
+}
+
+fn namespace_message(namespace: BorrowedFd<'_>) -> NsidMessage {
+    let mut message = NsidMessage::default();
+    message.attributes.push(NsidAttribute::Fd(namespace.as_raw_fd() as u32));
+    message
+}
+
+fn namespace_number_of(answer: RouteNetlinkMessage) -> Option<i32> {
+    let RouteNetlinkMessage::NewNsId(message) = answer else { return None };
+    message.attributes.into_iter().find_map(|attribute| match attribute {
+        NsidAttribute::Id(id) if id >= 0 => Some(id),
+        _ => None,
+    })
 }
 
 fn family(address: IpAddr) -> AddressFamily {

@@ -19,8 +19,10 @@ use weft_router::stats::PortStats;
 use weft_router::{Device, PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
+use crate::attach::census::Census;
 use crate::attach::device::{self, Devices};
 use crate::attach::pod::Interface;
+use crate::attach::reconcile::Suspects;
 use crate::attach::turn::Turns;
 use crate::attach::veth::Veth;
 use crate::control::cluster::Cluster;
@@ -32,6 +34,7 @@ use crate::control::host::Host;
 use crate::control::saved;
 use crate::control::source::{Order, View};
 use crate::log::LogLevel;
+use crate::metrics::Requests;
 use crate::netlink::Netlink;
 
 /// Sockets of each worker that send to other nodes, each from a source port of its own, so that flows spread over paths, queues and
@@ -52,10 +55,16 @@ pub struct Node {
     pub router: Router,
     /// The kinds of devices that pods can have here.
     pub devices: Devices,
+    /// Which pods' network namespaces are still there.
+    pub census: Census,
+    /// Leases whose namespace was gone at the last look.
+    pub suspects: Suspects,
     /// One request at a time for each attachment.
     pub turns: Turns,
     /// Where the source takes orders, if it is not the file.
     pub orders: Option<tokio::sync::mpsc::Sender<Order>>,
+    /// Counts of the runtime's requests.
+    pub requests: Requests,
     log_level: LogLevel,
     /// Held over a whole reload, so that the file that was read last is the one in force; and while a source's news are put in force.
     reloading: Mutex<()>,
@@ -75,7 +84,7 @@ pub struct State {
     /// Attachments that have a port.
     pub attachments: BTreeMap<AttachmentKey, Attachment>,
     /// Sums of ports that are gone.
-    pub retired: Counters,
+    pub retired: PortStats,
     /// The counters of the last while.
     pub samples: Samples,
     /// Ports whose removal from the workers is under way: their numbers are not free yet.
@@ -132,6 +141,7 @@ impl Node {
     ) -> anyhow::Result<(Node, mpsc::Receiver<()>)> {
         let config = joined(&local, view.cluster.as_deref());
         let folder = config.state_dir.join(LEASES);
+        let census = Census::new(&config.leases.boot_id);
         let store = Store::open(&folder).with_context(|| format!("cannot open the leases in {}", folder.display()))?;
         if let Some(recovery) = store.recovery() {
             tracing::warn!("{recovery}; it was cut off");
@@ -158,7 +168,7 @@ impl Node {
             view,
             store,
             attachments: BTreeMap::new(),
-            retired: Counters::default(),
+            retired: PortStats::default(),
             samples: Samples::default(),
             leaving: Vec::new(),
             epoch,
@@ -168,8 +178,11 @@ impl Node {
             started: Instant::now(),
             router,
             devices,
+            census,
+            suspects: Suspects::default(),
             turns: Turns::default(),
             orders: None,
+            requests: Requests::default(),
             log_level,
             reloading: Mutex::default(),
             state: Mutex::new(state),
@@ -212,7 +225,7 @@ impl Node {
         let mut state = self.state();
         state.leaving.retain(|leaving| *leaving != port);
         match last {
-            Ok(Some(stats)) => add(&mut state.retired, &counters(&stats)),
+            Ok(Some(stats)) => state.retired += &stats,
             Ok(None) => {}
             Err(error) => tracing::error!(%port, %error, "cannot remove a port"),
         }
@@ -299,7 +312,7 @@ impl Node {
         };
         let Some((key, Attachment { veth: Some(veth), .. })) = found else { return };
         if let Ok(Some(last)) = self.router.remove_port(port) {
-            add(&mut self.state().retired, &counters(&last));
+            self.state().retired += &last;
         }
         if let Err(error) = device::open_veth(&self.router, port, &veth) {
             tracing::error!(
@@ -445,17 +458,6 @@ pub fn counters(stats: &PortStats) -> Counters {
         dropped: stats.dropped_total(),
         merged: stats.merged,
     }
-}
-
-/// Adds `more` to `sum`.
-pub fn add(sum: &mut Counters, more: &Counters) {
-    sum.received += more.received;
-    sum.received_bytes += more.received_bytes;
-    sum.created += more.created;
-    sum.sent += more.sent;
-    sum.sent_bytes += more.sent_bytes;
-    sum.dropped += more.dropped;
-    sum.merged += more.merged;
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{PortSnapshot, Snapshot};
 use crate::port::Capabilities;
-use crate::stats::{NodeStats, PortStats};
+use crate::stats::NodeStats;
 
 /// All workers' states as one; `None` if there is none.
 pub(super) fn snapshots(all: Vec<Snapshot>) -> Option<Snapshot> {
@@ -35,7 +35,7 @@ fn add_port(sum: &mut PortSnapshot, more: &PortSnapshot) {
         tcp6: a.tcp6 && b.tcp6,
         udp: a.udp && b.udp,
     };
-    add_stats(&mut sum.stats, &more.stats);
+    sum.stats += &more.stats;
 }
 
 fn add_nodes(sum: &mut Vec<NodeStats>, more: &[NodeStats]) {
@@ -47,41 +47,11 @@ fn add_nodes(sum: &mut Vec<NodeStats>, more: &[NodeStats]) {
     }
 }
 
-/// Adds one worker's counters of a port to another's.
-pub(super) fn add_stats(sum: &mut PortStats, more: &PortStats) {
-    // Taken apart, so that a counter that is added there is not forgotten here.
-    let PortStats {
-        received,
-        received_bytes,
-        copies,
-        replies,
-        splits,
-        sent,
-        sent_bytes,
-        merged,
-        dropped,
-        out,
-        out_bytes,
-        overruns,
-    } = more;
-    sum.received += received;
-    sum.received_bytes += received_bytes;
-    sum.copies += copies;
-    sum.replies += replies;
-    sum.splits += splits;
-    sum.sent += sent;
-    sum.sent_bytes += sent_bytes;
-    sum.merged += merged;
-    sum.dropped.iter_mut().zip(dropped).for_each(|(sum, more)| *sum += more);
-    sum.out += out;
-    sum.out_bytes += out_bytes;
-    sum.overruns += overruns;
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::port::PortId;
+    use crate::stats::PortStats;
     use crate::time::Instant;
 
     const ALL: Capabilities = Capabilities { partial_checksum: true, tcp4: true, tcp6: true, udp: true };

@@ -179,7 +179,7 @@ impl Workers {
         let mut sum = None;
         for Removed { stats, device } in removed.into_iter().flatten() {
             drop(device);
-            merge::add_stats(sum.get_or_insert_default(), &stats);
+            *sum.get_or_insert_default() += &stats;
         }
         Ok(sum)
     }

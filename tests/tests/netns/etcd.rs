@@ -287,7 +287,9 @@ fn what_strangers_write_denies_itself() {
     formed.join_all(1..=2);
     let own = formed.etcd.keys("/weft/slots/");
     let free = (0..8).map(|slot| format!("/weft/slots/{slot}")).find(|key| !own.contains(key)).unwrap();
-    formed.etcd.ctl(&format!("put {free} {{\"identity\":\"x\",\"name\":\"n9\",\"underlay\":\"10.200.0.1\",\"ranges\":[]}}"));
+    formed
+        .etcd
+        .ctl(&format!("put {free} {{\"identity\":\"x\",\"name\":\"n9\",\"underlay\":\"10.200.0.1\",\"ranges\":[]}}"));
     formed.etcd.ctl("put /weft/nodes/n9 {\"identity\":\"x\",\"underlay\":\"10.200.0.1\"}");
     formed.etcd.ctl("put /weft/slots/4000000000 garbage");
     formed.etcd.ctl("put /weft/nodes/ 7");

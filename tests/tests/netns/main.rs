@@ -15,6 +15,8 @@ mod hostile;
 mod interop;
 mod labs;
 mod lifecycle;
+mod order;
+mod overload;
 mod reach;
 mod scale;
 mod throughput;

@@ -172,10 +172,8 @@ fn config_text(plan: &Plan, node: u8, files: &Files) -> Result<String> {
         gateway: bridged.then_some(plan::SEGMENT_GATEWAY),
         underlay: Underlay { address: plan::underlay_address(node), port: plan::PORT, device: plan::UPLINK },
         peers: plan.node_numbers().filter(|other| is_file && *other != node).map(peer).collect(),
-        etcd: (!is_file).then(|| Etcd {
-            endpoints: [format!("http://{}:{}", plan::ETCD.0, plan::ETCD.1)],
-            network: plan::SEGMENT,
-        }),
+        etcd: (!is_file)
+            .then(|| Etcd { endpoints: [format!("http://{}:{}", plan::ETCD.0, plan::ETCD.1)], network: plan::SEGMENT }),
     };
     toml::to_string(&config).context("cannot write the configuration as TOML")
 }

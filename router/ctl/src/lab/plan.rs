@@ -113,7 +113,17 @@ impl Plan {
         if !(MIN_MTU..=MAX_MTU).contains(&mtu) {
             bail!("the underlay's MTU must be between {MIN_MTU} and {MAX_MTU}, not {mtu}");
         }
-        Ok(Plan { lab: lab.to_owned(), nodes, pods, mode, mtu, workers: None, port: None, source: Source::File, is_passing: false })
+        Ok(Plan {
+            lab: lab.to_owned(),
+            nodes,
+            pods,
+            mode,
+            mtu,
+            workers: None,
+            port: None,
+            source: Source::File,
+            is_passing: false,
+        })
     }
 
     /// Nodes count from 1.

@@ -15,7 +15,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::net::sockopt::socket_peercred;
 use serde::Serialize;
 use tokio::sync::oneshot;
 use tokio::task;
@@ -25,6 +24,7 @@ use crate::attach;
 use crate::control::source::Order;
 use crate::node::Node;
 use slots::{Slot, Slots};
+use socket::Arrived;
 
 /// Clients at once.
 pub const MAX_CONNECTIONS: usize = 128;
@@ -52,16 +52,16 @@ impl Server {
     }
 
     /// Takes a client in, or refuses it.
-    pub async fn serve(&self, stream: std::io::Result<UnixStream>) {
-        let stream = match stream {
-            Ok(stream) => stream,
+    pub async fn serve(&self, arrived: std::io::Result<Arrived>) {
+        let Arrived { stream, uid } = match arrived {
+            Ok(arrived) => arrived,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a client");
                 // Out of descriptors: the client stays in the backlog, and trying again at once would spin.
                 return tokio::time::sleep(Duration::from_millis(100)).await;
             }
         };
-        if let Err(failure) = check_peer(&stream) {
+        if let Err(failure) = check_user(uid) {
             return refuse(stream, failure);
         }
         match self.slots.take(&stream) {
@@ -87,18 +87,16 @@ fn refuse(stream: UnixStream, failure: Failure) {
     let _ = Connection::new(stream, MAX_REQUEST).answer(&Answer::<Empty>::Error(failure), Instant::now());
 }
 
-fn check_peer(stream: &UnixStream) -> Result<(), Failure> {
-    let refused = |msg: String| Failure {
-        code: code::REQUEST,
-        msg,
-        details: "run it as root, or as the user that weftd runs as".into(),
-    };
-    let peer = socket_peercred(stream).map_err(|error| refused(format!("cannot tell who asks: {error}")))?;
-    if peer.uid.is_root() || peer.uid == rustix::process::geteuid() {
+fn check_user(uid: u32) -> Result<(), Failure> {
+    if uid == 0 || uid == rustix::process::geteuid().as_raw() {
         return Ok(());
     }
-    tracing::warn!(uid = peer.uid.as_raw(), "refused a client of another user");
-    Err(refused(format!("user {} may not talk to weftd", peer.uid.as_raw())))
+    tracing::warn!(uid, "refused a client of another user");
+    Err(Failure {
+        code: code::REQUEST,
+        msg: format!("user {uid} may not talk to weftd"),
+        details: "run it as root, or as the user that weftd runs as".into(),
+    })
 }
 
 /// One client's requests, one after the other.
@@ -132,18 +130,23 @@ fn refuse_connection(connection: &mut Connection, failure: Failure) {
 
 /// Does what is asked, and answers.
 fn answer(node: &Node, connection: &mut Connection, incoming: Incoming) -> Result<(), LineError> {
-    let done = Ok(Empty {});
     match incoming.request {
-        Request::Add(request) => reply(connection, attach::add(node, &request, incoming.descriptor)),
+        Request::Add(request) => {
+            reply(connection, counted(node, "add", || attach::add(node, &request, incoming.descriptor)))
+        }
         Request::Del(key) => {
-            attach::del(node, &key);
-            reply(connection, done)
+            let deleted = counted(node, "del", || {
+                attach::del(node, &key);
+                Ok(Empty {})
+            });
+            reply(connection, deleted)
         }
         Request::Check(request) => {
-            reply(connection, attach::check(node, &request, incoming.descriptor).map(|()| Empty {}))
+            let check = || attach::check(node, &request, incoming.descriptor).map(|()| Empty {});
+            reply(connection, counted(node, "check", check))
         }
-        Request::Gc(request) => reply(connection, Ok(attach::collect(node, &request))),
-        Request::Ready => reply(connection, status::ready(node).map(|()| Empty {})),
+        Request::Gc(request) => reply(connection, counted(node, "gc", || Ok(attach::collect(node, &request)))),
+        Request::Ready => reply(connection, counted(node, "status", || status::ready(node).map(|()| Empty {}))),
         Request::Status => reply(connection, status::status(node)),
         Request::Ports => reply(connection, show::ports(node)),
         Request::Routes => reply(connection, Ok(show::routes(node))),
@@ -166,13 +169,24 @@ fn leave(node: &Node) -> Result<(), Failure> {
         return Err(Failure::new(code::NOT_AVAILABLE, msg).with_details("drain the node first"));
     }
     let Some(orders) = &node.orders else {
-        return Err(Failure::new(code::REQUEST, "this node's ranges stand in its file: there is nobody to give them back to"));
+        return Err(Failure::new(
+            code::REQUEST,
+            "this node's ranges stand in its file: there is nobody to give them back to",
+        ));
     };
     let (answer, told) = oneshot::channel();
     let sent = orders.blocking_send(Order::Leave(answer)).is_ok();
     let left = if sent { told.blocking_recv().ok() } else { None };
     let left = left.unwrap_or_else(|| Err("the source does not answer".into()));
     left.map_err(|why| Failure::new(code::TRY_AGAIN, why).with_details("the ranges stay this node's"))
+}
+
+/// Does one of CNI's operations, and notes how it ended.
+fn counted<T>(node: &Node, operation: &'static str, act: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    let started = Instant::now();
+    let result = act();
+    node.requests.count(operation, result.as_ref().err().map_or(0, |failure| failure.code), started.elapsed());
+    result
 }
 
 fn reply<T: Serialize>(connection: &mut Connection, result: Result<T, Failure>) -> Result<(), LineError> {

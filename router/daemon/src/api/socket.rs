@@ -29,6 +29,15 @@ pub struct Bound {
     file: (u64, u64),
 }
 
+/// A client that has connected.
+#[derive(Debug)]
+pub struct Arrived {
+    /// Its connection.
+    pub stream: UnixStream,
+    /// Who it is. Of its process nothing is known: it may be outside of weftd's own namespace, and has no number there.
+    pub uid: u32,
+}
+
 impl Bound {
     /// Listens at `path`. To be called inside a tokio runtime.
     ///
@@ -49,9 +58,10 @@ impl Bound {
     }
 
     /// The next client.
-    pub async fn accept(&self) -> io::Result<UnixStream> {
+    pub async fn accept(&self) -> io::Result<Arrived> {
         let (stream, _) = self.listener.accept().await?;
-        stream.into_std()
+        let uid = stream.peer_cred()?.uid();
+        Ok(Arrived { stream: stream.into_std()?, uid })
     }
 }
 

@@ -13,7 +13,7 @@ use crate::control::config::{Config, Underlay};
 use crate::control::desired::UNDERLAY;
 use crate::control::host::{Host, Interface};
 use crate::netlink::Netlink;
-use crate::node::{Node, State, add, counters};
+use crate::node::{Node, State, counters};
 
 /// Above this part of its addresses a range is nearly used up.
 const NEARLY: (u64, u64) = (9, 10);
@@ -59,7 +59,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     let device = host.as_ref().and_then(|host| underlay_device(config, host));
     let mut sum = state.retired;
     for port in &snapshot.ports {
-        add(&mut sum, &counters(&port.stats));
+        sum += &port.stats;
     }
     let kind = snapshot.ports.iter().find(|port| port.id == UNDERLAY);
     let mut problems = problems(&state, &snapshot, host.as_ref());
@@ -94,7 +94,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
             .map(|(range, usage)| RangeUse { range: range.to_string(), leased: usage.leased, size: usage.size })
             .collect(),
         epoch: snapshot.epoch,
-        counters: sum,
+        counters: counters(&sum),
         free: Some(FreeBuffers { chunks: snapshot.free.0, supers: snapshot.free.1 }),
     })
 }
@@ -202,8 +202,8 @@ fn without_device(pods: &[String]) -> Option<String> {
         count => format!("{count} leases belong to pods without a device ({first} and {} more)", count - 1),
     };
     Some(format!(
-        "{who}: weftd was restarted, which ends the devices of its pods, or a namespace is gone; recreate the pods, or \
-         let the runtime's DEL or GC free the leases"
+        "{who}: weftd was restarted, which ends the devices of its pods; recreate those that are still there, the leases of \
+         the others are freed"
     ))
 }
 

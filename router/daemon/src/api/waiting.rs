@@ -3,7 +3,6 @@
 //! Whoever asks is told why nothing can be done yet, in the terms that a runtime understands: ADD is to be tried again, STATUS says that
 //! the network is not ready. A DEL is not answered at all, so the plugin leaves a tombstone as if weftd were away, and the pod can go.
 
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,7 +11,8 @@ use tokio::task;
 use weft_api::{Answer, Connection, Empty, Failure, MAX_REQUEST, Request, code};
 
 use super::slots::Slots;
-use super::{DEADLINE, MAX_CONNECTIONS, busy, check_peer, refuse};
+use super::socket::Arrived;
+use super::{DEADLINE, MAX_CONNECTIONS, busy, check_user, refuse};
 use crate::control::source::View;
 
 /// Answers clients while there is no node.
@@ -34,8 +34,9 @@ impl Waiting {
     }
 
     /// Answers one request of a client.
-    pub fn serve(&self, stream: UnixStream) {
-        if let Err(failure) = check_peer(&stream) {
+    pub fn serve(&self, arrived: Arrived) {
+        let Arrived { stream, uid } = arrived;
+        if let Err(failure) = check_user(uid) {
             return refuse(stream, failure);
         }
         let Some(slot) = self.slots.take(&stream) else { return refuse(stream, busy()) };

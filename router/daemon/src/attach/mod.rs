@@ -12,9 +12,11 @@
 //! the namespace alive. Requests for different attachments run side by side, for the same one in turn ([`turn`]).
 
 pub mod addresses;
+pub mod census;
 pub mod device;
 pub mod namespace;
 pub mod pod;
+pub mod reconcile;
 pub mod tombstone;
 pub mod turn;
 pub mod veth;
@@ -174,6 +176,7 @@ struct Attempt<'a> {
 impl Attempt<'_> {
     /// Leases the addresses, durably.
     fn lease(&mut self, request: &Attach, mac: Option<Mac>, namespace: &Namespace) -> Result<Interface, Failure> {
+        let netns = self.node.census.describe(namespace);
         let mut state = self.node.state();
         let config = state.desired.config.clone();
         let mtu = choose_mtu(&config, request.mtu)?;
@@ -184,7 +187,8 @@ impl Attempt<'_> {
             pool: String::new(),
             time,
             mac: Some(mac.0),
-            netns: Some(namespace.identity().to_owned()),
+            boot: self.node.census.boot().to_owned(),
+            netns,
             labels: request.labels.clone(),
         };
         let record =

@@ -12,6 +12,10 @@ use rustix::fs::{fstat, fstatfs};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use weft_api::{Failure, code};
+use weft_ipam::Netns;
+use weft_router::port::sys::namespace::cookie;
+
+use super::census;
 
 /// `NSFS_MAGIC`, <https://github.com/torvalds/linux/blob/v6.12/include/uapi/linux/magic.h#L94>.
 const NSFS_MAGIC: u64 = 0x6e73_6673;
@@ -20,8 +24,8 @@ const NSFS_MAGIC: u64 = 0x6e73_6673;
 #[derive(Debug)]
 pub struct Namespace {
     fd: OwnedFd,
-    /// What tells it from others as long as it lives: device and inode of its file.
-    identity: String,
+    /// What tells it from others; `None` if this kernel does not say.
+    netns: Option<Netns>,
 }
 
 impl Namespace {
@@ -43,10 +47,12 @@ impl Namespace {
                 return Err(refuse(format!("it is {whose}; a pod needs one of its own")));
             }
         }
-        let namespace = Namespace { fd, identity };
         // Only entering tells the kinds of namespaces apart without an ioctl; the thread that does it is thrown away.
-        match namespace.enter(|| Ok(())) {
-            Ok(()) => Ok(namespace),
+        match enter(fd.as_fd(), || Ok(cookie().ok())) {
+            Ok(cookie) => {
+                let inode = census::inode(fd.as_fd()).map_err(kernel)?;
+                Ok(Namespace { fd, netns: cookie.map(|cookie| Netns { cookie, inode, number: None }) })
+            }
             Err(error) if Errno::from_io_error(&error) == Some(Errno::INVAL) => {
                 Err(refuse("it is a namespace, but not a network namespace".into()))
             }
@@ -54,9 +60,9 @@ impl Namespace {
         }
     }
 
-    /// What tells it from others as long as it lives.
-    pub fn identity(&self) -> &str {
-        &self.identity
+    /// What tells it from others, also later; `None` if this kernel does not say.
+    pub fn netns(&self) -> Option<Netns> {
+        self.netns
     }
 
     /// Runs `work` on a thread inside the namespace and waits for it.
@@ -92,7 +98,7 @@ fn failure(path: &str, what: String) -> Failure {
     }
 }
 
-/// The identity of a process's network namespace.
+/// What tells a process's network namespace from others now.
 fn of_process(process: &str) -> io::Result<String> {
     let file = std::fs::File::open(format!("/proc/{process}/ns/net"))?;
     Ok(identity(&file.into())?)

@@ -16,7 +16,8 @@ use serde::{Deserialize, Serialize};
 use weft_encap::mac::Mac;
 use weft_router::tables::Mode;
 
-use super::config::{Config, Peer, gateway_v4, gateway_v6, is_name, special};
+use super::config::check::{gateway_v4, gateway_v6, is_name, special};
+use super::config::{Config, Peer};
 use super::derive;
 
 /// Most problems that are kept word by word; the rest are counted.
@@ -126,8 +127,7 @@ struct Door<'a> {
 
 impl<'a> Door<'a> {
     fn new(local: &'a Config, own: &[IpNet]) -> Door<'a> {
-        let mut door =
-            Door { local, names: HashSet::new(), addresses: HashMap::new(), ranges: BTreeMap::new() };
+        let mut door = Door { local, names: HashSet::new(), addresses: HashMap::new(), ranges: BTreeMap::new() };
         door.names.insert(local.node.clone());
         door.addresses.insert(local.underlay.address, "this node".into());
         door.enter_ranges(own, "this node");
@@ -183,7 +183,8 @@ impl<'a> Door<'a> {
         if record.ranges.len() > MAX_RANGES {
             return Err(format!("it has more than {MAX_RANGES} ranges"));
         }
-        let ranges = record.ranges.iter().map(|text| read_range(local, text)).collect::<Result<Vec<IpNet>, String>>()?;
+        let ranges =
+            record.ranges.iter().map(|text| read_range(local, text)).collect::<Result<Vec<IpNet>, String>>()?;
         let vtep_mac = match &record.vtep_mac {
             None => derive::vtep_mac(&record.name, underlay),
             Some(text) => read_mac(local, text)?,
@@ -304,7 +305,11 @@ mod tests {
             let cluster = admit(&routed(), own(), [record(2), bad, record(4)]);
             assert_eq!(names(&cluster), ["n2", "n4"], "{why}");
             assert_eq!(cluster.problems.len(), 1, "{:?}", cluster.problems);
-            assert!(cluster.problems[0].contains(why) && !cluster.problems[0].contains('\u{1b}'), "{:?}", cluster.problems);
+            assert!(
+                cluster.problems[0].contains(why) && !cluster.problems[0].contains('\u{1b}'),
+                "{:?}",
+                cluster.problems
+            );
         }
     }
 

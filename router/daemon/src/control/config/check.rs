@@ -27,7 +27,7 @@ const MAX_NAME: usize = 253;
 const MAX_PEERS: usize = 60_000;
 
 /// Checks the draft; notes problems in `reader`. `None` if something needed is missing.
-pub fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Config>, Vec<Problem>) {
+pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Config>, Vec<Problem>) {
     let mut warnings = Vec::new();
     let node = needed(reader, draft.node.as_ref(), &root("node"), "write a name for this node");
     if let Some(node) = node {
@@ -63,6 +63,8 @@ pub fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Conf
             underlay,
             peers: draft.peers.iter().map(build_peer).collect::<Option<_>>()?,
             limits: draft.limits,
+            metrics: draft.metrics.as_ref().map(|metrics| metrics.value),
+            leases: draft.leases,
             log: draft.log,
         })
     })();
@@ -167,7 +169,10 @@ fn check_paths(reader: &mut Reader<'_>, draft: &Draft) {
 
 /// Each range for itself, then all against each other: no address may belong to two nodes.
 fn check_ranges(reader: &mut Reader<'_>, draft: &Draft, mode: Option<Mode>) {
-    if draft.etcd.is_none() && draft.ranges.is_empty() && !reader.problems.iter().any(|problem| problem.place.key == "ranges") {
+    if draft.etcd.is_none()
+        && draft.ranges.is_empty()
+        && !reader.problems.iter().any(|problem| problem.place.key == "ranges")
+    {
         reader.problem(&root("ranges"), "is missing: write the prefixes out of which this node gives addresses");
     }
     check_segment(reader, draft, mode);

@@ -20,15 +20,17 @@
 //! Optional: `workers` (by the number of CPUs, see [`default_workers`]), `port` (`"tap"`), `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
 //! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
-//! `underlay.device`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[log]`. With `[etcd]` ([`source`]) ranges and
-//! peers come from there, and `underlay.address` is the machine's main one unless given.
+//! `underlay.device`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`, `metrics.listen` (nothing is
+//! served without it), `[log]`. With `[etcd]` ([`source`]) ranges and peers come from there, and `underlay.address` is the
+//! machine's main one unless given.
 
-mod check;
+pub mod check;
+mod leases;
 pub mod reader;
 pub mod source;
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -39,10 +41,9 @@ use weft_router::RouterConfig;
 use weft_router::tables::{Gateway, Mode};
 
 use super::host::Host;
+pub use leases::Leases;
 use reader::{At, Problem, Reader, Section, TEXT};
 use source::{DraftEtcd, SourceConfig};
-
-pub use check::{gateway_v4, gateway_v6, is_name, special};
 
 /// The UDP port of VXLAN as Linux and Flannel use it.
 const DEFAULT_PORT: u16 = 8472;
@@ -128,6 +129,10 @@ pub struct Config {
     pub peers: Vec<Peer>,
     /// Sizes and limits of the data plane.
     pub limits: Limits,
+    /// Where metrics and probes are served, if they are.
+    pub metrics: Option<SocketAddr>,
+    /// What holds for the addresses that this node gives.
+    pub leases: Leases,
     /// What is logged.
     pub log: Log,
 }
@@ -240,6 +245,8 @@ impl Config {
             ("underlay.port", self.underlay.port != new.underlay.port),
             ("underlay.device", self.underlay.device != new.underlay.device),
             ("limits", self.limits != new.limits),
+            ("metrics.listen", self.metrics != new.metrics),
+            ("leases.boot_id", self.leases.boot_id != new.leases.boot_id),
             ("log.format", self.log.json != new.log.json),
         ];
         fixed.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect()
@@ -305,6 +312,8 @@ struct Draft {
     underlay: Option<DraftUnderlay>,
     peers: Vec<DraftPeer>,
     limits: Limits,
+    metrics: Option<At<SocketAddr>>,
+    leases: Leases,
     log: Log,
 }
 
@@ -343,11 +352,20 @@ impl Draft {
             underlay: DraftUnderlay::read(reader, &mut root),
             peers: DraftPeer::read_all(reader, &mut root),
             limits: Limits::read(reader, &mut root),
+            metrics: read_metrics(reader, &mut root),
+            leases: Leases::read(reader, &mut root),
             log: Log::read(reader, &mut root),
         };
         reader.finish(root);
         draft
     }
+}
+
+fn read_metrics<'t>(reader: &mut Reader<'t>, root: &mut Section<'t>) -> Option<At<SocketAddr>> {
+    let mut section = reader.table(root, "metrics")?;
+    let listen = reader.parsed(&mut section, "listen", "an address and a port, such as 127.0.0.1:9474 or [::]:9474");
+    reader.finish(section);
+    listen
 }
 
 impl DraftUnderlay {

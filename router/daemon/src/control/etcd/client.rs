@@ -133,7 +133,9 @@ impl Client {
     pub async fn revoke(&mut self, id: i64) -> Result<()> {
         let revoked: Result<Empty> = self.call("/etcdserverpb.Lease/LeaseRevoke", LeaseId { id }).await;
         match revoked {
-            Err(error) if error.downcast_ref::<Status>().is_some_and(|status| status.code() == Code::NotFound) => Ok(()),
+            Err(error) if error.downcast_ref::<Status>().is_some_and(|status| status.code() == Code::NotFound) => {
+                Ok(())
+            }
             result => result.map(drop),
         }
     }
@@ -182,10 +184,10 @@ impl Client {
             .with_context(|| format!("cannot read the password for etcd in {}", file.display()))?;
         let request = AuthenticateRequest { name: user.clone(), password: password.trim_end_matches('\n').to_owned() };
         self.token = None;
-        let answer: AuthenticateResponse =
-            self.call_once("/etcdserverpb.Auth/Authenticate", &request)
-                .await
-                .with_context(|| format!("etcd does not let the user {user:?} in"))?;
+        let answer: AuthenticateResponse = self
+            .call_once("/etcdserverpb.Auth/Authenticate", &request)
+            .await
+            .with_context(|| format!("etcd does not let the user {user:?} in"))?;
         self.token = Some(answer.token.parse().context("etcd's token cannot be sent back")?);
         Ok(())
     }

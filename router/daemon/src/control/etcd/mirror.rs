@@ -108,8 +108,7 @@ pub enum Step {
 impl Mirror {
     /// Of everything that was listed.
     pub fn of(header: &Header, prefix: &str, keys: Vec<KeyValue>) -> Mirror {
-        let mut mirror =
-            Mirror { cluster_id: header.cluster_id, revision: header.revision, ..Mirror::default() };
+        let mut mirror = Mirror { cluster_id: header.cluster_id, revision: header.revision, ..Mirror::default() };
         keys.into_iter().for_each(|key| mirror.put(prefix, &key));
         mirror
     }
@@ -154,7 +153,8 @@ impl Mirror {
         });
         heard.sort_by_key(|(_, seen, _)| seen.made);
         silent.sort_by_key(|(_, seen, _)| seen.made);
-        let record = |(slot, _, holder): (u32, _, &Holder)| Record { ranges: ranges(network, slot), ..holder.record.clone() };
+        let record =
+            |(slot, _, holder): (u32, _, &Holder)| Record { ranges: ranges(network, slot), ..holder.record.clone() };
         heard.into_iter().chain(silent).map(record).collect()
     }
 
@@ -405,8 +405,12 @@ mod tests {
         }
 
         fn names(&self, seen_by: &Me) -> Vec<String> {
-            let mut names: Vec<String> =
-                self.mirror.others(&seen_by.holder.identity, &network()).into_iter().map(|record| record.name).collect();
+            let mut names: Vec<String> = self
+                .mirror
+                .others(&seen_by.holder.identity, &network())
+                .into_iter()
+                .map(|record| record.name)
+                .collect();
             names.sort();
             names
         }

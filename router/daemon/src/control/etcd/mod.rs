@@ -187,7 +187,10 @@ impl Etcd {
             // What was missed can only be listed.
             let stale = told.compact_revision > 0;
             self.mirror = if stale { None } else { self.mirror.take() };
-            bail!("etcd ended the stream of changes: {}", if stale { "they are compacted" } else { &told.cancel_reason });
+            bail!(
+                "etcd ended the stream of changes: {}",
+                if stale { "they are compacted" } else { &told.cancel_reason }
+            );
         }
         let prefix = self.config.prefix.clone();
         let mirror = self.mirror_mut();
@@ -204,13 +207,7 @@ impl Etcd {
     }
 
     /// Brings this node's own part in order, as far as that is possible, and publishes.
-    async fn settle(
-        &mut self,
-        client: &mut Client,
-        identity: &str,
-        views: &Views,
-        timers: &mut Timers,
-    ) -> Result<()> {
+    async fn settle(&mut self, client: &mut Client, identity: &str, views: &Views, timers: &mut Timers) -> Result<()> {
         (timers.publish, timers.retry) = (None, None);
         if self.mercy_ends.is_some_and(|ends| ends <= Instant::now()) {
             self.mercy_ends = None;
@@ -305,7 +302,8 @@ impl Etcd {
         for (key, found) in looked.iter().zip(found) {
             match found.first() {
                 Some(found) => mirror.put(&prefix, found),
-                None => mirror.delete(&prefix, &KeyValue { key: key.clone(), mod_revision: revision, ..KeyValue::default() }),
+                None => mirror
+                    .delete(&prefix, &KeyValue { key: key.clone(), mod_revision: revision, ..KeyValue::default() }),
             }
         }
     }
@@ -351,7 +349,10 @@ impl Etcd {
         answer: oneshot::Sender<Result<(), String>>,
     ) -> Result<()> {
         let left = self.give_back(client, identity).await;
-        let told = left.as_ref().map(|()| ()).map_err(|error| format!("{error:#}"));
+        let told = match &left {
+            Ok(()) => Ok(()),
+            Err(error) => Err(format!("{error:#}")),
+        };
         if told.is_ok() {
             tracing::info!("this node has left the cluster");
             self.publish(identity, views);
@@ -398,9 +399,8 @@ impl Etcd {
             None => known.as_ref().map(|cluster| cluster.ranges.clone()).unwrap_or_default(),
         };
         let missed = self.missed.iter().filter(|(slot, _)| !mirror.slots.contains_key(slot));
-        let missed = missed.map(|(slot, holder)| {
-            Record { ranges: mirror::ranges(network, *slot), ..holder.record.clone() }
-        });
+        let missed =
+            missed.map(|(slot, holder)| Record { ranges: mirror::ranges(network, *slot), ..holder.record.clone() });
         let others: Vec<Record> = mirror.others(identity, network).into_iter().chain(missed).collect();
         let mut cluster: Cluster = admit(&self.local, ranges, others);
         cluster.problems.extend(mirror.strange().first().map(|slot| {

@@ -1,0 +1,278 @@
+//! What Prometheus is told, in the OpenMetrics text format.
+//!
+//! Everything is read when it is asked for; nothing is kept for it but the counts of requests ([`Requests`]). Labels come from small
+//! fixed sets (a port's role, a drop's reason, this node's ranges): there is no series for a pod, a peer or a flow, of which a
+//! cluster has too many. `weft ports`, `weft nodes` and `weft flows` show those.
+
+pub mod http;
+mod process;
+mod requests;
+
+use std::fmt;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Registry;
+use weft_api::{Failure, Status, code};
+use weft_router::DropReason;
+use weft_router::stats::PortStats;
+
+use crate::api::{show, status};
+use crate::control::desired::UNDERLAY;
+use crate::node::Node;
+pub use requests::Requests;
+
+/// The content type of [`exposition`].
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// All metrics of this moment.
+///
+/// # Errors
+/// The data plane does not answer.
+pub fn exposition(node: &Node) -> Result<String, Failure> {
+    write(Reading::take(node)?, &node.requests)
+}
+
+fn write(reading: Reading, requests: &Requests) -> Result<String, Failure> {
+    let mut registry = Registry::default();
+    requests.register(&mut registry);
+    registry.register_collector(Box::new(reading));
+    let mut out = String::new();
+    let written = text::encode(&mut out, &registry);
+    written.map_err(|error| Failure::new(code::INTERNAL, format!("the metrics cannot be written: {error}")))?;
+    Ok(out)
+}
+
+/// The node at one moment.
+#[derive(Debug)]
+struct Reading {
+    status: Status,
+    ready: bool,
+    ports: [Ports; 2],
+    process: process::Usage,
+}
+
+/// All ports of one role.
+#[derive(Debug, Default)]
+struct Ports {
+    role: &'static str,
+    up: u64,
+    stats: PortStats,
+}
+
+impl Reading {
+    fn take(node: &Node) -> Result<Reading, Failure> {
+        let ready = status::ready(node).is_ok();
+        let status = status::status(node)?;
+        let snapshot = show::snapshot(node, false)?;
+        let mut ports = ["pod", "underlay"].map(|role| Ports { role, ..Ports::default() });
+        for port in &snapshot.ports {
+            let of = &mut ports[usize::from(port.id == UNDERLAY)];
+            of.up += u64::from(port.up);
+            of.stats += &port.stats;
+        }
+        // A counter never falls: what pods that left have sent stays in it.
+        ports[0].stats += &node.state().retired;
+        Ok(Reading { status, ready, ports, process: process::Usage::take() })
+    }
+
+    fn write_node(&self, out: &mut Writer<'_>) -> fmt::Result {
+        let Status { node, version, mode, problems, uptime, epoch, pods, peers, workers, .. } = &self.status;
+        let labels = [("node", node.as_str()), ("version", version), ("mode", mode)];
+        out.gauge("weft_info", "Always 1; its labels say what runs here", [(&labels[..], 1.0)])?;
+        let ready = f64::from(u8::from(self.ready));
+        out.plain("weft_ready", "Whether pods can be attached (1), as CNI's STATUS says", ready)?;
+        let problems = problems.len() as f64;
+        out.plain("weft_problems", "Problems that `weft status` shows", problems)?;
+        out.plain("weft_uptime_seconds", "Seconds since weftd started", *uptime)?;
+        out.plain("weft_tables_epoch", "Changes of the tables since weftd started", *epoch as f64)?;
+        out.plain("weft_pods", "Attachments that have a port", *pods as f64)?;
+        out.plain("weft_peers", "Other nodes that are known", *peers as f64)?;
+        out.plain("weft_workers", "Threads of the data plane that were started", *workers as f64)
+    }
+
+    fn write_ports(&self, out: &mut Writer<'_>) -> fmt::Result {
+        let labels = self.ports.each_ref().map(|ports| [("role", ports.role)]);
+        let by_role = |value: fn(&PortStats) -> u64| {
+            self.ports.iter().zip(&labels).map(move |(ports, labels)| (&labels[..], value(&ports.stats)))
+        };
+        let up = self.ports.iter().zip(&labels).map(|(ports, labels)| (&labels[..], ports.up as f64));
+        out.gauge("weft_ports", "Ports that are up", up)?;
+        out.counter(
+            "weft_received_frames",
+            "Frames that came in by ports of this role",
+            by_role(|stats| stats.received),
+        )?;
+        out.counter("weft_received_bytes", "Their bytes", by_role(|stats| stats.received_bytes))?;
+        out.counter("weft_sent_frames", "Frames of these that left, by any port", by_role(|stats| stats.sent))?;
+        out.counter("weft_sent_bytes", "Their bytes", by_role(|stats| stats.sent_bytes))?;
+        let created = by_role(PortStats::created);
+        out.counter("weft_created_frames", "Copies, replies and segments made because of these", created)?;
+        out.counter(
+            "weft_merged_frames",
+            "Frames of these that became part of another",
+            by_role(|stats| stats.merged),
+        )?;
+        let help = "Frames that the kernel dropped before they could be received, because its buffer was full";
+        out.counter("weft_overrun_frames", help, by_role(|stats| stats.overruns))
+    }
+
+    fn write_drops(&self, out: &mut Writer<'_>) -> fmt::Result {
+        let count =
+            |reason: &DropReason| -> u64 { self.ports.iter().map(|ports| ports.stats.dropped[*reason as usize]).sum() };
+        // All of them, also those that never happened: a rate needs a beginning.
+        let all = DropReason::ALL.iter();
+        let labelled: Vec<_> = all
+            .map(|reason| {
+                let loss = if reason.is_loss() { "true" } else { "false" };
+                ([("reason", reason.name()), ("loss", loss)], count(reason))
+            })
+            .collect();
+        let samples = labelled.iter().map(|(labels, count)| (&labels[..], *count));
+        out.counter(
+            "weft_dropped_frames",
+            "Frames that ended here, by reason; `weft drops` says what each means",
+            samples,
+        )
+    }
+
+    fn write_memory(&self, out: &mut Writer<'_>) -> fmt::Result {
+        let by_range = |value: fn(&weft_api::RangeUse) -> u64| -> Vec<_> {
+            let ranges = self.status.leases.iter();
+            ranges.map(|range| ([("range", range.range.as_str())], value(range) as f64)).collect()
+        };
+        let (leased, size) = (by_range(|range| range.leased), by_range(|range| range.size));
+        let samples = leased.iter().map(|(labels, value)| (&labels[..], *value));
+        out.gauge("weft_addresses_leased", "Addresses that are leased, by range", samples)?;
+        let samples = size.iter().map(|(labels, value)| (&labels[..], *value));
+        out.gauge("weft_addresses", "Addresses that can be leased in all, by range", samples)?;
+        let free = self.status.free.map_or((0, 0), |free| (free.chunks, free.supers));
+        let labels = [[("kind", "chunk")], [("kind", "super")]];
+        let samples = labels.iter().map(|labels| &labels[..]).zip([free.0 as f64, free.1 as f64]);
+        out.gauge("weft_buffers_free", "Buffers of the data plane that hold no frame", samples)
+    }
+
+    fn write_process(&self, out: &mut Writer<'_>) -> fmt::Result {
+        let process::Usage { cpu, resident, descriptors, descriptor_limit } = self.process;
+        out.seconds("process_cpu_seconds", "CPU time of weftd, user and system", cpu)?;
+        out.plain("process_resident_memory_bytes", "Memory of weftd that is resident", resident as f64)?;
+        out.plain("process_open_fds", "Open descriptors of weftd", descriptors as f64)?;
+        out.plain("process_max_fds", "Most descriptors that weftd may have open", descriptor_limit as f64)
+    }
+}
+
+impl Collector for Reading {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut out = Writer(encoder);
+        self.write_node(&mut out)?;
+        self.write_ports(&mut out)?;
+        self.write_drops(&mut out)?;
+        self.write_memory(&mut out)?;
+        self.write_process(&mut out)
+    }
+}
+
+type Labels<'l> = &'l [(&'l str, &'l str)];
+
+/// Writes a metric at a time: a sample for each set of labels. `_total` comes behind a counter's name by itself.
+struct Writer<'e>(DescriptorEncoder<'e>);
+
+impl Writer<'_> {
+    fn plain(&mut self, name: &str, help: &str, value: f64) -> fmt::Result {
+        let gauge = ConstGauge::new(value);
+        gauge.encode(self.0.encode_descriptor(name, help, None, MetricType::Gauge)?)
+    }
+
+    fn gauge<'l>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = (Labels<'l>, f64)>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        samples
+            .into_iter()
+            .try_for_each(|(labels, value)| ConstGauge::new(value).encode(family.encode_family(&labels)?))
+    }
+
+    fn counter<'l>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = (Labels<'l>, u64)>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        samples
+            .into_iter()
+            .try_for_each(|(labels, value)| ConstCounter::new(value).encode(family.encode_family(&labels)?))
+    }
+
+    fn seconds(&mut self, name: &str, help: &str, value: f64) -> fmt::Result {
+        let family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        ConstCounter::new(value).encode(family)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status() -> Status {
+        Status {
+            problems: vec!["one".into()],
+            node: "n\"1".into(),
+            version: "0.1.0".into(),
+            mode: "routed".into(),
+            uptime: 1.5,
+            pods: 3,
+            leases: vec![weft_api::RangeUse { range: "10.244.1.0/24".into(), leased: 3, size: 254 }],
+            free: Some(weft_api::FreeBuffers { chunks: 7, supers: 2 }),
+            ..serde_json::from_value(serde_json::json!({
+                "problems": [], "node": "", "version": "", "pid": 1, "uptime": 0.0, "mode": "", "ranges": [],
+                "gateways": [], "gateway_mac": "", "vtep_mac": "", "underlay": "", "underlay_kind": "", "vni": 1,
+                "mtu": 1450, "underlay_mtu": 1500, "pods": 0, "peers": 0, "leases": [], "epoch": 4,
+                "counters": weft_api::Counters::default(),
+            }))
+            .unwrap()
+        }
+    }
+
+    fn text() -> String {
+        let mut ports = ["pod", "underlay"].map(|role| Ports { role, ..Ports::default() });
+        (ports[0].up, ports[0].stats.received, ports[0].stats.dropped[3]) = (3, 17, 2);
+        let requests = Requests::default();
+        requests.count("add", 11, std::time::Duration::from_millis(30));
+        let process = process::Usage { cpu: 0.25, resident: 4096, descriptors: 9, descriptor_limit: 1024 };
+        write(Reading { status: status(), ready: true, ports, process }, &requests).unwrap()
+    }
+
+    #[test]
+    fn every_family_has_a_type_a_help_and_a_sample() {
+        let text = text();
+        for line in [
+            "weft_ready 1.0",
+            "weft_pods 3.0",
+            "weft_received_frames_total{role=\"pod\"} 17",
+            "weft_addresses_leased{range=\"10.244.1.0/24\"} 3.0",
+            "weft_buffers_free{kind=\"super\"} 2.0",
+            "process_cpu_seconds_total 0.25",
+            "weft_cni_requests_total{operation=\"add\",code=\"11\"} 1",
+            "# EOF",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        assert!(text.contains("node=\"n\\\"1\""), "a quote in a label is escaped: {text}");
+        let third = DropReason::ALL[3];
+        assert!(text.contains(&format!("reason=\"{}\",loss=\"{}\"}} 2", third.name(), third.is_loss())), "{text}");
+        let families = text.lines().filter(|line| line.starts_with("# TYPE")).count();
+        assert!(families >= 20 && families == text.lines().filter(|line| line.starts_with("# HELP")).count(), "{text}");
+    }
+
+    #[test]
+    fn the_number_of_series_does_not_depend_on_pods_and_peers() {
+        assert!(text().lines().filter(|line| !line.starts_with('#')).count() < 120 + DropReason::COUNT);
+    }
+}
