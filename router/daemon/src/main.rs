@@ -25,7 +25,7 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior, sleep_until};
 use weft_router::Event;
 
 use control::cluster::Cluster;
@@ -38,6 +38,9 @@ use node::Node;
 
 /// How often [`keep_house`] is due.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
+
+/// How long after a change of the cluster it is kept on disk.
+const KEEP_AFTER: Duration = Duration::from_secs(1);
 
 const FAILED: u8 = 1;
 const MISCONFIGURED: u8 = 2;
@@ -175,8 +178,8 @@ async fn begin(mut signals: Signals, config: Config, path: PathBuf, level: LogLe
     node.orders = following.as_ref().map(|following| following.orders.clone());
     let node = Arc::new(node);
     watch_veths(&node, removals)?;
-    if let Some(first) = first.filter(|first| known.as_ref() != Some(first)) {
-        node.keep(&first);
+    if first.is_some_and(|first| known.as_ref() != Some(&*first)) {
+        node.keep_cluster();
     }
     let socket = early.map_or_else(|| api::socket::Bound::new(&socket_path), Ok)?;
     if let Some(Following { views, .. }) = following {
@@ -267,13 +270,33 @@ async fn serve(node: &Arc<Node>, mut signals: Signals, socket: api::socket::Boun
     Ok(())
 }
 
-/// Puts what a source says in force, one view after the other.
+/// Puts what a source says in force, one view after the other. What is kept on disk follows after a while, for in a cluster that forms
+/// one change comes after the other.
 async fn put_in_force(node: Arc<Node>, mut views: watch::Receiver<View>) {
-    while views.changed().await.is_ok() {
-        let view = views.borrow_and_update().clone();
-        let node = Arc::clone(&node);
-        if tokio::task::spawn_blocking(move || node.follow(view)).await.is_err() {
-            tracing::error!("news of the cluster could not be put in force, see above: report this as a bug");
+    let mut keep_at: Option<Instant> = None;
+    loop {
+        let keeping = sleep_until(keep_at.unwrap_or_else(Instant::now));
+        let view = tokio::select! {
+            changed = views.changed() => match changed {
+                Ok(()) => Some(views.borrow_and_update().clone()),
+                Err(_) => return,
+            },
+            () = keeping, if keep_at.is_some() => None,
+        };
+        let is_keeping = view.is_none();
+        let acting = Arc::clone(&node);
+        let done = tokio::task::spawn_blocking(move || match view {
+            Some(view) => acting.follow(view),
+            None => {
+                acting.keep_cluster();
+                false
+            }
+        });
+        match done.await {
+            Ok(_) if is_keeping => keep_at = None,
+            Ok(true) => drop(keep_at.get_or_insert_with(|| Instant::now() + KEEP_AFTER)),
+            Ok(false) => {}
+            Err(_) => tracing::error!("news of the cluster could not be put in force, see above: report this as a bug"),
         }
     }
 }

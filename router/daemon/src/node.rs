@@ -354,8 +354,8 @@ impl Node {
         Ok(())
     }
 
-    /// Puts what a source says in force, and keeps it on disk.
-    pub fn follow(&self, view: View) {
+    /// Puts what a source says in force; whether that is another cluster than before, which is to be kept.
+    pub fn follow(&self, view: View) -> bool {
         let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
         let (local, known) = {
             let state = self.state();
@@ -366,20 +366,24 @@ impl Node {
         let config = new.as_deref().map(|cluster| Arc::new(cluster.join(&local)));
         let mut state = self.state();
         state.view = view;
-        let Some((cluster, config)) = new.zip(config) else { return };
+        let Some((cluster, config)) = new.zip(config) else { return false };
         let desired = state.desired.reconfigured(config);
         self.put_in_force(&mut state, desired);
         let (peers, epoch) = (cluster.peers.len(), state.epoch);
         drop(state);
         tracing::debug!(peers, epoch, "news of the cluster in force");
         log_denied(&cluster, known.as_deref());
-        self.keep(&cluster);
+        true
     }
 
     /// Keeps what is known of the cluster for the next start.
-    pub fn keep(&self, cluster: &Cluster) {
-        let local = Arc::clone(&self.state().local);
-        if let Err(error) = saved::save(&local.state_dir, &local.node, cluster) {
+    pub fn keep_cluster(&self) {
+        let (local, cluster) = {
+            let state = self.state();
+            (Arc::clone(&state.local), state.view.cluster.clone())
+        };
+        let Some(cluster) = cluster else { return };
+        if let Err(error) = saved::save(&local.state_dir, &local.node, &cluster) {
             tracing::warn!(%error, "the state of the cluster cannot be kept in {}", local.state_dir.display());
         }
     }

@@ -20,6 +20,8 @@ use weft_tests::netns::OwnNetns;
 const MANY: u32 = 5000;
 /// Nodes that are really there.
 const REAL: u32 = 200;
+/// Seconds of the short lease of each of those.
+const LEASE: u32 = 30;
 /// How soon a change has to be in force.
 const IN_FORCE: Duration = Duration::from_millis(50);
 const NETWORK: &str = "network = [\"10.128.0.0/11\", \"fd00:10::/48\"]";
@@ -102,7 +104,7 @@ fn change(etcd: &Etcd, daemon: &Daemon, number: u32, network: u32) -> Duration {
 /// A weftd of 200 in one namespace, each with an address of its own.
 struct Small {
     socket: PathBuf,
-    _process: Background,
+    process: Background,
 }
 
 impl Small {
@@ -111,7 +113,7 @@ impl Small {
         let (config, socket, log) = (file("toml"), file("sock"), file("log"));
         let text = format!(
             "node = \"s{number}\"\nmode = \"routed\"\nworkers = 1\nmtu = 1400\nsocket = \"{}\"\nstate_dir = \"{}\"\n\
-             [underlay]\naddress = \"10.203.0.{}\"\n[limits]\nflows = 64\nfdb_limit = 16\nchunks = 1024\n[etcd]\nendpoints = [\"{}\"]\n{NETWORK}\nlease = 10\n",
+             [underlay]\naddress = \"10.203.0.{}\"\n[limits]\nflows = 64\nfdb_limit = 16\nchunks = 1024\n[etcd]\nendpoints = [\"{}\"]\n{NETWORK}\nlease = {LEASE}\n",
             socket.display(),
             file("state").display(),
             number + 1,
@@ -127,7 +129,7 @@ impl Small {
         );
         let mut command = Command::new("sh");
         command.args(["-c", &script]);
-        Small { socket, _process: Background::start(command) }
+        Small { socket, process: Background::start(command) }
     }
 
     fn status(&self) -> Option<Status> {
@@ -135,8 +137,21 @@ impl Small {
     }
 }
 
-/// How many calls etcd has been sent so far, by its own count.
-fn calls(netns: &OwnNetns) -> u64 {
+/// Ends them all before it waits for any: the kernel takes its time for each.
+struct Herd(Vec<Small>);
+
+impl Drop for Herd {
+    fn drop(&mut self) {
+        for small in &self.0 {
+            let pid = rustix::process::Pid::from_raw(small.process.pid() as i32).expect("a process id is not zero");
+            // One that has ended already is as good.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// How many messages etcd has been sent so far, by its own count: to keep leases, and others.
+fn calls(netns: &OwnNetns) -> [u64; 2] {
     let text = netns.inside(|| {
         let mut stream = TcpStream::connect((ADDRESS, 2379)).unwrap();
         write!(stream, "GET /metrics HTTP/1.0\r\nHost: etcd\r\n\r\n").unwrap();
@@ -144,8 +159,12 @@ fn calls(netns: &OwnNetns) -> u64 {
         stream.read_to_string(&mut text).unwrap();
         text
     });
-    let counted = text.lines().filter(|line| line.starts_with("grpc_server_msg_received_total{"));
-    counted.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64).sum()
+    let count = |keeping: bool| {
+        let counted = text.lines().filter(|line| line.starts_with("grpc_server_msg_received_total{"));
+        let counted = counted.filter(|line| line.contains("LeaseKeepAlive") == keeping);
+        counted.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64).sum()
+    };
+    [count(true), count(false)]
 }
 
 #[test]
@@ -161,23 +180,30 @@ fn two_hundred_nodes_join_at_once() {
     run_with(command, addresses.as_bytes(), Duration::from_secs(20)).must();
     let before = calls(&netns);
     let started = Instant::now();
-    let nodes: Vec<Small> = (0..REAL).map(|number| Small::start(&cluster, &netns, &etcd, number)).collect();
+    let nodes = Herd((0..REAL).map(|number| Small::start(&cluster, &netns, &etcd, number)).collect());
     let mut all: Vec<Status> = Vec::new();
     eventually("all know all", Duration::from_secs(300), || {
         std::thread::sleep(Duration::from_millis(200));
-        all = nodes.iter().map_while(|node| node.status().filter(|status| status.peers == REAL as usize - 1)).collect();
+        all =
+            nodes.0.iter().map_while(|node| node.status().filter(|status| status.peers == REAL as usize - 1)).collect();
         all.len() == REAL as usize
     });
     let joining = started.elapsed();
-    let joined = calls(&netns) - before;
+    let joined = calls(&netns)[1] - before[1];
     let ranges: BTreeSet<&String> = all.iter().flat_map(|status| &status.ranges).collect();
     assert_eq!(ranges.len(), 2 * REAL as usize, "each has ranges of its own");
 
     let (idle, watched) = (calls(&netns), Instant::now());
     std::thread::sleep(Duration::from_secs(10));
-    let steady = (calls(&netns) - idle) as f64 / watched.elapsed().as_secs_f64();
-    println!("{REAL} nodes joined in {joining:.1?} with {joined} calls to etcd, and send {steady:.1} a second then");
-    assert!(joined <= u64::from(REAL) * 20, "{joined} calls");
-    // Two leases, each kept after a third of ten seconds, give or take.
-    assert!(steady <= f64::from(REAL) * 2.0 / 10.0 * 6.0, "{steady} calls a second");
+    let (now, seconds) = (calls(&netns), watched.elapsed().as_secs_f64());
+    let [keeping, other] = [0, 1].map(|kind| (now[kind] - idle[kind]) as f64 / seconds);
+    println!(
+        "{REAL} nodes joined in {joining:.1?} with {joined} calls to etcd ({:.0} a second), and send {keeping:.1} to keep leases and \
+         {other:.1} others a second then",
+        joined as f64 / joining.as_secs_f64()
+    );
+    // Seven are needed: to list, to follow, to be the first, for two leases, to claim. A machine that is too slow makes them try again.
+    assert!(joined <= u64::from(REAL) * 40, "{joined} calls");
+    // Two leases, each kept in the last half of a third of their time.
+    assert!(keeping <= f64::from(REAL) * 2.0 / (f64::from(LEASE) / 6.0), "{keeping} a second");
 }

@@ -38,8 +38,8 @@ use own::Held;
 
 /// For how long nodes stay that are in the keys no more after etcd was set back.
 const MERCY: Duration = Duration::from_secs(30);
-/// Changes that come within this time are put in force together.
-const GATHERING: Duration = Duration::from_millis(10);
+/// The first change is put in force at once; those that come within this time after that, together.
+const GATHERING: Duration = Duration::from_millis(50);
 /// How long to wait before trying again to get a slot that somebody else was faster to claim, at most.
 const CONTENDED: Duration = Duration::from_millis(100);
 /// Claims in a row.
@@ -65,6 +65,7 @@ pub struct Etcd {
 struct Timers {
     keep: Instant,
     publish: Option<Instant>,
+    published: Instant,
     retry: Option<Instant>,
 }
 
@@ -126,7 +127,8 @@ impl Etcd {
         let from = self.mirror().revision + 1;
         let mut watch = client.watch(self.keys("").as_bytes(), from).await.context("cannot follow the keys")?;
         self.keep_leases(&mut client).await?;
-        let mut timers = Timers { keep: Instant::now() + self.keeping(), publish: None, retry: None };
+        let now = Instant::now();
+        let mut timers = Timers { keep: now + self.keeping(), publish: None, published: now, retry: None };
         self.settle(&mut client, &identity, views, &mut timers).await?;
         tracing::info!(revision = self.mirror().revision, "in step with etcd");
         self.backoff.reset();
@@ -135,7 +137,7 @@ impl Etcd {
             tokio::select! {
                 told = watch.message() => {
                     if self.take_in(told.context("the stream of changes ended")?)? {
-                        timers.publish.get_or_insert_with(|| Instant::now() + GATHERING);
+                        timers.publish.get_or_insert_with(|| Instant::now().max(timers.published + GATHERING));
                     }
                 }
                 () = sleep_until(timers.keep) => {
@@ -208,7 +210,7 @@ impl Etcd {
 
     /// Brings this node's own part in order, as far as that is possible, and publishes.
     async fn settle(&mut self, client: &mut Client, identity: &str, views: &Views, timers: &mut Timers) -> Result<()> {
-        (timers.publish, timers.retry) = (None, None);
+        (timers.publish, timers.published, timers.retry) = (None, Instant::now(), None);
         if self.mercy_ends.is_some_and(|ends| ends <= Instant::now()) {
             self.mercy_ends = None;
             self.missed.clear();
