@@ -40,6 +40,10 @@ use own::Held;
 const MERCY: Duration = Duration::from_secs(30);
 /// The first change is put in force at once; those that come within this time after that, together.
 const GATHERING: Duration = Duration::from_millis(50);
+/// That time is so many times as long as the last took to be put in force, up to a limit: a node spends no more than a small part of its
+/// time on others that come and go.
+const SPARING: u32 = 20;
+const MAX_GATHERING: Duration = Duration::from_secs(1);
 /// How long to wait before trying again to get a slot that somebody else was faster to claim, at most.
 const CONTENDED: Duration = Duration::from_millis(100);
 /// Claims in a row.
@@ -66,6 +70,7 @@ struct Timers {
     keep: Instant,
     publish: Option<Instant>,
     published: Instant,
+    gathering: Duration,
     retry: Option<Instant>,
 }
 
@@ -128,7 +133,8 @@ impl Etcd {
         let mut watch = client.watch(self.keys("").as_bytes(), from).await.context("cannot follow the keys")?;
         self.keep_leases(&mut client).await?;
         let now = Instant::now();
-        let mut timers = Timers { keep: now + self.keeping(), publish: None, published: now, retry: None };
+        let mut timers =
+            Timers { keep: now + self.keeping(), publish: None, published: now, gathering: GATHERING, retry: None };
         self.settle(&mut client, &identity, views, &mut timers).await?;
         tracing::info!(revision = self.mirror().revision, "in step with etcd");
         self.backoff.reset();
@@ -137,7 +143,7 @@ impl Etcd {
             tokio::select! {
                 told = watch.message() => {
                     if self.take_in(told.context("the stream of changes ended")?)? {
-                        timers.publish.get_or_insert_with(|| Instant::now().max(timers.published + GATHERING));
+                        timers.publish.get_or_insert_with(|| Instant::now().max(timers.published + timers.gathering));
                     }
                 }
                 () = sleep_until(timers.keep) => {
@@ -210,7 +216,8 @@ impl Etcd {
 
     /// Brings this node's own part in order, as far as that is possible, and publishes.
     async fn settle(&mut self, client: &mut Client, identity: &str, views: &Views, timers: &mut Timers) -> Result<()> {
-        (timers.publish, timers.published, timers.retry) = (None, Instant::now(), None);
+        let started = Instant::now();
+        (timers.publish, timers.retry) = (None, None);
         if self.mercy_ends.is_some_and(|ends| ends <= Instant::now()) {
             self.mercy_ends = None;
             self.missed.clear();
@@ -222,6 +229,8 @@ impl Etcd {
             }
         }
         self.publish(identity, views);
+        timers.published = Instant::now();
+        timers.gathering = (started.elapsed() * SPARING).clamp(GATHERING, MAX_GATHERING);
         Ok(())
     }
 
