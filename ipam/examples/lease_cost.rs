@@ -10,8 +10,8 @@ use weft_ipam::{Facts, LeaseError, Owner, Range, RangeSet, Store};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let folder = std::env::args().nth(1).ok_or("name a folder on the disk to measure")?;
-    let mut store = Store::open(&folder)?;
-    if !store.leases().is_empty() {
+    let store = Store::open(&folder)?;
+    if !store.is_empty() {
         return Err(format!("{folder} holds leases; name an empty folder").into());
     }
     let set: RangeSet = Range::whole("10.1.0.0/16".parse()?)?.into();
@@ -21,10 +21,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (mut leased, mut released) = (Vec::new(), Vec::new());
     for n in 0..2000 {
         let begun = Instant::now();
-        store.lease(&owner(n), sets, &[], Facts::default())?;
+        store.lease(&owner(n), sets, &[], Facts::default(), 0)?;
         leased.push(begun.elapsed());
         let begun = Instant::now();
-        store.release(&owner(n));
+        store.release(&owner(n), 0);
         released.push(begun.elapsed());
     }
     for (name, times) in [("lease", &mut leased), ("release", &mut released)] {
@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let begun = Instant::now();
     let mut count = 0;
     let full = loop {
-        match store.lease(&owner(count), sets, &[], Facts::default()) {
+        match store.lease(&owner(count), sets, &[], Facts::default(), 0) {
             Ok(_) => count += 1,
             Err(e @ LeaseError::Exhausted { .. }) => break e,
             Err(e) => return Err(e.into()),
@@ -48,6 +48,6 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let begun = Instant::now();
     let store = Store::open(&folder)?;
-    println!("opened: {} leases in {:?}", store.leases().len(), begun.elapsed());
+    println!("opened: {} leases in {:?}", store.len(), begun.elapsed());
     Ok(())
 }

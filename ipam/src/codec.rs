@@ -7,8 +7,10 @@
 //! | operation | kind | fields |
 //! |---|---|---|
 //! | lease | 1 | owner (1, 2, 3), pool 4, time 5, then MAC 6, boot 12, netns 13, label 8 (repeated), address 9 (repeated) |
-//! | release | 2 | owner (1, 2, 3) |
+//! | release | 2 | owner (1, 2, 3), since 14 |
 //! | round | 3 | pool 4, set 10, last 11 |
+//! | boot | 4 | boot 12, since 14 |
+//! | rest | 5 | pool 4, last 11, since 14 |
 //!
 //! | tag | field | value |
 //! |---|---|---|
@@ -21,6 +23,7 @@
 //! | 10, 11 | set, last | IP address |
 //! | 12 | boot | string |
 //! | 13 | netns | `cookie: u64, inode: u64`, and if it has a number `home: u64, id: i32` |
+//! | 14 | since | u64, milliseconds since the boot; absent in a release of version 1 |
 //!
 //! This is written by hand, and not JSON, because a reader has to refuse whatever it does not fully understand: an
 //! unknown tag, a field twice, a byte too many. One field more costs one line on each side, and a lease is a fifth
@@ -29,23 +32,29 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::leases::{Facts, Lease, Netns, NetnsNumber, Owner, Record};
 use crate::range::is_v4;
+use crate::record::{Facts, Lease, Netns, NetnsNumber, Owner, Record};
 
 /// A change of the leases.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Op {
     /// The attachment has these addresses from here on.
     Lease(Box<Record>),
-    /// The attachment has none any more.
-    Release(Owner),
+    /// The attachment has none any more, and they rest since then.
+    Release { owner: Owner, since: u64 },
     /// The address last given from a set of a pool.
     Round { pool: String, set: IpAddr, last: IpAddr },
+    /// It is another boot, and its clock says so much.
+    Boot { id: String, now: u64 },
+    /// An address rests since then.
+    Rest { pool: String, address: IpAddr, since: u64 },
 }
 
 const LEASE: u8 = 1;
 const RELEASE: u8 = 2;
 const ROUND: u8 = 3;
+const BEGIN_BOOT: u8 = 4;
+const REST: u8 = 5;
 
 const NETWORK: u8 = 1;
 const CONTAINER: u8 = 2;
@@ -60,6 +69,7 @@ const SET: u8 = 10;
 const LAST: u8 = 11;
 const BOOT: u8 = 12;
 const NETNS: u8 = 13;
+const SINCE: u8 = 14;
 
 /// Appends a lease.
 pub(crate) fn put_lease(out: &mut Vec<u8>, record: &Record) {
@@ -96,8 +106,28 @@ pub(crate) fn put_lease(out: &mut Vec<u8>, record: &Record) {
 }
 
 /// Appends a release.
-pub(crate) fn put_release(out: &mut Vec<u8>, owner: &Owner) {
-    put(out, RELEASE, |out| put_owner(out, owner));
+pub(crate) fn put_release(out: &mut Vec<u8>, owner: &Owner, since: u64) {
+    put(out, RELEASE, |out| {
+        put_owner(out, owner);
+        put(out, SINCE, |out| out.extend(since.to_le_bytes()));
+    });
+}
+
+/// Appends another boot.
+pub(crate) fn put_boot(out: &mut Vec<u8>, id: &str, now: u64) {
+    put(out, BEGIN_BOOT, |out| {
+        put(out, BOOT, |out| out.extend(id.as_bytes()));
+        put(out, SINCE, |out| out.extend(now.to_le_bytes()));
+    });
+}
+
+/// Appends the rest of an address.
+pub(crate) fn put_rest(out: &mut Vec<u8>, pool: &str, address: IpAddr, since: u64) {
+    put(out, REST, |out| {
+        put(out, POOL, |out| out.extend(pool.as_bytes()));
+        put(out, LAST, |out| put_ip(out, address));
+        put(out, SINCE, |out| out.extend(since.to_le_bytes()));
+    });
 }
 
 /// Appends the place of a round.
@@ -148,8 +178,8 @@ pub(crate) fn parse(payload: &[u8]) -> Result<Vec<Op>, &'static str> {
         let (kind, body) = field?;
         ops.push(match kind {
             LEASE => Op::Lease(Box::new(parse_lease(body)?)),
-            RELEASE => Op::Release(parse_release(body)?),
-            ROUND => parse_round(body)?,
+            RELEASE => parse_release(body)?,
+            ROUND | BEGIN_BOOT | REST => parse_other(kind, body)?,
             _ => return Err("an operation is of a kind that this version does not know"),
         });
     }
@@ -164,7 +194,7 @@ fn parse_lease(body: &[u8]) -> Result<Record, &'static str> {
         let (tag, value) = field?;
         match tag {
             POOL => once(&mut pool, string(value)?)?,
-            TIME => once(&mut time, u64::from_le_bytes(value.try_into().map_err(|_| "a time is not 8 bytes")?))?,
+            TIME => once(&mut time, moment(value)?)?,
             MAC => once(&mut mac, value.try_into().map_err(|_| "a MAC is not 6 bytes")?)?,
             OLD_NETNS => once(&mut old_netns, string(value)?)?,
             BOOT => once(&mut boot, string(value)?)?,
@@ -187,27 +217,37 @@ fn parse_lease(body: &[u8]) -> Result<Record, &'static str> {
     Ok(Record { owner: owner.whole()?, leases, facts })
 }
 
-fn parse_release(body: &[u8]) -> Result<Owner, &'static str> {
-    let mut owner = OwnerFields::default();
-    for field in Fields(body) {
-        let (tag, value) = field?;
-        owner.take(tag, value)?;
-    }
-    owner.whole()
-}
-
-fn parse_round(body: &[u8]) -> Result<Op, &'static str> {
-    let (mut pool, mut set, mut last) = (None, None, None);
+fn parse_release(body: &[u8]) -> Result<Op, &'static str> {
+    let (mut owner, mut since) = (OwnerFields::default(), None);
     for field in Fields(body) {
         let (tag, value) = field?;
         match tag {
-            POOL => once(&mut pool, string(value)?)?,
-            SET => once(&mut set, ip(value)?)?,
-            LAST => once(&mut last, ip(value)?)?,
+            SINCE => once(&mut since, moment(value)?)?,
+            _ => owner.take(tag, value)?,
+        }
+    }
+    Ok(Op::Release { owner: owner.whole()?, since: since.unwrap_or(0) })
+}
+
+/// What is not about an attachment.
+fn parse_other(kind: u8, body: &[u8]) -> Result<Op, &'static str> {
+    let (mut pool, mut set, mut last, mut boot, mut since) = (None, None, None, None, None);
+    for field in Fields(body) {
+        let (tag, value) = field?;
+        match (kind, tag) {
+            (ROUND | REST, POOL) => once(&mut pool, string(value)?)?,
+            (ROUND, SET) => once(&mut set, ip(value)?)?,
+            (ROUND | REST, LAST) => once(&mut last, ip(value)?)?,
+            (BEGIN_BOOT, BOOT) => once(&mut boot, string(value)?)?,
+            (BEGIN_BOOT | REST, SINCE) => once(&mut since, moment(value)?)?,
             _ => return Err(UNKNOWN),
         }
     }
-    Ok(Op::Round { pool: pool.ok_or(MISSING)?, set: set.ok_or(MISSING)?, last: last.ok_or(MISSING)? })
+    Ok(match kind {
+        ROUND => Op::Round { pool: pool.ok_or(MISSING)?, set: set.ok_or(MISSING)?, last: last.ok_or(MISSING)? },
+        BEGIN_BOOT => Op::Boot { id: boot.ok_or(MISSING)?, now: since.ok_or(MISSING)? },
+        _ => Op::Rest { pool: pool.ok_or(MISSING)?, address: last.ok_or(MISSING)?, since: since.ok_or(MISSING)? },
+    })
 }
 
 const TWICE: &str = "a field is there twice";
@@ -241,6 +281,10 @@ fn once<T>(place: &mut Option<T>, value: T) -> Result<(), &'static str> {
         None => Ok(()),
         Some(_) => Err(TWICE),
     }
+}
+
+fn moment(value: &[u8]) -> Result<u64, &'static str> {
+    Ok(u64::from_le_bytes(value.try_into().map_err(|_| "a time is not 8 bytes")?))
 }
 
 fn string(value: &[u8]) -> Result<String, &'static str> {
@@ -292,6 +336,15 @@ fn parse_address(value: &[u8]) -> Result<Lease, &'static str> {
 }
 
 const SHORT: &str = "a field is shorter than it says";
+
+/// The addresses of what looks like leases in bytes that cannot be trusted.
+pub(crate) fn addresses_in(bytes: &[u8]) -> impl Iterator<Item = IpAddr> + '_ {
+    (0..bytes.len()).filter_map(|at| {
+        let (header, rest) = bytes[at..].split_first_chunk::<5>()?;
+        let length = [1 + 3 * 4, 1 + 3 * 16].into_iter().find(|length| *header == [ADDRESS, *length, 0, 0, 0])?;
+        Some(parse_address(rest.get(..usize::from(length))?).ok()?.address)
+    })
+}
 
 /// Tag and value of each field.
 struct Fields<'a>(&'a [u8]);
@@ -373,15 +426,23 @@ mod tests {
         let owner = Owner { network: "n".into(), container: String::new(), ifname: "é".into() };
         let (set, last) = ("fd00::1".parse().unwrap(), "fd00::7".parse().unwrap());
         let mut bytes = Vec::new();
-        put_release(&mut bytes, &owner);
+        put_release(&mut bytes, &owner, 77);
         put_round(&mut bytes, "p", set, last);
-        assert_eq!(parse(&bytes), Ok(vec![Op::Release(owner), Op::Round { pool: "p".into(), set, last }]));
+        put_boot(&mut bytes, "b", 78);
+        put_rest(&mut bytes, "q", last, 79);
+        let ops = [
+            Op::Release { owner, since: 77 },
+            Op::Round { pool: "p".into(), set, last },
+            Op::Boot { id: "b".into(), now: 78 },
+            Op::Rest { pool: "q".into(), address: last, since: 79 },
+        ];
+        assert_eq!(parse(&bytes), Ok(ops.to_vec()));
     }
 
     #[test]
     fn what_is_not_fully_understood_is_refused() {
         let mut release = Vec::new();
-        put_release(&mut release, &Owner::default());
+        put(&mut release, RELEASE, |out| put_owner(out, &Owner::default()));
         let with = |field: &[u8]| {
             let mut bytes = [&release[..], field].concat();
             bytes[1] += field.len() as u8;

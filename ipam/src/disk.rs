@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, OFlags, flock};
 
+use crate::error::OpenError;
 use crate::journal::MAX_JOURNAL;
-use crate::store::OpenError;
 
 /// Name of the journal in the store's folder.
 pub const JOURNAL_FILE: &str = "leases.journal";

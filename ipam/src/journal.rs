@@ -19,7 +19,7 @@
 //! | check | 4 | CRC-32 (IEEE) of length, number and payload |
 //! | payload | length | see `codec` |
 //!
-//! **Appending.** A change is one frame, one write, one `fdatasync`. So at any time at most one frame, the last, is
+//! **Appending.** A change, or several at once, is one frame, one write, one `fdatasync`. So at any time at most one frame, the last, is
 //! not synced, and a crash can tear that one only. If the write or the sync fails, the file is cut back to where it
 //! ended and that is synced; if even this fails the journal is *poisoned*: nobody can say what the disk holds, so
 //! nothing is written until the file is opened, and read, again.
@@ -37,11 +37,12 @@
 //! file back, without what would be appended to the new one. At that moment both say the same, so nothing is lost.
 
 use std::io;
+use std::sync::Arc;
 
 use crate::codec::{self, Op};
 use crate::disk::{Disk, Which};
+use crate::error::{OpenError, Recovery, StoreError};
 use crate::leases::Leases;
-use crate::store::{OpenError, Recovery, StoreError};
 
 /// The version of the file format that is written.
 pub const VERSION: u32 = 2;
@@ -56,7 +57,7 @@ pub const COMPACT_STEP: u64 = 1 << 20;
 
 const MAGIC: &[u8; 8] = b"WEFTIPAM";
 const FRAME_MAGIC: &[u8; 4] = b"wfrm";
-const HEADER: usize = 36;
+pub(crate) const HEADER: usize = 36;
 const FRAME_HEADER: usize = 20;
 /// Checksums over at most so many bytes are computed while looking for whole frames in a tail.
 const SEARCH_BUDGET: usize = 64 << 20;
@@ -127,6 +128,12 @@ impl Journal {
         }
     }
 
+    /// Puts a journal that holds `leases` and nothing else in the place of whatever is on the disk.
+    pub(crate) fn replace(disk: Box<dyn Disk>, next_number: u64, leases: &Leases) -> io::Result<()> {
+        let mut journal = Self { disk, end: 0, next_number, compact_at: 0, poisoned: None };
+        journal.rewrite(leases).map_err(|(_, source)| source)
+    }
+
     /// Whether it is time to compact.
     pub(crate) fn compaction_is_due(&self) -> bool {
         self.end >= self.compact_at && self.poisoned.is_none()
@@ -192,12 +199,17 @@ fn compact_at(base: u64) -> u64 {
 fn write_next(disk: &mut dyn Disk, first: u64, leases: &Leases) -> io::Result<(u64, u64)> {
     disk.create_next()?;
     let mut next = Next { disk, end: HEADER as u64, number: first, chunk: Vec::new() };
+    next.frame(|out| codec::put_boot(out, leases.boot(), 0))?;
     for record in leases.iter() {
         next.frame(|out| codec::put_lease(out, record))?;
     }
     // After the leases, which would move the rounds.
     for (pool, set, last) in leases.rounds() {
         next.frame(|out| codec::put_round(out, pool, set, last))?;
+    }
+    // After the leases, whose addresses do not rest.
+    for (pool, address, since) in leases.resting() {
+        next.frame(|out| codec::put_rest(out, pool, address, since))?;
     }
     next.write_out()?;
     next.disk.write(Which::Next, 0, &header(next.end, first))?;
@@ -259,6 +271,13 @@ fn frame_check(length: &[u8], number: &[u8], payload: &[u8]) -> u32 {
     hasher.finalize()
 }
 
+/// How long the frame at the start of `bytes` says it is, if anything there looks like one.
+pub(crate) fn claimed_length(bytes: &[u8]) -> Option<usize> {
+    let header: &[u8; FRAME_HEADER] = bytes.first_chunk()?;
+    let length = u32::from_le_bytes([header[4], header[5], header[6], header[7]]) as usize;
+    (header[..4] == *FRAME_MAGIC && length <= MAX_PAYLOAD).then_some(FRAME_HEADER + length)
+}
+
 /// What a journal says.
 pub(crate) struct Replay {
     pub(crate) leases: Leases,
@@ -270,11 +289,20 @@ pub(crate) struct Replay {
     base: u64,
     next_number: u64,
     version: u32,
+    first: u64,
+}
+
+impl Replay {
+    /// How many frames there are.
+    pub(crate) fn frames(&self) -> u64 {
+        self.next_number - self.first
+    }
 }
 
 /// Reads a whole journal.
 pub(crate) fn replay(bytes: &[u8]) -> Result<Replay, OpenError> {
-    let (version, base, mut number) = parse_header(bytes)?;
+    let (version, base, first) = parse_header(bytes)?;
+    let mut number = first;
     let mut leases = Leases::default();
     let (mut last, mut at) = (HEADER, HEADER);
     while at < bytes.len() {
@@ -295,11 +323,11 @@ pub(crate) fn replay(bytes: &[u8]) -> Result<Replay, OpenError> {
         return Err(OpenError::Damaged { offset: at as u64, what: "a frame of the compacted part is not whole" });
     }
     let recovery = (at < bytes.len()).then(|| torn(bytes, at, number)).transpose()?;
-    Ok(Replay { leases, recovery, last: last as u64, end: at as u64, base, next_number: number, version })
+    Ok(Replay { leases, recovery, last: last as u64, end: at as u64, base, next_number: number, version, first })
 }
 
 /// Version, end of the compacted part, number of the first frame.
-fn parse_header(bytes: &[u8]) -> Result<(u32, u64, u64), OpenError> {
+pub(crate) fn parse_header(bytes: &[u8]) -> Result<(u32, u64, u64), OpenError> {
     let damaged = |what| OpenError::Damaged { offset: 0, what };
     let header: &[u8; HEADER] = bytes.first_chunk().ok_or(damaged("the file is shorter than its header"))?;
     if &header[..8] != MAGIC {
@@ -318,7 +346,7 @@ fn parse_header(bytes: &[u8]) -> Result<(u32, u64, u64), OpenError> {
 }
 
 /// The payload and whole length of the frame at the start of `bytes`, if it is whole and its number is `wanted`.
-fn frame_at(bytes: &[u8], wanted: impl Fn(u64) -> bool) -> Option<(&[u8], usize)> {
+pub(crate) fn frame_at(bytes: &[u8], wanted: impl FnOnce(u64) -> bool) -> Option<(&[u8], usize)> {
     let (header, rest) = bytes.split_first_chunk::<FRAME_HEADER>()?;
     let (magic, length) = (&header[..4], &header[4..8]);
     let (number, check) = (&header[8..16], &header[16..]);
@@ -332,10 +360,18 @@ fn frame_at(bytes: &[u8], wanted: impl Fn(u64) -> bool) -> Option<(&[u8], usize)
 
 fn apply(leases: &mut Leases, op: Op) -> Result<(), &'static str> {
     match op {
-        Op::Lease(record) => leases.add(*record),
-        Op::Release(owner) => {
+        Op::Lease(record) => leases.add(Arc::new(*record)),
+        Op::Release { owner, since } => {
             let record = leases.remove(&owner).ok_or("an attachment is released that has no lease")?;
-            leases.free(&record);
+            leases.lay_to_rest(&record, since);
+            Ok(())
+        }
+        Op::Boot { id, now } => {
+            leases.begin_boot(&id, now);
+            Ok(())
+        }
+        Op::Rest { pool, address, since } => {
+            leases.rest(&pool, address, since);
             Ok(())
         }
         Op::Round { pool, set, last } => {

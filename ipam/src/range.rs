@@ -101,6 +101,27 @@ impl Range {
         is_v4(self.start) == is_v4(other.start) && self.start <= other.end && other.start <= self.end
     }
 
+    /// How many of its addresses, the gateway not counted, lie in one of `nets` or more; saturates as [`Self::size`] does.
+    pub(crate) fn count_in(&self, nets: &[IpNet]) -> u64 {
+        let (start, end) = self.bounds();
+        let of_family = nets.iter().filter(|net| is_v4(net.addr()) == self.is_v4());
+        let mut parts: Vec<(u128, u128)> = of_family
+            .map(|net| (to_number(net.network()).max(start), to_number(net.broadcast()).min(end)))
+            .filter(|(from, to)| from <= to)
+            .collect();
+        parts.sort_unstable();
+        let (mut count, mut next) = (0_u128, start);
+        for (from, to) in parts {
+            let from = from.max(next);
+            if from <= to {
+                count = count.saturating_add(to - from).saturating_add(1);
+                next = to.saturating_add(1);
+            }
+        }
+        let gateway = self.contains(self.gateway) && nets.iter().any(|net| net.contains(&self.gateway));
+        u64::try_from(count - u128::from(gateway)).unwrap_or(u64::MAX).min(self.size())
+    }
+
     pub(crate) fn is_v4(&self) -> bool {
         is_v4(self.start)
     }
@@ -309,6 +330,21 @@ mod tests {
         // Neither network nor broadcast address is given, even if they are named.
         let r = range("10.1.2.0/24", [Some("10.1.2.0"), Some("10.1.2.255"), Some("169.254.1.1")]).unwrap();
         assert_eq!((r.to_string(), r.size()), ("10.1.2.0/24".into(), 254));
+    }
+
+    #[test]
+    fn what_lies_in_several_prefixes_is_counted_once_and_the_gateway_never() {
+        let range = range("10.1.2.0/24", [None; 3]).unwrap();
+        let count = |nets: &[&str]| range.count_in(&nets.iter().map(|net| net.parse().unwrap()).collect::<Vec<_>>());
+        assert_eq!(count(&[]), 0);
+        assert_eq!(count(&["10.1.2.1/32", "fd00::/8", "10.1.3.0/24"]), 0);
+        assert_eq!(count(&["10.1.2.8/30", "10.1.2.10/32", "10.1.2.8/29", "10.1.2.200/32"]), 9);
+        assert_eq!(count(&["10.0.0.0/8", "0.0.0.0/0", "10.1.2.0/25"]), range.size());
+        let v6 = Range::whole("fd00::/64".parse().unwrap()).unwrap();
+        assert_eq!(
+            (v6.count_in(&["::/0".parse().unwrap()]), v6.count_in(&["fd00::/126".parse().unwrap()])),
+            (v6.size(), 2)
+        );
     }
 
     #[test]

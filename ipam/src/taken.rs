@@ -45,6 +45,11 @@ impl Taken {
         (free <= to).then_some(free)
     }
 
+    /// Whether none is taken.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// How many are taken from `from` to `to`, both included; saturates at `u64::MAX`.
     pub(crate) fn count(&self, from: u128, to: u128) -> u64 {
         let partly = self.run_at(from).filter(|&(first, _)| first < from).map(|(_, last)| (from, last));

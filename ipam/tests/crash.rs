@@ -26,7 +26,12 @@ fn facts(rng: &mut Rng) -> Facts {
     // Sometimes longer than a sector or several, so that frames tear in all places.
     let length = [0, 40, 300, 1500][rng.below(4) as usize];
     let labels = BTreeMap::from([("filler".to_owned(), "x".repeat(length))]);
-    Facts { time: rng.below(1000), mac: Some([2; 6]), labels, ..Facts::default() }
+    Facts {
+        time: rng.below(1000),
+        mac: Some(rng.next().to_le_bytes()[..6].try_into().unwrap()),
+        labels,
+        ..Facts::default()
+    }
 }
 
 /// What the outside world knows.
@@ -47,7 +52,7 @@ impl World {
     /// One life of a daemon on `disk`, until it dies or `steps` are over.
     fn live(&mut self, disk: &Sim, rng: &mut Rng, steps: u64) {
         self.lives += 1;
-        let mut store = match Store::with_disk(disk.boxed()) {
+        let store = match Store::with_disk(disk.boxed()) {
             Ok(store) => store,
             Err(e) => {
                 assert!(disk.is_dead() || e.to_string().contains("cannot"), "must open: {e}");
@@ -58,8 +63,8 @@ impl World {
         self.compare(&store);
         for _ in 0..steps {
             match rng.below(12) {
-                0..=5 => self.lease(&mut store, rng),
-                6..=9 => self.release(&mut store, rng),
+                0..=5 => self.lease(&store, rng),
+                6..=9 => self.release(&store, rng),
                 10 => drop(store.flush()),
                 _ => drop(store.compact()),
             }
@@ -77,12 +82,12 @@ impl World {
             assert_eq!(&record.addresses().collect::<Vec<_>>(), addresses, "{owner}");
         }
         let mut seen = BTreeSet::new();
-        for record in store.iter() {
+        for record in store.records().iter() {
             let known = self.acknowledged.contains_key(&record.owner);
             assert!(known || self.perhaps.contains(&record.owner), "{} has a lease from nowhere", record.owner);
             for address in record.addresses() {
                 assert!(seen.insert(address), "{address} is there twice");
-                assert_eq!(store.by_address("", address).map(|r| &r.owner), Some(&record.owner));
+                assert_eq!(store.by_address("", address).map(|r| r.owner.clone()), Some(record.owner.clone()));
             }
             // Reconcile: whatever is there without an acknowledgement is as good as acknowledged from here on.
             self.acknowledged.insert(record.owner.clone(), record.addresses().collect());
@@ -90,10 +95,10 @@ impl World {
         self.perhaps.clear();
     }
 
-    fn lease(&mut self, store: &mut Store, rng: &mut Rng) {
+    fn lease(&mut self, store: &Store, rng: &mut Rng) {
         let owner = owner(rng.below(8));
         let requested: &[IpAddr] = if rng.one_in(4) { &["10.0.0.4".parse().unwrap()] } else { &[] };
-        match store.lease(&owner, &sets(), requested, facts(rng)) {
+        match store.lease(&owner, &sets(), requested, facts(rng), 0) {
             Ok(record) => {
                 self.leases += 1;
                 for address in record.addresses() {
@@ -114,9 +119,9 @@ impl World {
         }
     }
 
-    fn release(&mut self, store: &mut Store, rng: &mut Rng) {
+    fn release(&mut self, store: &Store, rng: &mut Rng) {
         let owner = owner(rng.below(8));
-        let released = store.release(&owner);
+        let released = store.release(&owner, 0);
         let known = self.acknowledged.remove(&owner);
         assert_eq!(released.map(|r| r.addresses().collect::<Vec<_>>()), known);
         assert!(store.get(&owner).is_none());
@@ -197,19 +202,19 @@ fn every_single_call_of_one_life_can_be_the_last() {
 #[test]
 fn on_a_full_disk_leases_fail_and_releases_succeed_and_are_durable_when_there_is_space() {
     let disk = Sim::default();
-    let mut store = Store::with_disk(disk.boxed()).unwrap();
+    let store = Store::with_disk(disk.boxed()).unwrap();
     let v4 = &sets()[..1];
-    let first = store.lease(&owner(1), v4, &[], Facts::default()).unwrap();
+    let first = store.lease(&owner(1), v4, &[], Facts::default(), 0).unwrap();
     let length = disk.journal().unwrap().len();
 
     disk.set_faults(Faults { full: true, ..Faults::default() }, 3);
-    let error = store.lease(&owner(2), v4, &[], Facts::default()).unwrap_err();
+    let error = store.lease(&owner(2), v4, &[], Facts::default(), 0).unwrap_err();
     assert!(matches!(&error, LeaseError::Store(StoreError::Io { .. })), "{error}");
     assert!(error.to_string().contains("free space"), "{error}");
     assert_eq!(disk.journal().unwrap().len(), length, "the half-written frame is cut off");
-    assert_eq!(store.release(&owner(1)).as_ref(), Some(&first));
-    assert_eq!(store.release(&owner(1)), None);
-    assert_eq!((store.pending(), store.leases().len()), (1, 0));
+    assert_eq!(store.release(&owner(1), 0).as_ref(), Some(&first));
+    assert_eq!(store.release(&owner(1), 0), None);
+    assert_eq!((store.pending(), store.len()), (1, 0));
     assert!(store.trouble().is_some() && store.poisoned().is_none());
     assert_eq!(store.by_address("", first.leases[0].address), None);
     assert_eq!(store.usage("", &v4[0].ranges()[0]).leased, 1, "not to be given before the release is durable");
@@ -217,30 +222,30 @@ fn on_a_full_disk_leases_fail_and_releases_succeed_and_are_durable_when_there_is
     assert!(Store::with_disk(disk.after_kill().boxed()).unwrap().get(&owner(1)).is_some());
 
     disk.set_faults(Faults::default(), 4);
-    let again = store.lease(&owner(2), v4, &[first.leases[0].address], Facts::default()).unwrap();
+    let again = store.lease(&owner(2), v4, &[first.leases[0].address], Facts::default(), 0).unwrap();
     assert_eq!(again.leases, first.leases);
     assert_eq!((store.pending(), store.trouble()), (0, None));
     let reopened = Store::with_disk(disk.after_power_loss(&mut Rng(5)).boxed()).unwrap();
-    assert_eq!(reopened.iter().map(|r| r.owner.clone()).collect::<Vec<_>>(), [owner(2)]);
+    assert_eq!(reopened.records().iter().map(|r| r.owner.clone()).collect::<Vec<_>>(), [owner(2)]);
 }
 
 #[test]
 fn a_failure_that_cannot_be_undone_closes_the_store_until_it_is_opened_again() {
     let disk = Sim::default();
-    let mut store = Store::with_disk(disk.boxed()).unwrap();
-    store.lease(&owner(1), &sets(), &[], Facts::default()).unwrap();
-    store.lease(&owner(2), &sets(), &[], Facts::default()).unwrap();
+    let store = Store::with_disk(disk.boxed()).unwrap();
+    store.lease(&owner(1), &sets(), &[], Facts::default(), 0).unwrap();
+    store.lease(&owner(2), &sets(), &[], Facts::default(), 0).unwrap();
     disk.set_faults(Faults { broken: true, ..Faults::default() }, 1);
-    store.lease(&owner(3), &sets(), &[], Facts::default()).unwrap_err();
+    store.lease(&owner(3), &sets(), &[], Facts::default(), 0).unwrap_err();
     assert!(store.poisoned().is_some());
 
     disk.set_faults(Faults::default(), 1);
-    let error = store.lease(&owner(3), &sets(), &[], Facts::default()).unwrap_err();
+    let error = store.lease(&owner(3), &sets(), &[], Facts::default(), 0).unwrap_err();
     assert!(matches!(error, LeaseError::Store(StoreError::Poisoned { .. })), "{error}");
-    assert!(store.compact().is_err() && store.release(&owner(2)).is_some() && store.pending() == 1);
+    assert!(store.compact().is_err() && store.release(&owner(2), 0).is_some() && store.pending() == 1);
     drop(store);
-    let mut store = Store::with_disk(disk.after_kill().boxed()).unwrap();
+    let store = Store::with_disk(disk.after_kill().boxed()).unwrap();
     assert!(store.get(&owner(1)).is_some() && store.get(&owner(2)).is_some());
-    store.release(&owner(3));
-    store.lease(&owner(3), &sets(), &[], Facts::default()).unwrap();
+    store.release(&owner(3), 0);
+    store.lease(&owner(3), &sets(), &[], Facts::default(), 0).unwrap();
 }

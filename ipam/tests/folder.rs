@@ -30,8 +30,8 @@ fn a_second_writer_is_refused_by_the_pid_of_the_first_and_readers_are_not() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a/b");
     assert!(Store::read_only(&path).unwrap().0.is_empty());
-    let mut store = Store::open(&path).unwrap();
-    let record = store.lease(&owner(1), &sets(), &[], Facts::default()).unwrap();
+    let store = Store::open(&path).unwrap();
+    let record = store.lease(&owner(1), &sets(), &[], Facts::default(), 0).unwrap();
     let error = Store::open(&path).unwrap_err();
     let text = error.to_string();
     assert!(matches!(error, OpenError::Locked { pid: Some(pid), .. } if pid == std::process::id()), "{text}");
@@ -42,7 +42,7 @@ fn a_second_writer_is_refused_by_the_pid_of_the_first_and_readers_are_not() {
         assert_eq!(fs::metadata(path.join(name)).unwrap().permissions().mode() & 0o777, mode, "{name}");
     }
     drop(store);
-    assert_eq!(Store::open(&path).unwrap().get(&owner(1)), Some(&record));
+    assert_eq!(Store::open(&path).unwrap().get(&owner(1)), Some(record));
 }
 
 #[test]
@@ -56,12 +56,12 @@ fn everything_that_came_with_a_lease_comes_back() {
         netns: Some(Netns { cookie: u64::MAX, inode: 4_026_532, number: None }),
         labels: BTreeMap::from([("pod".into(), "wörk\0er".into()), (String::new(), String::new())]),
     };
-    let mut store = Store::open(folder.path()).unwrap();
-    let record = store.lease(&owner(1), &sets(), &[], facts.clone()).unwrap();
+    let store = Store::open(folder.path()).unwrap();
+    let record = store.lease(&owner(1), &sets(), &[], facts.clone(), 0).unwrap();
     assert_eq!(record.facts, facts);
     drop(store);
-    let mut store = Store::open(folder.path()).unwrap();
-    assert_eq!(store.get(&owner(1)), Some(&record));
+    let store = Store::open(folder.path()).unwrap();
+    assert_eq!(store.get(&owner(1)), Some(record.clone()));
     store.compact().unwrap();
     drop(store);
     assert_eq!(Store::read_only(folder.path()).unwrap().0.get(&owner(1)), Some(&record));
@@ -150,7 +150,7 @@ fn a_file_that_may_not_grow_fails_leases_only() {
     let store = Store::open(folder.path()).unwrap();
     assert!(store.recovery().is_none(), "the failed append was undone");
     let known = replayed(&lines[..lines.iter().position(|l| l == failed).unwrap()]);
-    assert!(store.iter().all(|r| known.contains_key(&r.owner.container)));
+    assert!(store.records().iter().all(|r| known.contains_key(&r.owner.container)));
 }
 
 /// By itself in a folder of its own; other tests run it as a child in theirs, and stop it on the way.
@@ -160,9 +160,9 @@ fn leasing_and_releasing_leaves_nothing() {
     let folder = std::env::var_os("WEFT_IPAM_TEST_FOLDER").map_or(own.path().to_owned(), PathBuf::from);
     let mut out = std::io::stdout();
     let mut say = |line: String| writeln!(out, "@ {line}").and_then(|()| out.flush()).unwrap();
-    let mut store = Store::open(folder).unwrap();
+    let store = Store::open(folder).unwrap();
     for n in 0..2000 {
-        match store.lease(&owner(n), &sets(), &[], Facts::default()) {
+        match store.lease(&owner(n), &sets(), &[], Facts::default(), 0) {
             Ok(record) => say(format!("leased pod{n} {}", record.leases[0].address)),
             Err(LeaseError::Store(e @ StoreError::Io { .. })) => {
                 assert!(store.get(&owner(n)).is_none());
@@ -173,13 +173,13 @@ fn leasing_and_releasing_leaves_nothing() {
         }
         if n % 3 == 0 {
             say(format!("releasing pod{}", n / 2));
-            store.release(&owner(n / 2));
+            store.release(&owner(n / 2), 0);
         }
     }
-    let owners: Vec<Owner> = store.iter().map(|r| r.owner.clone()).collect();
+    let owners: Vec<Owner> = store.records().iter().map(|r| r.owner.clone()).collect();
     for owner in &owners {
-        assert!(store.release(owner).is_some());
+        assert!(store.release(owner, 0).is_some());
     }
-    assert!(store.leases().is_empty() && store.poisoned().is_none());
+    assert!(store.is_empty() && store.poisoned().is_none());
     say("released all".into());
 }

@@ -99,14 +99,14 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn compare(store: &Store, model: &Model) -> Result<(), TestCaseError> {
-    prop_assert_eq!(store.leases().len(), model.leases.len());
-    for (record, (owner, (pool, addresses))) in store.iter().zip(&model.leases) {
+    prop_assert_eq!(store.len(), model.leases.len());
+    for (record, (owner, (pool, addresses))) in store.records().iter().zip(&model.leases) {
         prop_assert_eq!(&record.owner, owner);
         prop_assert_eq!(&record.facts.pool, pool);
         prop_assert_eq!(&record.addresses().collect::<Vec<_>>(), addresses);
-        prop_assert_eq!(store.get(owner), Some(record));
+        prop_assert_eq!(store.get(owner), Some(record.clone()));
         for address in addresses {
-            prop_assert_eq!(store.by_address(pool, *address), Some(record));
+            prop_assert_eq!(store.by_address(pool, *address), Some(record.clone()));
         }
     }
     for pool in ["", "other"] {
@@ -134,16 +134,16 @@ proptest! {
                     let pool = if pool { "other" } else { "" };
                     let expected = model.lease(&owner(n), pool, &requested);
                     let facts = Facts { pool: pool.into(), time: time as u64, ..Facts::default() };
-                    match store.lease(&owner(n), &sets(), &requested, facts.clone()) {
+                    match store.lease(&owner(n), &sets(), &requested, facts.clone(), 0) {
                         Ok(record) => {
                             prop_assert_eq!(Some(record.addresses().collect()), expected);
-                            prop_assert_eq!(record.facts, facts);
+                            prop_assert_eq!(record.facts.clone(), facts);
                         }
                         Err(e) => prop_assert_eq!(None, expected, "{}", e),
                     }
                 }
                 Step::Release { owner: n } => {
-                    let released = store.release(&owner(n)).map(|r| r.addresses().collect::<Vec<_>>());
+                    let released = store.release(&owner(n), 0).map(|r| r.addresses().collect::<Vec<_>>());
                     prop_assert_eq!(released, model.leases.remove(&owner(n)).map(|(_, a)| a));
                 }
                 Step::Compact => store.compact().unwrap(),
@@ -167,30 +167,30 @@ fn numbered(n: u32) -> Owner {
 
 #[test]
 fn a_slash_16_fills_to_the_last_address_and_a_hole_anywhere_is_found() {
-    let mut store = Store::with_disk(Sim::default().boxed()).unwrap();
+    let store = Store::with_disk(Sim::default().boxed()).unwrap();
     let sets = [plain("10.1.0.0/16")];
     for n in 0..65_533 {
-        let record = store.lease(&numbered(n), &sets, &[], Facts::default()).unwrap();
+        let record = store.lease(&numbered(n), &sets, &[], Facts::default(), 0).unwrap();
         assert_eq!(record.leases[0].address, IpAddr::from(Ipv4Addr::from(0x0a01_0002 + n)));
     }
-    let error = store.lease(&numbered(70_000), &sets, &[], Facts::default()).unwrap_err();
+    let error = store.lease(&numbered(70_000), &sets, &[], Facts::default(), 0).unwrap_err();
     assert!(matches!(error, LeaseError::Exhausted { leased: 65_533, .. }), "{error}");
     assert!(error.to_string().contains("10.1.0.0/16: 65533 are leased"), "{error}");
     for n in (0..2000).map(|n| n * 7919 % 65_533) {
-        let released = store.release(&numbered(n)).unwrap();
-        let again = store.lease(&numbered(n), &sets, &[], Facts::default()).unwrap();
+        let released = store.release(&numbered(n), 0).unwrap();
+        let again = store.lease(&numbered(n), &sets, &[], Facts::default(), 0).unwrap();
         assert_eq!(again.leases, released.leases);
     }
 }
 
 #[test]
 fn a_slash_64_goes_round_without_walking() {
-    let mut store = Store::with_disk(Sim::default().boxed()).unwrap();
+    let store = Store::with_disk(Sim::default().boxed()).unwrap();
     let sets = [plain("fd00::/64")];
     let top: IpAddr = "fd00::ffff:ffff:ffff:fffe".parse().unwrap();
-    store.lease(&numbered(0), &sets, &[top], Facts::default()).unwrap();
+    store.lease(&numbered(0), &sets, &[top], Facts::default(), 0).unwrap();
     let next: Vec<String> = (1..4)
-        .map(|n| store.lease(&numbered(n), &sets, &[], Facts::default()).unwrap().leases[0].cidr().to_string())
+        .map(|n| store.lease(&numbered(n), &sets, &[], Facts::default(), 0).unwrap().leases[0].cidr().to_string())
         .collect();
     assert_eq!(next, ["fd00::ffff:ffff:ffff:ffff/64", "fd00::2/64", "fd00::3/64"]);
     let usage = store.usage("", &sets[0].ranges()[0]);
@@ -199,16 +199,16 @@ fn a_slash_64_goes_round_without_walking() {
 
 #[test]
 fn what_is_refused_is_refused_by_name_and_changes_nothing() {
-    let mut store = Store::with_disk(Sim::default().boxed()).unwrap();
+    let store = Store::with_disk(Sim::default().boxed()).unwrap();
     let sets = [plain("10.0.0.0/24"), plain("fd00::/64")];
     let ip = |a: &str| a.parse::<IpAddr>().unwrap();
-    store.lease(&numbered(1), &sets, &[ip("10.0.0.9")], Facts::default()).unwrap();
-    let mut refuse = |sets: &[RangeSet], requested: &[IpAddr], labels: usize| {
+    store.lease(&numbered(1), &sets, &[ip("10.0.0.9")], Facts::default(), 0).unwrap();
+    let refuse = |sets: &[RangeSet], requested: &[IpAddr], labels: usize| {
         let labels = BTreeMap::from([("l".to_owned(), "x".repeat(labels))]);
         let length = store.journal_len();
         let facts = Facts { labels, ..Facts::default() };
-        let error = store.lease(&numbered(2), sets, requested, facts).unwrap_err();
-        assert_eq!((store.leases().len(), store.journal_len()), (1, length));
+        let error = store.lease(&numbered(2), sets, requested, facts, 0).unwrap_err();
+        assert_eq!((store.len(), store.journal_len()), (1, length));
         error
     };
     assert!(matches!(refuse(&[], &[], 0), LeaseError::NoRanges));
@@ -226,27 +226,27 @@ fn what_is_refused_is_refused_by_name_and_changes_nothing() {
     assert!(matches!(refuse(&sets, &[], weft_ipam::MAX_PAYLOAD), LeaseError::TooLarge { .. }));
     // All or nothing: the second set is full, so the first gives nothing either.
     let full = [plain("10.9.0.0/24"), plain("10.8.0.0/30")];
-    store.lease(&numbered(3), &full[1..], &[], Facts::default()).unwrap();
-    let error = store.lease(&numbered(4), &full, &[], Facts::default()).unwrap_err();
+    store.lease(&numbered(3), &full[1..], &[], Facts::default(), 0).unwrap();
+    let error = store.lease(&numbered(4), &full, &[], Facts::default(), 0).unwrap_err();
     assert!(matches!(error, LeaseError::Exhausted { leased: 1, .. }));
     assert_eq!(store.usage("", &full[0].ranges()[0]).leased, 0);
-    let error = store.lease(&numbered(1), &sets, &[], Facts::default()).unwrap_err();
+    let error = store.lease(&numbered(1), &sets, &[], Facts::default(), 0).unwrap_err();
     assert!(error.to_string().starts_with("n/1/eth0 has a lease already (10.0.0.9, fd00::2)"), "{error}");
 }
 
 #[test]
 fn the_journal_of_a_busy_node_stays_short_by_itself() {
     let disk = Sim::default();
-    let mut store = Store::with_disk(disk.boxed()).unwrap();
+    let store = Store::with_disk(disk.boxed()).unwrap();
     let sets = [plain("10.0.0.0/24")];
     let labels = BTreeMap::from([("l".to_owned(), "x".repeat(4000))]);
     for n in 0..3000 {
-        store.lease(&numbered(n), &sets, &[], Facts { labels: labels.clone(), ..Facts::default() }).unwrap();
+        store.lease(&numbered(n), &sets, &[], Facts { labels: labels.clone(), ..Facts::default() }, 0).unwrap();
         if n >= 100 {
-            store.release(&numbered(n - 100)).unwrap();
+            store.release(&numbered(n - 100), 0).unwrap();
         }
         assert!(store.journal_len() < 2 * weft_ipam::COMPACT_STEP + (1 << 16));
     }
     assert_eq!(disk.journal().unwrap().len() as u64, store.journal_len());
-    assert_eq!(Store::with_disk(disk.after_kill().boxed()).unwrap().leases().len(), 100);
+    assert_eq!(Store::with_disk(disk.after_kill().boxed()).unwrap().len(), 100);
 }

@@ -10,12 +10,13 @@
 
 use std::time::Duration;
 
+use weft_encap::ip;
 use weft_encap::mac::Mac;
 use zerocopy::{FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use crate::flow::{FlowKey, Seed, Signature};
 use crate::frame::{Lazy, prefetch};
-use crate::path::{Hop, Learned, Macs, Path, Rewrite, Sender, Verdict};
+use crate::path::{Hop, Learned, Macs, Path, Rewrite, Sender, Tie, Verdict};
 use crate::port::PortId;
 use crate::tables::NodeId;
 use crate::time::Instant;
@@ -48,7 +49,9 @@ pub struct FlowEntry {
 #[repr(C, align(64))]
 pub struct Entry {
     signature: Signature,
-    epoch: u64,
+    epoch: u32,
+    /// The version of what the host port brought, under which this was last found to hold.
+    returns_version: u32,
     frames: u64,
     bytes: u64,
     last_seen: u64,
@@ -75,6 +78,15 @@ const ROUTED: u16 = 2;
 const RESTS: u16 = 4;
 /// Its frames teach the FDB where their source MAC is.
 const TEACHES: u16 = 8;
+/// The host port brought it, and its replies go back by it.
+const BROUGHT: u16 = 16;
+/// It is such a reply.
+const RETURNS: u16 = 32;
+/// It holds as long as the host port brings nothing of its conversation that was not known, nor that is forgotten.
+const WATCHES: u16 = 64;
+
+/// What ties a flow to the host port is told to the table of those about every eight seconds: 2^33 ns.
+const KEEP_EACH: u32 = 33;
 
 /// Where frames of a known flow go.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -86,10 +98,35 @@ pub enum To {
 }
 
 impl Entry {
-    /// Epoch of the tables by which it was decided.
+    /// Whether it was decided by tables of this epoch.
     #[inline(always)]
-    pub fn epoch(&self) -> u64 {
-        self.epoch
+    pub fn is_of(&self, epoch: u64) -> bool {
+        self.epoch == epoch as u32
+    }
+
+    /// What it has to do with the host port.
+    pub fn tie(&self) -> Tie {
+        match self.flags & (BROUGHT | RETURNS | WATCHES) {
+            0 => Tie::None,
+            WATCHES => Tie::Free,
+            tie if tie & BROUGHT != 0 => Tie::Brought,
+            _ => Tie::Returns,
+        }
+    }
+
+    /// Whether what came by the host port has to be asked, or told, before another frame goes this way. `version` is what that has now.
+    #[inline(always)]
+    pub fn asks(&self, version: impl FnOnce() -> u32, now: Instant) -> bool {
+        if self.flags & (BROUGHT | RETURNS | WATCHES) == 0 {
+            return false;
+        }
+        let due = self.flags & (BROUGHT | RETURNS) != 0 && (self.last_seen ^ now.0) >> KEEP_EACH != 0;
+        due || (self.flags & WATCHES != 0 && self.returns_version != version())
+    }
+
+    /// Notes that it holds under this version of what the host port brought.
+    pub fn tied(&mut self, version: u32) {
+        self.returns_version = version;
     }
 
     /// Where its frames go.
@@ -263,8 +300,10 @@ impl ConnTrack {
                 path: entry.path(self.hash(&signature)),
                 learned: entry.learned(),
                 teaches: entry.taught().is_some(),
-                epoch: entry.epoch,
+                epoch: entry.epoch.into(),
                 fdb_version: entry.fdb_version,
+                tie: entry.tie(),
+                returns_version: entry.returns_version,
             };
             let Entry { frames, bytes, last_seen, .. } = *entry;
             let (key, sender) = (signature.flow(), signature.sender());
@@ -288,7 +327,8 @@ fn entry_of(signature: Signature, verdict: &Verdict, now: Instant) -> Option<Ent
     let macs = verdict.path.rewrite.routed;
     let mut entry = Entry {
         signature,
-        epoch: verdict.epoch,
+        epoch: verdict.epoch as u32,
+        returns_version: verdict.returns_version,
         fdb_version: verdict.fdb_version,
         mtu: verdict.path.rewrite.mtu,
         hop,
@@ -298,6 +338,16 @@ fn entry_of(signature: Signature, verdict: &Verdict, now: Instant) -> Option<Ent
     if let Some(macs) = macs {
         entry.flags |= ROUTED;
         (entry.dst_mac, entry.src_mac) = (macs.dst.0, macs.src.0);
+    }
+    entry.flags |= match verdict.tie {
+        Tie::None => 0,
+        Tie::Brought => BROUGHT,
+        Tie::Returns => RETURNS,
+        Tie::Free => WATCHES,
+    };
+    // A TCP connection begins with a SYN, which is decided anew each time.
+    if verdict.tie != Tie::None && signature.flow().protocol() != ip::TCP {
+        entry.flags |= WATCHES;
     }
     match verdict.learned {
         Some(learned) => {

@@ -23,11 +23,14 @@ use crate::bridge::{Fdb, FdbEntry};
 use crate::conntrack::FlowEntry;
 use crate::port::tap::Tap;
 use crate::port::udp::{Sockets, Underlay};
-use crate::port::xdp::XdpDevice;
+use crate::port::xdp::programs::Tunnel;
+use crate::port::xdp::{Hops, OpenUplink, Uplink, XdpDevice};
 use crate::port::{Capabilities, PortId};
+use crate::returns::{Returns, ReturnsUse};
 use crate::stats::{NodeStats, PortStats};
 use crate::tables::Tables;
 use crate::time::Instant;
+use crate::worker;
 
 mod merge;
 mod workers;
@@ -49,6 +52,8 @@ pub struct RouterConfig {
     pub fdb_age: Duration,
     /// Flows that the caches hold, in equal parts for each worker; rounded up to a power of two.
     pub flows: usize,
+    /// Conversations that the host port brought and whose replies have to go back by it; rounded up to a power of two.
+    pub host_flows: usize,
     /// Broadcast and multicast copies per second and port. What enters by several workers has an equal part in each.
     pub flood_rate: u32,
     /// ICMP errors per second and port, likewise.
@@ -66,6 +71,7 @@ impl Default for RouterConfig {
             fdb_limit: 16_384,
             fdb_age: Duration::from_secs(300),
             flows: 65_536,
+            host_flows: 65_536,
             flood_rate: 10_000,
             icmp_rate: 100,
             seed: 0,
@@ -82,6 +88,15 @@ pub enum Device {
     Veth(u32),
     /// The UDP underlay, with sockets for each worker.
     Underlay(Underlay),
+    /// The same, and beside it the uplink that most of its packets take, to the next hops that are known.
+    Uplink {
+        /// What takes what the uplink does not.
+        underlay: Underlay,
+        /// The uplink.
+        uplink: OpenUplink,
+        /// Where nodes are reached.
+        hops: Arc<ArcSwap<Hops>>,
+    },
 }
 
 /// What a worker noticed.
@@ -136,6 +151,8 @@ pub struct Snapshot {
     pub fdb: Vec<FdbEntry>,
     /// Flows in the cache.
     pub flows: Vec<FlowEntry>,
+    /// What is remembered of what the host port brought.
+    pub returns: ReturnsUse,
     /// Free chunks and super buffers.
     pub free: (usize, usize),
 }
@@ -165,6 +182,15 @@ pub(crate) enum Half {
     Tap { tap: Arc<Tap>, receives: bool },
     Xdp { device: Box<XdpDevice>, receives: bool },
     Underlay(Sockets),
+    Uplink(Box<UplinkHalf>),
+}
+
+/// What one worker gets of an uplink.
+pub(crate) struct UplinkHalf {
+    pub(crate) sockets: Sockets,
+    pub(crate) devices: Vec<XdpDevice>,
+    pub(crate) tunnel: Tunnel,
+    pub(crate) hops: Arc<ArcSwap<Hops>>,
 }
 
 /// A port for one worker.
@@ -219,6 +245,7 @@ pub struct Router {
     workers: Workers,
     tables: Arc<ArcSwap<Tables>>,
     fdb: Arc<Fdb>,
+    returns: Arc<Returns>,
     events: Receiver<Event>,
 }
 
@@ -231,8 +258,15 @@ impl Router {
         let (outbox, events) = channel::unbounded();
         let tables = Arc::new(ArcSwap::from_pointee(tables));
         let fdb = Arc::new(Fdb::new(config.fdb_limit, config.fdb_age, config.seed));
-        let workers = Workers::start(config, &tables, &fdb, &outbox)?;
-        Ok(Router { workers, tables, fdb, events })
+        let returns = Arc::new(Returns::new(config.host_flows, config.seed));
+        let shared = worker::Shared {
+            tables: Arc::clone(&tables),
+            fdb: Arc::clone(&fdb),
+            returns: Arc::clone(&returns),
+            events: outbox,
+        };
+        let workers = Workers::start(config, &shared)?;
+        Ok(Router { workers, tables, fdb, returns, events })
     }
 
     /// Puts new tables in force; each worker uses them from its next batch on. Without loss.
@@ -249,6 +283,14 @@ impl Router {
     /// How many workers were started.
     pub fn workers(&self) -> usize {
         self.workers.count()
+    }
+
+    /// Opens an uplink for the workers, to become [`Device::Uplink`]. From the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// Those of [`OpenUplink::open`], in words.
+    pub fn open_uplink(&self, uplink: &Uplink, tunnel: Tunnel) -> io::Result<OpenUplink> {
+        OpenUplink::open(uplink, tunnel, &self.workers.umems())
     }
 
     /// Gives the workers a port. It forwards nothing until the tables say who is behind it.
@@ -274,7 +316,7 @@ impl Router {
     /// No worker runs.
     pub fn snapshot(&self, flows: bool) -> Result<Snapshot, RouterError> {
         let snapshot = self.workers.snapshot(flows)?;
-        Ok(Snapshot { fdb: self.fdb.entries().collect(), ..snapshot })
+        Ok(Snapshot { fdb: self.fdb.entries().collect(), returns: self.returns.usage(), ..snapshot })
     }
 
     /// Has others receive from the TAPs of a worker that ended.

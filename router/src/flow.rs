@@ -14,7 +14,7 @@ use weft_encap::eth::{ETHERTYPE_IPV4, ETHERTYPE_IPV6};
 use weft_encap::mac::Mac;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::packet::{Ip, Packet};
+use crate::packet::{Ip, Packet, Quote};
 use crate::path::Sender;
 use crate::port::PortId;
 use crate::tables::NodeId;
@@ -35,6 +35,34 @@ impl FlowKey {
     pub fn of(ip: &Ip) -> FlowKey {
         let (src_port, dst_port) = ip.ports.unwrap_or((0, 0));
         FlowKey { src: mapped(ip.src), dst: mapped(ip.dst), src_port, dst_port, protocol: ip.protocol }
+    }
+
+    /// The conversation that a packet belongs to, where pings are told apart by their identifiers.
+    pub fn of_conversation(ip: &Ip) -> FlowKey {
+        let ports = ip.ports.or(ip.echo.map(|echo| (echo, echo))).unwrap_or((0, 0));
+        FlowKey { src_port: ports.0, dst_port: ports.1, ..FlowKey::of(ip) }
+    }
+
+    /// That of the packet which an ICMP error is about.
+    pub fn of_quote(quote: &Quote) -> FlowKey {
+        let (src_port, dst_port) = quote.ports.unwrap_or((0, 0));
+        FlowKey { src: mapped(quote.src), dst: mapped(quote.dst), src_port, dst_port, protocol: quote.protocol }
+    }
+
+    /// The one that its fragments belong to.
+    pub fn of_fragments(&self) -> FlowKey {
+        FlowKey { src_port: 0, dst_port: 0, ..*self }
+    }
+
+    /// A hash for tables. `seed` keeps outsiders from choosing it.
+    pub fn hash(&self, seed: &Seed) -> u64 {
+        let word = |bytes: &[u8; 16], at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| bytes[at + byte]));
+        let last = u64::from(self.src_port) | u64::from(self.dst_port) << 16 | u64::from(self.protocol) << 32;
+        let [s, t, u, v] = seed.0;
+        let mut hash =
+            fold(word(&self.src, 0) ^ s, word(&self.src, 8) ^ t) ^ fold(word(&self.dst, 0) ^ u, word(&self.dst, 8) ^ v);
+        hash = fold(hash.rotate_left(23) ^ s, last ^ hash ^ u);
+        hash ^ hash >> 32
     }
 
     /// The same flow seen from the other side.
@@ -136,7 +164,7 @@ impl Signature {
     #[inline(always)]
     fn last(sender: Sender, protocol: u8, ports: Option<[u8; 4]>) -> u64 {
         let (id, kind) = match sender {
-            Sender::Pod(port) => (port.0, FROM_POD),
+            Sender::Port(port) => (port.0, FROM_POD),
             Sender::Node(node) => (node.0, FROM_NODE),
         };
         let (ports, kind) = ports.map_or((0, kind), |ports| (u32::from_be_bytes(ports), kind | HAS_PORTS));
@@ -159,7 +187,7 @@ impl Signature {
     /// Who sent the packets.
     pub fn sender(&self) -> Sender {
         let id = (self.0[6] >> 32) as u16;
-        if self.kind() & FROM_NODE == 0 { Sender::Pod(PortId(id)) } else { Sender::Node(NodeId(id)) }
+        if self.kind() & FROM_NODE == 0 { Sender::Port(PortId(id)) } else { Sender::Node(NodeId(id)) }
     }
 
     /// Destination and source MAC.

@@ -25,21 +25,24 @@ use crate::frame::Frame;
 use crate::gateway::Stack;
 use crate::glimpse::Glimpse;
 use crate::packet::{Ip, Packet};
-use crate::path::{Commit, FlowCommit, Hop, Learned, Macs, Path, Reply, Rewrite, Sender, Verdict};
+use crate::path::{Commit, Entrance, FlowCommit, Hop, Learned, Macs, Path, Reply, Rewrite, Sender, Verdict};
 use crate::policy::Known;
 use crate::pool::Pool;
 use crate::port::{BATCH, Outbox, PortId};
+use crate::returns::{Returns, ReturnsUse};
 use crate::stats::Stats;
-use crate::tables::{Mode, NodeId, Role, Tables, Via};
+use crate::tables::{Mode, Neighbour, NodeId, Role, Tables, Via};
 use crate::time::Instant;
 use crate::{conntrack, icmp, nat, neigh, policy, route, tunnel};
 
 mod known;
+mod returning;
 
 /// What frames teach, and the counters.
 pub struct Forwarder {
     conntrack: ConnTrack,
     fdb: Arc<Fdb>,
+    returns: Arc<Returns>,
     gateway: Stack,
     flood_budget: Budgets,
     icmp_budget: Budgets,
@@ -131,7 +134,7 @@ impl Forwarder {
     pub fn decide(&self, packet: &Packet, tables: &Tables, now: Instant) -> Result<(Path, Commit), DropReason> {
         // 1. Who sent it? What a node sent teaches where its MACs are.
         let learn = check_source(packet, tables)?;
-        let remember = |copies, flow| Commit { learn, copies, flow };
+        let remember = |copies, flow| Commit { learn, copies, flow, entrance: Entrance::Unknown };
 
         // 2. Is it for us? ARP, neighbour solicitations and pings to the gateway end here.
         let addressed_to = addressed_to(packet, tables)?;
@@ -145,27 +148,43 @@ impl Forwarder {
             return Ok((path, remember(copies, FlowCommit::None)));
         }
 
-        // 4. Known flow: take the path that its first packet was given, if the tables and the MAC still hold.
+        // 4. A reply to what the host port brought goes back by it, whoever it is addressed to.
         let flow = Signature::of(packet).map(|signature| (signature, self.conntrack.hash(&signature)));
+        let (fdb_version, returns_version) = (self.fdb.version(), self.returns.version());
+        let verdict = |path, learned, entrance| {
+            let tie = returning::tie(entrance, packet, tables);
+            let (teaches, epoch) = (learn.is_some(), tables.epoch);
+            Verdict { path, learned, teaches, epoch, fdb_version, tie, returns_version }
+        };
+        if let Some((path, opening)) = self.way_back(packet, tables, now) {
+            let entrance = Entrance::Reply(opening);
+            // What has no ports is asked about each time: its flow may hold several conversations.
+            let known = flow.filter(|_| packet.ip().is_some_and(|ip| ip.ports.is_some()));
+            let open = |(signature, hash)| FlowCommit::Open(signature, hash, verdict(path, None, entrance));
+            return Ok((path, Commit { entrance, ..remember(0, known.map_or(FlowCommit::None, open)) }));
+        }
+        let entrance = self.entrance(packet, tables, now);
+
+        // 5. Known flow: take the path that its first packet was given, if the tables and the MAC still hold.
+        let begins = tables.host.is_some() && packet.ip().is_some_and(returning::begins);
         if let Some((signature, hash)) = &flow
+            && !begins
             && let Some(slot) = self.conntrack.find(signature, *hash)
             && self.holds(slot, tables, now)
         {
-            return Ok((self.conntrack.path(slot, *hash), remember(0, FlowCommit::Seen(slot))));
+            return Ok((self.conntrack.path(slot, *hash), Commit { entrance, ..remember(0, FlowCommit::Seen(slot)) }));
         }
 
-        // 5. First packet, or not IP and hence no flow: find the hop, by the FDB if it is addressed to a MAC of its segment, by the
+        // 6. First packet, or not IP and hence no flow: find the hop, by the FDB if it is addressed to a MAC of its segment, by the
         //    routes if to the router.
-        let fdb_version = self.fdb.version();
         let (hop, rewrite, learned) = self.find_hop(packet, &addressed_to, tables, now)?;
         let path = Path { hop, rewrite, entropy: flow.map_or(0, |(_, hash)| conntrack::entropy(hash)) };
         if let Hop::Flood { .. } = hop {
             self.within_budget(packet, tables, now)?;
             return Ok((path, remember(receivers(hop, packet, tables), FlowCommit::None)));
         }
-        let verdict = Verdict { path, learned, teaches: learn.is_some(), epoch: tables.epoch, fdb_version };
-        let open = |(signature, hash)| FlowCommit::Open(signature, hash, verdict);
-        Ok((path, remember(0, flow.map_or(FlowCommit::None, open))))
+        let open = |(signature, hash)| FlowCommit::Open(signature, hash, verdict(path, learned, entrance));
+        Ok((path, Commit { entrance, ..remember(0, flow.map_or(FlowCommit::None, open)) }))
     }
 
     /// Remembers what a decision rested on and what it opened.
@@ -176,6 +195,7 @@ impl Forwarder {
         if let Some((mac, node)) = commit.learn {
             self.fdb.learn(mac, node, now);
         }
+        self.enter(commit.entrance, now);
         if commit.copies > 0 {
             // A superframe costs what it stands for.
             let segments = frame.offload.gso.map_or(1, |gso| frame.len().div_ceil(gso.size.into()) as u32);
@@ -213,7 +233,7 @@ impl Forwarder {
     ) {
         let ingress = frame.ingress();
         // In bridged mode each node has the same gateway, and believes nobody who speaks as its own: other nodes are told nothing.
-        let heard = matches!(packet.sender, Sender::Pod(_)) || round.tables.mode == Mode::Routed;
+        let heard = matches!(packet.sender, Sender::Port(_)) || round.tables.mode == Mode::Routed;
         if heard && icmp::is_due(reason, packet) && self.icmp_budget.allows(ingress, round.now) {
             let gateway = &round.tables.gateway;
             let (hop, macs) = back(packet, round.tables);
@@ -239,8 +259,8 @@ impl Forwarder {
                 Some(pod) => return Ok((Path::unchanged(Hop::Port(pod.port)), 0)),
                 None => Hop::Flood { ports: true, nodes: false },
             },
-            (Mode::Routed, Sender::Pod(_)) => Hop::Flood { ports: true, nodes: false },
-            (Mode::Bridged, Sender::Pod(_)) => Hop::Flood { ports: true, nodes: true },
+            (Mode::Routed, Sender::Port(_)) => Hop::Flood { ports: true, nodes: false },
+            (Mode::Bridged, Sender::Port(_)) => Hop::Flood { ports: true, nodes: true },
         };
         let copies = receivers(hop, packet, tables);
         if copies == 0 {
@@ -253,7 +273,7 @@ impl Forwarder {
 
     fn within_budget(&self, packet: &Packet, tables: &Tables, now: Instant) -> Result<(), DropReason> {
         let port = match packet.sender {
-            Sender::Pod(port) => port,
+            Sender::Port(port) => port,
             Sender::Node(_) => tables.underlay.ok_or(DropReason::PortClosed)?,
         };
         if self.flood_budget.allows(port, now) { Ok(()) } else { Err(DropReason::FloodBudget) }
@@ -271,7 +291,7 @@ impl Forwarder {
     fn bridge_to(&self, mac: Mac, packet: &Packet, tables: &Tables, now: Instant) -> Result<Way, DropReason> {
         let bridged = |mtu| Rewrite { routed: None, mtu };
         if let Some(&port) = tables.macs.get(&mac) {
-            if packet.sender == Sender::Pod(port) {
+            if packet.sender == Sender::Port(port) {
                 return Err(DropReason::Hairpin);
             }
             return Ok((Hop::Port(port), bridged(port_mtu(port, tables)), None));
@@ -279,8 +299,8 @@ impl Forwarder {
         match (packet.sender, tables.mode) {
             // Never from tunnel to tunnel: nodes reach each other without us.
             (Sender::Node(_), _) => Err(DropReason::NotForUs),
-            (Sender::Pod(_), Mode::Routed) => Err(DropReason::UnknownMac),
-            (Sender::Pod(_), Mode::Bridged) => match self.fdb.find(mac, now) {
+            (Sender::Port(_), Mode::Routed) => Err(DropReason::UnknownMac),
+            (Sender::Port(_), Mode::Bridged) => match self.fdb.find(mac, now) {
                 Some(learned) if tables.node(learned.node).is_some() => {
                     Ok((Hop::Node(learned.node), bridged(tables.tunnel_mtu), Some(learned)))
                 }
@@ -324,7 +344,7 @@ impl Forwarder {
         out: &mut Outbox,
     ) {
         let tables = round.tables;
-        let ports = tables.flood.iter().filter(|_| to.0).filter(|port| packet.sender != Sender::Pod(**port));
+        let ports = tables.flood.iter().filter(|_| to.0).filter(|port| packet.sender != Sender::Port(**port));
         let nodes = (0..tables.nodes.len()).map(|index| NodeId(index as u16)).filter(|_| to.1);
         let nodes = nodes.filter(|id| tables.node(*id).is_some());
         let mut hops = ports.map(|port| Hop::Port(*port)).chain(nodes.map(Hop::Node)).peekable();
@@ -400,14 +420,16 @@ impl Forwarder {
 impl Forwarder {
     /// A forwarder that knows nothing yet.
     pub fn new(config: &RouterConfig) -> Forwarder {
-        Forwarder::sharing(Arc::new(Fdb::new(config.fdb_limit, config.fdb_age, config.seed)), config)
+        let fdb = Fdb::new(config.fdb_limit, config.fdb_age, config.seed);
+        Forwarder::sharing(Arc::new(fdb), Arc::new(Returns::new(config.host_flows, config.seed)), config)
     }
 
-    /// One that learns MACs together with others.
-    pub fn sharing(fdb: Arc<Fdb>, config: &RouterConfig) -> Forwarder {
+    /// One that learns MACs, and what the host port brought, together with others.
+    pub fn sharing(fdb: Arc<Fdb>, returns: Arc<Returns>, config: &RouterConfig) -> Forwarder {
         Forwarder {
             conntrack: ConnTrack::new(config.flows, config.seed),
             fdb,
+            returns,
             gateway: Stack::new(config.seed),
             flood_budget: Budgets::new(config.flood_rate),
             icmp_budget: Budgets::new(config.icmp_rate),
@@ -445,6 +467,11 @@ impl Forwarder {
         self.fdb.entries().collect()
     }
 
+    /// What is remembered of what the host port brought.
+    pub fn returns(&self) -> ReturnsUse {
+        self.returns.usage()
+    }
+
     /// The flows that were seen within the last minutes.
     pub fn flows(&self, now: Instant) -> Vec<FlowEntry> {
         self.conntrack.entries(now).collect()
@@ -462,7 +489,7 @@ struct Round<'a> {
 fn open(frame: &mut Frame, tables: &Tables) -> Result<Packet, DropReason> {
     let sender = match frame.outer {
         Some(outer) => tunnel::open(frame, outer, tables)?,
-        None => Sender::Pod(frame.ingress()),
+        None => Sender::Port(frame.ingress()),
     };
     Packet::parse(frame, sender)
 }
@@ -471,9 +498,12 @@ fn check_source(packet: &Packet, tables: &Tables) -> Result<Option<(Mac, NodeId)
     let Tables { gateway, neighbours, macs, vtep_mac, .. } = tables;
     let known = Known { gateway, neighbours, macs, vtep_mac: *vtep_mac };
     match packet.sender {
-        Sender::Pod(port) => {
-            let Some(Role::Pod(pod)) = tables.role(port) else { return Err(DropReason::PortClosed) };
-            policy::check_pod(pod, packet, known)?;
+        Sender::Port(port) => {
+            match tables.role(port) {
+                Some(Role::Pod(pod)) => policy::check_pod(pod, packet, known)?,
+                Some(Role::Host(host)) => policy::check_host(host, packet, known)?,
+                Some(Role::Underlay) | None => return Err(DropReason::PortClosed),
+            }
             Ok(None)
         }
         Sender::Node(id) => {
@@ -488,7 +518,7 @@ fn addressed_to(packet: &Packet, tables: &Tables) -> Result<AddressedTo, DropRea
     let mac = packet.dst;
     match (packet.sender, tables.mode) {
         _ if mac.is_multicast() => Ok(AddressedTo::Group),
-        (Sender::Pod(_), _) if mac == tables.gateway.mac => Ok(AddressedTo::Router),
+        (Sender::Port(_), _) if mac == tables.gateway.mac => Ok(AddressedTo::Router),
         // Between nodes in routed mode the inner MACs say nothing: only what is routed here arrives here.
         (Sender::Node(_), Mode::Routed) => Ok(AddressedTo::Router),
         (Sender::Node(_), Mode::Bridged) if mac == tables.vtep_mac => Ok(AddressedTo::Router),
@@ -499,14 +529,14 @@ fn addressed_to(packet: &Packet, tables: &Tables) -> Result<AddressedTo, DropRea
 }
 
 fn for_us(packet: &Packet, addressed_to: &AddressedTo, tables: &Tables) -> Option<Hop> {
-    if let Sender::Pod(_) = packet.sender
+    if let Sender::Port(_) = packet.sender
         && let Some(reply) = neigh::answer(packet, &tables.gateway, &tables.neighbours)
     {
         return Some(Hop::Reply(reply));
     }
     let ip = packet.ip()?;
     // In bridged mode each node has the same gateway: another node's pods have their own.
-    let ours = matches!(packet.sender, Sender::Pod(_)) || tables.mode == Mode::Routed;
+    let ours = matches!(packet.sender, Sender::Port(_)) || tables.mode == Mode::Routed;
     let here = ours && matches!(addressed_to, AddressedTo::Router) && tables.gateway.owns(ip.dst);
     here.then_some(Hop::Gateway)
 }
@@ -514,38 +544,49 @@ fn for_us(packet: &Packet, addressed_to: &AddressedTo, tables: &Tables) -> Optio
 /// By longest prefix, then by neighbour if the prefix is here.
 fn route_to(ip: &Ip, packet: &Packet, tables: &Tables) -> Result<Way, DropReason> {
     let routed = |dst, src, mtu| Rewrite { routed: Some(Macs { dst, src }), mtu };
-    match route::find(ip.dst, &tables.routes4, &tables.routes6)? {
-        Via::Local => {
+    match route::find(ip.dst, &tables.routes4, &tables.routes6) {
+        // What leads out of the pod network is this node's to route.
+        Err(DropReason::NoRoute) if let Some(host) = host_for(packet, tables) => {
+            let Path { hop, rewrite, .. } = returning::to_host(host, tables);
+            Ok((hop, rewrite, None))
+        }
+        Err(reason) => Err(reason),
+        Ok(Via::Local) => {
             let neighbour = tables.neighbours.get(&ip.dst).ok_or(DropReason::UnknownNeighbour)?;
             let rewrite = routed(neighbour.mac, tables.gateway.mac, port_mtu(neighbour.port, tables));
             Ok((Hop::Port(neighbour.port), rewrite, None))
         }
-        Via::Node(_) if matches!(packet.sender, Sender::Node(_)) => Err(DropReason::NotForUs),
-        Via::Node(id) => {
+        Ok(Via::Node(_)) if matches!(packet.sender, Sender::Node(_)) => Err(DropReason::NotForUs),
+        Ok(Via::Node(id)) => {
             let node = tables.node(id).ok_or(DropReason::NoRoute)?;
             Ok((Hop::Node(id), routed(node.vtep_mac, tables.vtep_mac, tables.tunnel_mtu), None))
         }
     }
 }
 
+/// The host port, for packets of this node's pods: what it sent itself it has no use for, and other nodes have their own.
+fn host_for(packet: &Packet, tables: &Tables) -> Option<Neighbour> {
+    tables.host.filter(|host| matches!(packet.sender, Sender::Port(port) if port != host.port))
+}
+
 /// The way back to a packet's sender, for what the router itself has to say.
 fn back(packet: &Packet, tables: &Tables) -> (Hop, Macs) {
     match packet.sender {
-        Sender::Pod(port) => (Hop::Port(port), Macs { dst: packet.src, src: tables.gateway.mac }),
+        Sender::Port(port) => (Hop::Port(port), Macs { dst: packet.src, src: tables.gateway.mac }),
         Sender::Node(node) => (Hop::Node(node), Macs { dst: packet.src, src: tables.vtep_mac }),
     }
 }
 
 fn port_mtu(port: PortId, tables: &Tables) -> u32 {
     match tables.role(port) {
-        Some(Role::Pod(pod)) => pod.mtu,
+        Some(Role::Pod(pod) | Role::Host(pod)) => pod.mtu,
         Some(Role::Underlay) | None => 0,
     }
 }
 
 fn receivers(hop: Hop, packet: &Packet, tables: &Tables) -> u32 {
     let Hop::Flood { ports, nodes } = hop else { return 1 };
-    let own = usize::from(matches!(packet.sender, Sender::Pod(_)));
+    let own = usize::from(matches!(packet.sender, Sender::Port(_)));
     let ports = if ports { tables.flood.len().saturating_sub(own) } else { 0 };
     let nodes = if nodes { tables.members.len() } else { 0 };
     (ports + nodes) as u32

@@ -117,8 +117,10 @@ fn header_len(bytes: &[u8], l4: usize, len: usize, protocol: u8, datagram: usize
     match protocol {
         ip::UDP => (datagram >= UDP_LEN && l4 + datagram <= len).then_some(l4 + UDP_LEN),
         ip::TCP => {
-            let header = usize::from(bytes.get(l4..l4 + TCP_LEN)?[12] >> 4) * 4;
-            (header >= TCP_LEN && l4 + header <= len).then_some(l4 + header)
+            let fixed = bytes.get(l4..l4 + TCP_LEN)?;
+            let header = usize::from(fixed[12] >> 4) * 4;
+            // A connection that begins is decided anew: who it belongs to may have changed since its ports were used last.
+            (fixed[13] & tcp::SYN == 0 && header >= TCP_LEN && l4 + header <= len).then_some(l4 + header)
         }
         _ => None,
     }
@@ -163,7 +165,7 @@ mod tests {
 
     use crate::frame::Frame;
 
-    const SENDER: Sender = Sender::Pod(PortId(3));
+    const SENDER: Sender = Sender::Port(PortId(3));
 
     /// A packet of one of the kinds that are recognised.
     fn packet(v6: bool, tcp: bool, payload: usize) -> Vec<u8> {

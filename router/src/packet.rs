@@ -77,10 +77,29 @@ pub struct Ip {
     pub dst_port: Option<u16>,
     /// Type and code of ICMP and ICMPv6, unless it is a later fragment.
     pub icmp: Option<(u8, u8)>,
+    /// Identifier of a ping or its answer, if it is whole.
+    pub echo: Option<u16>,
+    /// The packet that an ICMP error is about.
+    pub quote: Option<Quote>,
+    /// Whether it opens or answers the opening of a TCP connection: the SYN bit.
+    pub syn: bool,
     /// The neighbour discovery message, if it is one.
     pub neighbour: Option<Discovery>,
     /// Largest L3 packet that this stands for, in bytes: itself, or one segment if it is a superframe.
     pub size: u32,
+}
+
+/// What an ICMP error quotes of the packet that it is about.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Quote {
+    /// Its source address.
+    pub src: IpAddr,
+    /// Its destination address.
+    pub dst: IpAddr,
+    /// Its upper-layer protocol.
+    pub protocol: u8,
+    /// Its ports, or twice the identifier of a ping; `None` for fragments and other protocols.
+    pub ports: Option<(u16, u16)>,
 }
 
 /// Which piece of a datagram.
@@ -168,6 +187,9 @@ fn parse_v4(frame: &mut Frame) -> Result<Ip, DropReason> {
         ports: None,
         dst_port: None,
         icmp: None,
+        echo: None,
+        quote: None,
+        syn: false,
         neighbour: None,
         size: total as u32,
     };
@@ -212,6 +234,9 @@ fn parse_v6(frame: &mut Frame) -> Result<Ip, DropReason> {
         ports: None,
         dst_port: None,
         icmp: None,
+        echo: None,
+        quote: None,
+        syn: false,
         neighbour: None,
         size: total as u32,
     };
@@ -246,6 +271,7 @@ fn parse_upper(frame: &Frame, ip: &mut Ip) -> Result<(), DropReason> {
             }
             ip.dst_port = Some(header.dst_port.get());
             ip.ports = whole.then_some((header.src_port.get(), header.dst_port.get()));
+            ip.syn = header.flags & tcp::SYN != 0;
         }
         ip::UDP => {
             let (header, _) = UdpHeader::ref_from_prefix(rest).map_err(|_| DropReason::TooShort)?;
@@ -257,12 +283,12 @@ fn parse_upper(frame: &Frame, ip: &mut Ip) -> Result<(), DropReason> {
             ip.ports = whole.then_some((header.src_port.get(), header.dst_port.get()));
         }
         ip::ICMP if ip.src.is_ipv4() => {
-            let (header, _) = IcmpHeader::ref_from_prefix(rest).map_err(|_| DropReason::TooShort)?;
-            ip.icmp = Some((header.kind, header.code));
+            let (header, quoted) = IcmpHeader::ref_from_prefix(rest).map_err(|_| DropReason::TooShort)?;
+            read_message(ip, header, quoted, whole);
         }
         ip::ICMPV6 if ip.src.is_ipv6() => {
-            let (header, _) = IcmpHeader::ref_from_prefix(rest).map_err(|_| DropReason::TooShort)?;
-            ip.icmp = Some((header.kind, header.code));
+            let (header, quoted) = IcmpHeader::ref_from_prefix(rest).map_err(|_| DropReason::TooShort)?;
+            read_message(ip, header, quoted, whole);
             if whole {
                 ip.neighbour = parse_discovery(frame, ip, header.kind)?;
             }
@@ -270,6 +296,53 @@ fn parse_upper(frame: &Frame, ip: &mut Ip) -> Result<(), DropReason> {
         _ => {}
     }
     Ok(())
+}
+
+/// What kind of ICMP message it is, and to which conversation it belongs.
+fn read_message(ip: &mut Ip, header: &IcmpHeader, quoted: &[u8], whole: bool) {
+    ip.icmp = Some((header.kind, header.code));
+    if ip.is_icmp_error() {
+        ip.quote = quote(quoted);
+    } else if whole && is_echo(ip.src.is_ipv4(), header.kind) {
+        ip.echo = Some(header.echo().0);
+    }
+}
+
+fn is_echo(v4: bool, kind: u8) -> bool {
+    let kinds = if v4 {
+        [icmp::v4::ECHO_REQUEST, icmp::v4::ECHO_REPLY]
+    } else {
+        [icmp::v6::ECHO_REQUEST, icmp::v6::ECHO_REPLY]
+    };
+    kinds.contains(&kind)
+}
+
+/// Reads the packet that an error quotes, as far as it is there. Nothing of it has been checked by anyone.
+fn quote(bytes: &[u8]) -> Option<Quote> {
+    let (src, dst, protocol, upper, whole): (IpAddr, IpAddr, u8, &[u8], bool) = match bytes.first()? >> 4 {
+        4 => {
+            let (header, _) = Ipv4Header::ref_from_prefix(bytes).ok()?;
+            let upper = bytes.get(header.ihl().max(IPV4_LEN)..)?;
+            (header.src().into(), header.dst().into(), header.protocol, upper, !header.is_fragment())
+        }
+        6 => {
+            let (header, rest) = Ipv6Header::ref_from_prefix(bytes).ok()?;
+            let upper = ipv6::walk(header.next_header, rest, ipv6::MAX_EXTENSION_HEADERS).ok()?;
+            let whole = upper.fragment.is_none_or(|piece| !piece.more && piece.offset == 0);
+            (header.src().into(), header.dst().into(), upper.protocol, rest.get(upper.offset..)?, whole)
+        }
+        _ => return None,
+    };
+    let word = |at: usize| upper.get(at..at + 2).map(|word| u16::from_be_bytes([word[0], word[1]]));
+    let ports = match protocol {
+        _ if !whole => None,
+        ip::TCP | ip::UDP => word(0).zip(word(2)),
+        ip::ICMP | ip::ICMPV6 => {
+            upper.first().filter(|kind| is_echo(src.is_ipv4(), **kind)).and(word(4)).map(|id| (id, id))
+        }
+        _ => None,
+    };
+    Some(Quote { src, dst, protocol, ports })
 }
 
 /// RFC 4861, sections 7.1.1 and 7.1.2: what makes a solicitation or advertisement valid.

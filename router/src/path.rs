@@ -7,15 +7,15 @@ use std::net::Ipv6Addr;
 
 use weft_encap::mac::Mac;
 
-use crate::flow::Signature;
+use crate::flow::{FlowKey, Signature};
 use crate::port::PortId;
 use crate::tables::NodeId;
 
 /// Who sent a frame.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Sender {
-    /// The pod behind this port.
-    Pod(PortId),
+    /// Whoever is behind this port: a pod, or this node itself.
+    Port(PortId),
     /// Another node.
     Node(NodeId),
 }
@@ -23,7 +23,7 @@ pub enum Sender {
 /// The next thing on a path.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Hop {
-    /// A pod's port.
+    /// A port: a pod's, or this node's own.
     Port(PortId),
     /// Another node, through the tunnel.
     Node(NodeId),
@@ -101,6 +101,42 @@ pub struct Commit {
     pub copies: u32,
     /// What becomes of the flow cache.
     pub flow: FlowCommit,
+    /// What it says about where its conversation began.
+    pub entrance: Entrance,
+}
+
+/// Where a conversation began, as far as a packet of it says: by the host port, whose replies have to go back by it, or elsewhere. The
+/// flow is the one that opened it.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub enum Entrance {
+    /// It says nothing.
+    #[default]
+    Unknown,
+    /// The host port brought the packet.
+    Host {
+        /// Whose it is.
+        opening: FlowKey,
+        /// Whether it opens a connection.
+        first: bool,
+    },
+    /// It is a reply, which goes back by the host port.
+    Reply(FlowKey),
+    /// It was brought by the host port earlier, and begins anew elsewhere.
+    Elsewhere(FlowKey),
+}
+
+/// What a flow's path has to do with the host port.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub enum Tie {
+    /// Nothing, and that stays so.
+    #[default]
+    None,
+    /// The host port brought it, and what is said in reply goes back by it.
+    Brought,
+    /// It is such a reply.
+    Returns,
+    /// Nothing, until the host port brings a packet of the same conversation.
+    Free,
 }
 
 /// A look-up in the FDB that can be checked again later.
@@ -127,6 +163,10 @@ pub struct Verdict {
     pub epoch: u64,
     /// The FDB's version before it was asked.
     pub fdb_version: u64,
+    /// What it has to do with the host port.
+    pub tie: Tie,
+    /// The version of what the host port brought, before that was asked.
+    pub returns_version: u32,
 }
 
 /// What becomes of the flow cache.

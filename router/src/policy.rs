@@ -1,7 +1,8 @@
 //! Who may send what: source checks.
 //!
 //! A pod speaks for its own MAC and addresses and for nobody else's, in Ethernet, IP, ARP and neighbour discovery; it is not a
-//! router and not a DHCP server. A node speaks for the addresses that live on it. Link-local traffic
+//! router and not a DHCP server. A node speaks for the addresses that live on it, and as itself. This node's own kernel is a router, which passes
+//! on what others sent: what comes by the host port may have any source. Link-local traffic
 //! (`fe80::`, `::` and `0.0.0.0`) passes where the protocols that configure a link need it: towards link-local
 //! destinations, and not in another's name.
 
@@ -65,6 +66,31 @@ pub fn check_pod(pod: &Pod, packet: &Packet, known: Known<'_>) -> Result<(), Dro
     }
 }
 
+/// Checks what this node's own kernel sent by the host port. It routes, and translates addresses in both directions, so a packet may be
+/// from anybody, also from a pod; but it speaks with its own MAC, and of neighbours it claims no one else's name.
+///
+/// # Errors
+/// What it must not claim.
+pub fn check_host(host: &Pod, packet: &Packet, known: Known<'_>) -> Result<(), DropReason> {
+    if packet.src != host.mac {
+        return Err(DropReason::SourceMac);
+    }
+    match &packet.network {
+        Network::Arp(arp) => {
+            // It asks in the name of any of its addresses (arp_announce), which are not all known here.
+            let sender = arp.sender();
+            let honest = host.ipv4.contains(&sender) || !known.is_taken(sender.into());
+            if arp.sha == host.mac && honest { Ok(()) } else { Err(DropReason::ArpSpoof) }
+        }
+        Network::Ip(ip) if is_router_message(ip) => Err(DropReason::RouterMessage),
+        Network::Ip(ip) => match &ip.neighbour {
+            Some(message) => check_discovery(host, message, ip.src.is_unspecified(), known),
+            None => Ok(()),
+        },
+        Network::Other => Ok(()),
+    }
+}
+
 fn check_pod_address(pod: &Pod, ip: &Ip, known: Known<'_>) -> Result<(), DropReason> {
     let allowed = match (ip.src, ip.dst) {
         (IpAddr::V4(src), IpAddr::V4(dst)) => {
@@ -106,14 +132,14 @@ fn check_discovery(pod: &Pod, message: &Discovery, is_probe: bool, known: Known<
     if honest { Ok(()) } else { Err(DropReason::NdSpoof) }
 }
 
-/// Checks what another node sent: its inner source must live there (routed), or at least not here (bridged).
+/// Checks what another node sent: its inner source must live there or be the node itself (routed), or at least not be here (bridged).
 ///
 /// # Errors
 /// What it must not claim.
 pub fn check_node(node: &Node, mode: Mode, packet: &Packet, known: Known<'_>) -> Result<(), DropReason> {
     match (mode, &packet.network) {
         (Mode::Routed, Network::Ip(ip)) => {
-            let theirs = node.ranges.iter().any(|range| range.contains(&ip.src));
+            let theirs = ip.src == node.underlay || node.ranges.iter().any(|range| range.contains(&ip.src));
             if theirs { Ok(()) } else { Err(DropReason::TunnelSource) }
         }
         (Mode::Routed, _) => Err(DropReason::UnsupportedType),

@@ -75,6 +75,8 @@ pub struct Pod {
 pub enum Role {
     /// A pod.
     Pod(Pod),
+    /// This node itself, by its host port: like a pod, but it also passes on what others sent.
+    Host(Pod),
     /// The other nodes.
     Underlay,
 }
@@ -126,6 +128,8 @@ pub struct Tables {
     pub vtep_mac: Mac,
     /// The port to the other nodes; absent on a node that has none.
     pub underlay: Option<PortId>,
+    /// This node itself, to whom goes what has no route; absent without a host port.
+    pub host: Option<Neighbour>,
     /// MTU of packets inside the tunnel in bytes: underlay MTU less the encapsulation.
     pub tunnel_mtu: u32,
     /// Who is behind each port, indexed by [`PortId`].
@@ -138,11 +142,11 @@ pub struct Tables {
     pub routes4: PrefixMap<Ipv4Net, Via>,
     /// IPv6 routes.
     pub routes6: PrefixMap<Ipv6Net, Via>,
-    /// Local pods by address, link-local addresses included.
+    /// Local pods and this node itself by address, link-local addresses included.
     pub neighbours: ExactMap<IpAddr, Neighbour>,
-    /// Local pods by MAC; these never move.
+    /// Local pods and this node itself by MAC; these never move.
     pub macs: ExactMap<Mac, PortId>,
-    /// Ports that take part in floods: local pods.
+    /// Ports that take part in floods: those of local pods and of this node itself.
     pub flood: Vec<PortId>,
 }
 
@@ -156,6 +160,7 @@ impl Tables {
             gateway,
             vtep_mac: Mac::ZERO,
             underlay: None,
+            host: None,
             tunnel_mtu: 1450,
             ports: Vec::new(),
             nodes: Vec::new(),
@@ -170,6 +175,17 @@ impl Tables {
 
     /// Enters a pod: its port, its addresses, its MAC.
     pub fn add_pod(&mut self, port: PortId, pod: Pod) {
+        self.add_neighbour(port, &pod);
+        self.set_port(port, Role::Pod(pod));
+    }
+
+    /// Enters the host port: this node's own interface, its addresses, its MAC.
+    pub fn add_host(&mut self, port: PortId, interface: Pod) {
+        self.host = Some(self.add_neighbour(port, &interface));
+        self.set_port(port, Role::Host(interface));
+    }
+
+    fn add_neighbour(&mut self, port: PortId, pod: &Pod) -> Neighbour {
         let neighbour = Neighbour { mac: pod.mac, port };
         let v4 = pod.ipv4.iter().copied().map(IpAddr::V4);
         let v6 = pod.ipv6.iter().copied().chain([pod.mac.link_local()]).map(IpAddr::V6);
@@ -178,7 +194,7 @@ impl Tables {
         }
         self.macs.insert(pod.mac, port);
         self.flood.push(port);
-        self.set_port(port, Role::Pod(pod));
+        neighbour
     }
 
     /// Enters the port to the other nodes.

@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::bridge::Fdb;
 use crate::control;
 use crate::control::{
-    Command, Event, Half, NewPort, PortEnd, PortSnapshot, Removed, RouterConfig, RouterError, Snapshot,
+    Command, Event, Half, NewPort, PortEnd, PortSnapshot, Removed, RouterConfig, RouterError, Snapshot, UplinkHalf,
 };
 use crate::drop_reason::DropReason;
 use crate::forward::Forwarder;
@@ -39,8 +39,9 @@ use crate::pool::Pool;
 use crate::port::sys::xsk::Umem;
 use crate::port::tap::TapPort;
 use crate::port::udp::UdpPort;
-use crate::port::xdp::XdpPort;
+use crate::port::xdp::{XdpPort, XdpUnderlay};
 use crate::port::{Batch, Capabilities, Outbox, Port, PortId, Received};
+use crate::returns::{Returns, ReturnsUse};
 use crate::tables::Tables;
 use crate::time::Instant;
 
@@ -55,6 +56,7 @@ const BUSY_RETRY: Duration = Duration::from_millis(1);
 pub(crate) struct Shared {
     pub(crate) tables: Arc<ArcSwap<Tables>>,
     pub(crate) fdb: Arc<Fdb>,
+    pub(crate) returns: Arc<Returns>,
     pub(crate) events: Sender<Event>,
 }
 
@@ -152,7 +154,7 @@ impl Worker {
             ready: VecDeque::new(),
             busy: Vec::new(),
             pool: Pool::new(config.chunks, config.supers)?,
-            forwarder: Forwarder::sharing(shared.fdb, config),
+            forwarder: Forwarder::sharing(shared.fdb, shared.returns, config),
             outbox: Outbox::new(),
             next_tick: None,
             batch: Batch::new(),
@@ -363,8 +365,18 @@ impl Worker {
             Half::Tap { tap, receives } => Box::new(TapPort::new(tap, id, receives)),
             Half::Xdp { device, .. } => Box::new(XdpPort::new(*device, &self.pool, id).map_err(RouterError::Device)?),
             Half::Underlay(sockets) => Box::new(UdpPort::new(sockets, id, tunnel_mtu)),
+            Half::Uplink(half) => self.uplink(id, *half, tunnel_mtu).map_err(RouterError::Device)?,
         };
         self.insert(id, port, shared).map_err(RouterError::Device)
+    }
+
+    /// A worker without a queue of the uplink has the sockets alone.
+    fn uplink(&self, id: PortId, half: UplinkHalf, tunnel_mtu: u32) -> io::Result<Box<dyn Port>> {
+        let kernel = Box::new(UdpPort::new(half.sockets, id, tunnel_mtu));
+        if half.devices.is_empty() {
+            return Ok(kernel);
+        }
+        Ok(Box::new(XdpUnderlay::new(half.devices, half.tunnel, half.hops, kernel, &self.pool, id)?))
     }
 
     fn insert(&mut self, id: PortId, port: Box<dyn Port>, shared: control::Shared) -> io::Result<()> {
@@ -407,7 +419,8 @@ impl Worker {
         let ports = self.ports.iter().enumerate().filter_map(|(index, slot)| {
             let (id, slot) = (PortId(index as u16), slot.as_ref()?);
             let capabilities = slot.port.as_ref().map_or(slot.capabilities, |port| port.capabilities());
-            let (kind, up, stats) = (slot.kind, slot.port.is_some(), stats.of(id));
+            let kind = slot.port.as_ref().map_or(slot.kind, |port| port.kind());
+            let (up, stats) = (slot.port.is_some(), stats.of(id));
             Some(PortSnapshot { id, kind, up, worker: None, capabilities, stats })
         });
         let (ports, nodes) = (ports.collect(), stats.nodes().to_vec());
@@ -417,8 +430,9 @@ impl Worker {
             workers: 1,
             ports,
             nodes,
-            // All workers have the same one.
+            // All workers have the same ones.
             fdb: Vec::new(),
+            returns: ReturnsUse::default(),
             flows: if flows { self.forwarder.flows(now) } else { Vec::new() },
             free: self.pool.free(),
         }
@@ -464,7 +478,8 @@ mod tests {
         let (sender, events) = channel::unbounded();
         let tables = Arc::new(ArcSwap::from_pointee(tables()));
         let fdb = Arc::new(Fdb::new(64, Duration::from_secs(300), 1));
-        (Shared { tables, fdb, events: sender }, events)
+        let returns = Arc::new(Returns::new(64, 1));
+        (Shared { tables, fdb, returns, events: sender }, events)
     }
 
     /// A port that no other worker has.

@@ -102,14 +102,14 @@ fn journals() -> Vec<Vec<u8>> {
     let mut all = Vec::new();
     for count in [0u8, 1, 5, 12] {
         let folder = tempfile::tempdir().expect("a folder");
-        let mut store = Store::open(folder.path()).expect("a store");
+        let store = Store::open(folder.path()).expect("a store");
         let set = |text: &str| -> RangeSet { Range::whole(text.parse().expect("a prefix")).expect("a range").into() };
         let sets = [set("10.244.1.0/24"), set("fd00:10:244:1::/64")];
         for number in 0..count {
             let owner = Owner { network: "pods".into(), container: format!("c{number}"), ifname: "eth0".into() };
-            store.lease(&owner, &sets, &[], Facts { time: 1_700_000_000, ..Facts::default() }).expect("a lease");
+            store.lease(&owner, &sets, &[], Facts { time: 1_700_000_000, ..Facts::default() }, 0).expect("a lease");
             if number % 3 == 2 {
-                store.release(&owner);
+                store.release(&owner, 0);
             }
         }
         if count == 12 {

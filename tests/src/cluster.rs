@@ -13,7 +13,7 @@ use weft_api::{Empty, Request};
 
 use crate::command::{Background, eventually};
 use crate::daemon::Daemon;
-use crate::machine::{binary, port, unique};
+use crate::machine::{binary, port, underlay, unique};
 use crate::netns::OwnNetns;
 use crate::plugin::Runtime;
 
@@ -64,6 +64,8 @@ impl Cluster {
         self.underlay.ip(&format!("link set n{number} master br0 up"));
         netns.ip(&format!("address add 10.200.0.{number}/24 dev uplink"));
         netns.ip("link set uplink up");
+        netns.set("net/ipv4/ip_forward", "1");
+        netns.set("net/ipv6/conf/all/forwarding", "1");
         netns
     }
 
@@ -83,7 +85,13 @@ impl Cluster {
     /// follows them.
     #[track_caller]
     pub fn weft_node_by(&self, number: u8, mode: &str, more: &str, wrapper: &str) -> WeftNode {
-        let node = self.weft_node_unready(number, &self.config(number, mode, more), wrapper);
+        self.weft_node_of(number, &self.config(number, mode, more), wrapper)
+    }
+
+    /// The same with any configuration.
+    #[track_caller]
+    pub fn weft_node_of(&self, number: u8, text: &str, wrapper: &str) -> WeftNode {
+        let node = self.weft_node_unready(number, text, wrapper);
         node.await_ready();
         node
     }
@@ -114,11 +122,12 @@ impl Cluster {
             ""
         };
         let port = port().map(|port| format!("port = \"{port}\"\n")).unwrap_or_default();
+        let kind = underlay().map(|kind| format!("kind = \"{kind}\"\n")).unwrap_or_default();
         format!(
             "{port}node = \"n{number}\"\nmode = \"{mode}\"\nvni = 1\nmtu = 1450\n\
              socket = \"{folder}/n{number}.sock\"\nstate_dir = \"{folder}/n{number}.state\"\n\
              ranges = [\"10.244.{number}.0/24\", \"fd00:10:244:{number}::/64\"]\n{segment}\
-             \n[underlay]\naddress = \"10.200.0.{number}\"\nport = 8472\ndevice = \"uplink\"\n\n{more}"
+             \n[underlay]\naddress = \"10.200.0.{number}\"\nport = 8472\ndevice = \"uplink\"\n{kind}\n{more}"
         )
     }
 }

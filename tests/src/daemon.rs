@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use weft_api::{Client, ClientError, DropInfo, FdbInfo, LeaseInfo, PortInfo, Request, Status};
 
 use crate::command::eventually;
+pub use crate::sys::BpfObject;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -132,6 +133,28 @@ impl Daemon {
     #[track_caller]
     pub fn descriptors(&self) -> usize {
         std::fs::read_dir(Path::new("/proc").join(self.pid.to_string()).join("fd")).expect("it runs").count()
+    }
+
+    /// The XDP programs and maps that it keeps.
+    #[track_caller]
+    pub fn bpf_objects(&self) -> Vec<BpfObject> {
+        let folder = Path::new("/proc").join(self.pid.to_string()).join("fdinfo");
+        let infos = std::fs::read_dir(folder).expect("it runs").flatten();
+        // A descriptor may be closed meanwhile.
+        let texts = infos.map(|info| std::fs::read_to_string(info.path()).unwrap_or_default());
+        let object = |line: &str| {
+            let (key, number) = line.split_once(':')?;
+            let number = number.trim().parse().ok()?;
+            match key {
+                "prog_id" => Some(BpfObject::Program(number)),
+                "map_id" => Some(BpfObject::Map(number)),
+                _ => None,
+            }
+        };
+        let mut objects: Vec<_> = texts.flat_map(|text| text.lines().filter_map(object).collect::<Vec<_>>()).collect();
+        objects.sort_unstable();
+        objects.dedup();
+        objects
     }
 
     /// Whether it runs.

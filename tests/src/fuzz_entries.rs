@@ -129,7 +129,7 @@ pub fn api(bytes: &[u8]) {
 /// A lease journal as it may lie on a disk: it is read or refused. What was read survives being written and read again.
 pub fn journal(bytes: &[u8]) {
     let Ok(store) = weft_ipam::Store::with_disk(Box::new(disk::InMemory::new(bytes))) else { return };
-    let before: Vec<weft_ipam::Record> = store.iter().cloned().collect();
+    let before = store.records();
     let mut addresses = std::collections::BTreeSet::new();
     for record in &before {
         for lease in &record.leases {
@@ -138,13 +138,13 @@ pub fn journal(bytes: &[u8]) {
     }
     let disk = disk::InMemory::new(bytes);
     let content = disk.content();
-    let mut store = weft_ipam::Store::with_disk(Box::new(disk)).expect("it could be opened before");
+    let store = weft_ipam::Store::with_disk(Box::new(disk)).expect("it could be opened before");
     store.compact().expect("memory does not fail");
     drop(store);
     let compacted = content.lock().expect("nobody panicked").clone().expect("there is a journal");
     let store =
         weft_ipam::Store::with_disk(Box::new(disk::InMemory::new(&compacted))).expect("what was compacted can be read");
-    assert_eq!(store.iter().cloned().collect::<Vec<_>>(), before);
+    assert_eq!(store.records(), before);
 }
 
 mod disk {

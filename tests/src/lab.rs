@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::command::{Said, run_with};
 use crate::daemon::Daemon;
-use crate::machine::{binaries, binary, port, unique};
+use crate::machine::{binaries, binary, port, underlay, unique};
 use crate::netns::Netns;
 
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -104,11 +104,14 @@ impl Lab {
         let (nodes, pods) = (nodes.to_string(), pods.to_string());
         let port = port().filter(|_| !rest.contains(&"--port"));
         let port: Vec<&str> = port.iter().flat_map(|port| ["--port", port]).collect();
+        let underlay = underlay().filter(|_| !rest.contains(&"--underlay"));
+        let underlay: Vec<&str> = underlay.iter().flat_map(|underlay| ["--underlay", underlay]).collect();
         let said = lab.weft(
             &[
                 &["lab", "up", "--nodes", &nodes, "--pods", &pods, "--mode", mode, "--json", "--name", &lab.name],
                 rest,
                 &port,
+                &underlay,
             ]
             .concat(),
         );

@@ -12,7 +12,8 @@ use rustix::fs::{FlockOperation, flock};
 static TURN: Mutex<()> = Mutex::new(());
 
 /// Programs, and the Debian package each comes with.
-const PROGRAMS: [(&str, &str); 8] = [
+const PROGRAMS: [(&str, &str); 9] = [
+    ("nft", "nftables"),
     ("ip", "iproute2"),
     ("bridge", "iproute2"),
     ("nstat", "iproute2"),
@@ -85,6 +86,11 @@ pub fn binary(name: &str) -> PathBuf {
 /// The kind of the pods' ports that the tests shall use where they do not care: `WEFT_TEST_PORT`, or weftd's own choice.
 pub fn port() -> Option<String> {
     std::env::var("WEFT_TEST_PORT").ok()
+}
+
+/// The same for how the tunnel's packets leave and enter nodes: `WEFT_TEST_UNDERLAY`.
+pub fn underlay() -> Option<String> {
+    std::env::var("WEFT_TEST_UNDERLAY").ok()
 }
 
 /// A name that no other process uses: `weft-t<pid>-<what>` for namespaces, `t<pid><what>` for labs.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 
@@ -39,6 +39,13 @@ impl Netns {
         let mut command = self.command(words.next().expect("a program"));
         command.args(words);
         run(command)
+    }
+
+    /// Writes one of its settings, a path below `/proc/sys`.
+    #[track_caller]
+    pub fn set(&self, setting: &str, value: &str) {
+        let written = self.inside(|| std::fs::write(Path::new("/proc/sys").join(setting), value));
+        written.unwrap_or_else(|error| panic!("{setting} of {}: {error}", self.0));
     }
 
     /// Runs `ip` on it; fails if that fails.

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::command::{PATIENCE, run_with};
+use crate::command::{PATIENCE, Said, run_with};
 use crate::machine::binary;
 use crate::netns::Netns;
 
@@ -32,6 +32,15 @@ pub struct Answer {
 }
 
 impl Answer {
+    /// What a plugin that has ended said.
+    #[track_caller]
+    pub fn of(said: &Said) -> Answer {
+        let parsed = || serde_json::from_str(&said.out);
+        let json = if said.out.trim().is_empty() { Ok(Value::Null) } else { parsed() };
+        let json = json.unwrap_or_else(|error| panic!("{error} in the plugin's output: {}", said.out));
+        Answer { success: said.success, json }
+    }
+
     /// The result; fails unless it succeeded.
     #[track_caller]
     pub fn must(self) -> Value {
@@ -83,14 +92,7 @@ impl Runtime {
         if let Some(netns) = netns {
             plugin.env("CNI_NETNS", netns);
         }
-        let said = run_with(plugin, input.as_bytes(), PATIENCE);
-        let json = if said.out.is_empty() {
-            Value::Null
-        } else {
-            serde_json::from_str(&said.out)
-                .unwrap_or_else(|error| panic!("{error} in the plugin's output: {}", said.out))
-        };
-        Answer { success: said.success, json }
+        Answer::of(&run_with(plugin, input.as_bytes(), PATIENCE))
     }
 
     /// ADD, which must succeed.

@@ -1,4 +1,4 @@
-//! The one place with unsafe code: raw Ethernet sockets, for which `rustix` has no address type, and a socket option.
+//! The one place with unsafe code: raw Ethernet sockets, for which `rustix` has no address type, socket options, and bpf(2).
 //!
 //! See packet(7).
 
@@ -37,4 +37,37 @@ pub fn segment(socket: &std::net::UdpSocket, size: usize) -> io::Result<()> {
         libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, (&raw const size).cast(), len)
     };
     if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// What bpf(2) knows by number.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum BpfObject {
+    /// A program.
+    Program(u32),
+    /// A map.
+    Map(u32),
+}
+
+impl BpfObject {
+    /// Whether the kernel has it, whoever keeps it.
+    pub fn exists(self) -> bool {
+        // <https://elixir.bootlin.com/linux/v6.18/A/ident/bpf_cmd>: BPF_PROG_GET_FD_BY_ID and BPF_MAP_GET_FD_BY_ID.
+        let (command, id) = match self {
+            BpfObject::Program(id) => (13, id),
+            BpfObject::Map(id) => (14, id),
+        };
+        // What it begins with is the number; the rest is zeros.
+        let attributes = [u64::from(id), 0, 0];
+        let len = size_of_val(&attributes);
+        // SAFETY: the pointer and the length describe `attributes`, which lives beyond the call; these commands only read it.
+        let fd = unsafe { libc::syscall(libc::SYS_bpf, command, (&raw const attributes).cast::<u8>(), len) };
+        if fd >= 0 {
+            // SAFETY: the descriptor was just made, is valid, and nobody else owns it.
+            drop(unsafe { OwnedFd::from_raw_fd(fd as i32) });
+            return true;
+        }
+        let error = io::Error::last_os_error();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOENT), "bpf(2) does not tell: {error}");
+        false
+    }
 }

@@ -27,7 +27,14 @@ pub fn await_answer(from: &Netns, address: IpAddr) {
 #[track_caller]
 pub fn transfer(from: &Netns, to: &Netns, address: IpAddr, bytes: u64) {
     let listener = to.inside(|| TcpListener::bind(SocketAddr::new(address, 0)).expect("the pod has the address"));
-    let target = listener.local_addr().expect("it is bound");
+    let port = listener.local_addr().expect("it is bound").port();
+    transfer_by(from, address, port, listener, bytes);
+}
+
+/// The same, to whoever listens behind an address and port.
+#[track_caller]
+pub fn transfer_by(from: &Netns, address: IpAddr, port: u16, listener: TcpListener, bytes: u64) {
+    let target = SocketAddr::new(address, port);
     let receiver = thread::spawn(move || {
         let (stream, _) = listener.accept().expect("somebody connects");
         receive(stream)
@@ -90,7 +97,14 @@ fn receive(mut stream: TcpStream) -> ([u8; 32], u64) {
 #[track_caller]
 pub fn echo_datagrams(from: &Netns, to: &Netns, address: IpAddr, sizes: &[usize]) {
     let server = to.inside(|| UdpSocket::bind(SocketAddr::new(address, 0)).expect("the pod has the address"));
-    let target = server.local_addr().expect("it is bound");
+    let port = server.local_addr().expect("it is bound").port();
+    echo_datagrams_by(from, address, port, server, sizes);
+}
+
+/// The same, to the server behind an address and port.
+#[track_caller]
+pub fn echo_datagrams_by(from: &Netns, address: IpAddr, port: u16, server: UdpSocket, sizes: &[usize]) {
+    let target = SocketAddr::new(address, port);
     let any: IpAddr = if address.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
     let client = from.inside(|| UdpSocket::bind(SocketAddr::new(any, 0)).expect("any port is free"));
     client.connect(target).expect("there is a route");

@@ -13,6 +13,9 @@ use crate::sys;
 /// Room for the frames of a busy second, in bytes.
 const BUFFER: usize = 32 << 20;
 
+/// How long an interface may have no room.
+const CONGESTED: Duration = Duration::from_secs(5);
+
 /// An interface, open for raw frames.
 pub struct Wire {
     socket: OwnedFd,
@@ -31,11 +34,17 @@ impl Wire {
     }
 
     /// Sends a frame; `false` if the interface would not take it (it is shorter than an Ethernet header, or longer than the MTU allows).
+    #[track_caller]
     pub fn send(&self, frame: &[u8]) -> bool {
+        let deadline = Instant::now() + CONGESTED;
         loop {
             match rustix::net::send(&self.socket, frame, SendFlags::empty()) {
                 Ok(_) => return true,
-                Err(Errno::AGAIN | Errno::NOBUFS) => std::thread::sleep(Duration::from_micros(200)),
+                // A device whose other end refuses the frame says the same.
+                Err(Errno::AGAIN | Errno::NOBUFS) => {
+                    assert!(Instant::now() < deadline, "no room for a frame of {} bytes in {CONGESTED:?}", frame.len());
+                    std::thread::sleep(Duration::from_micros(200));
+                }
                 Err(Errno::INTR) => {}
                 Err(_) => return false,
             }

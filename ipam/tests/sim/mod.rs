@@ -13,6 +13,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use weft_ipam::{Disk, Which};
 
@@ -172,6 +173,8 @@ struct State {
     calls: u64,
     dead: bool,
     rng: Option<Rng>,
+    /// What a sync takes.
+    delay: Duration,
 }
 
 fn slot(which: Which) -> usize {
@@ -198,6 +201,13 @@ impl Sim {
             state.names[0] = Some(0);
             state.durable_names[0] = Some(0);
         }
+        sim
+    }
+
+    /// An empty disk whose syncs take a while.
+    pub fn slow(delay: Duration) -> Self {
+        let sim = Self::default();
+        sim.state().delay = delay;
         sim
     }
 
@@ -353,6 +363,10 @@ impl Disk for Sim {
     }
 
     fn sync(&mut self, which: Which) -> io::Result<()> {
+        let delay = self.state().delay;
+        if !delay.is_zero() {
+            std::thread::sleep(delay);
+        }
         let mut state = self.state();
         match state.fate(false, true) {
             Fate::Works => {

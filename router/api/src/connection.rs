@@ -117,6 +117,13 @@ impl From<Errno> for LineError {
 }
 
 impl Connection {
+    /// Whether the peer has closed its end, so that nobody waits for an answer.
+    pub fn is_abandoned(&self) -> bool {
+        let mut polled = [PollFd::new(&self.socket, PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut polled, Some(&now)).is_ok() && polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+    }
+
     /// A connection over `socket` that accepts lines of up to `limit` bytes (at most [`MAX_LINE`]), the newline included.
     pub fn new(socket: UnixStream, limit: usize) -> Connection {
         Connection { socket, limit: limit.min(MAX_LINE), received: Vec::new(), scanned: 0, descriptor: None }

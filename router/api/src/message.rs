@@ -27,6 +27,13 @@ pub enum Request {
     Check(Check),
     /// CNI GC: frees every attachment of `network` that is not listed. Answer: [`Collected`].
     Gc(Gc),
+    /// Addresses for a plugin that asks weft-cni for them and makes the interface itself. What is said about an interface
+    /// is not looked at; a descriptor is optional. Answer: [`Attached`] with addresses alone. Freed by [`Request::Del`].
+    Lease(Attach),
+    /// Whether such addresses are still leased. Answer: [`Empty`] or an error that says what is missing.
+    CheckLease(Check),
+    /// Answer: [`Found`].
+    Find(AttachmentKey),
     /// CNI STATUS: can an ADD be served now? Answer: [`Empty`] or error 50 / 51.
     Ready,
     /// The daemon's state, problems first. Answer: [`Status`].
@@ -49,6 +56,8 @@ pub enum Request {
     Nodes,
     /// Gives this node's ranges back, for it goes for good; refused while pods are attached. Answer: [`Empty`].
     Leave,
+    /// Keeps an address from being given. Answer: [`Empty`]. What undoes it is [`Request::Del`] of its record.
+    Reserve(Reserve),
     /// Reads the configuration file again. Answer: [`Empty`], or an error with line and key; the old one stays in force.
     Reload,
 }
@@ -133,6 +142,8 @@ pub mod code {
     pub const INTERNAL: u32 = 105;
     /// Not a request that this daemon knows.
     pub const REQUEST: u32 = 106;
+    /// A plugin that was asked for addresses failed, and did not say how.
+    pub const DELEGATE: u32 = 107;
 }
 
 /// Nothing to say.
@@ -176,6 +187,14 @@ pub struct Attach {
     /// Limits on the pod's traffic; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<Bandwidth>,
+    /// Addresses that another IPAM plugin gave: none are chosen then, and these are given or the ADD fails. A gateway that it did
+    /// not say is the unspecified address.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub given: Vec<AttachedAddress>,
+    /// The routes to make, where those without a gateway go by that of the first address of their family. If absent, a default
+    /// route by each family's gateway. A route that the pod has already stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routes: Option<Vec<AttachedRoute>>,
     /// `K8S_POD_NAMESPACE`, `K8S_POD_NAME`, `K8S_POD_UID` and the like, for people.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
@@ -237,7 +256,7 @@ pub struct Attached {
 pub struct AttachedAddress {
     /// Address and on-link prefix length, e.g. `10.244.1.2/24`.
     pub address: String,
-    /// The gateway for it.
+    /// The gateway for it; the unspecified address if it has none.
     pub gateway: IpAddr,
 }
 
@@ -246,8 +265,31 @@ pub struct AttachedAddress {
 pub struct AttachedRoute {
     /// Destination in CIDR form, e.g. `0.0.0.0/0`.
     pub destination: String,
-    /// Next hop.
+    /// Next hop; the unspecified address if none was said.
     pub gateway: IpAddr,
+    /// MTU along it, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
+    /// The largest segment that TCP announces along it, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advmss: Option<u32>,
+    /// Its priority, the metric; the lower, the sooner it is taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<u32>,
+    /// The number of its table; the main one if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table: Option<u32>,
+    /// Its scope, as Linux numbers them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<u8>,
+}
+
+impl AttachedRoute {
+    /// A route in the main table with nothing special.
+    pub fn new(destination: impl Into<String>, gateway: IpAddr) -> AttachedRoute {
+        let destination = destination.into();
+        AttachedRoute { destination, gateway, mtu: None, advmss: None, priority: None, table: None, scope: None }
+    }
 }
 
 /// A request to compare an attachment with what was made.
@@ -263,6 +305,16 @@ pub struct Check {
     pub expected: Option<Attached>,
 }
 
+/// A request to keep an address from being given.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Reserve {
+    /// The address.
+    pub address: IpAddr,
+    /// What for; may be empty.
+    #[serde(default)]
+    pub note: String,
+}
+
 /// A request to free what is not listed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Gc {
@@ -270,6 +322,13 @@ pub struct Gc {
     pub network: String,
     /// The attachments that stay: (container id, ifname).
     pub valid: Vec<(String, String)>,
+}
+
+/// Whether an attachment is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Found {
+    /// It has a lease or a port.
+    pub attached: bool,
 }
 
 /// What a GC freed.
@@ -315,6 +374,9 @@ pub struct Status {
     /// Where this node knows its ranges and peers from, e.g. `file`; empty if weftd is too old to say.
     #[serde(default)]
     pub source: String,
+    /// This node's own interface in the pod network; absent if there is none, or if weftd is too old to say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_port: Option<HostPortInfo>,
     /// VXLAN network identifier.
     pub vni: u32,
     /// MTU of pods in bytes.
@@ -336,6 +398,27 @@ pub struct Status {
     pub free: Option<FreeBuffers>,
 }
 
+/// This node's own interface in the pod network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPortInfo {
+    /// Its name, e.g. `weft0`.
+    pub ifname: String,
+    /// Its MAC.
+    pub mac: String,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Kernel routes that lead to it.
+    pub routes: usize,
+    /// The `rtm_protocol` that these carry.
+    pub protocol: u8,
+    /// Conversations that it brought, and whose replies have to go back by it.
+    #[serde(default)]
+    pub flows: usize,
+    /// Such conversations that were forgotten to make room (`limits.host_flows`).
+    #[serde(default)]
+    pub evicted: u64,
+}
+
 /// Buffers of all workers that hold no frame. When nothing is in flight there are as many as ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FreeBuffers {
@@ -352,6 +435,12 @@ pub struct RangeUse {
     pub range: String,
     /// Addresses leased.
     pub leased: u64,
+    /// Addresses that were freed and are given again only when nothing else is left; 0 if weftd is too old to say.
+    #[serde(default)]
+    pub resting: u64,
+    /// Addresses that are never given, beside `size`; 0 if weftd is too old to say.
+    #[serde(default)]
+    pub reserved: u64,
     /// Addresses that can be leased in all; saturates at `u64::MAX`.
     pub size: u64,
 }
@@ -386,13 +475,13 @@ pub struct PortInfo {
     pub kind: String,
     /// `up`, or why not.
     pub state: String,
-    /// The pod's container id, or the underlay's address.
+    /// The pod's container id, the underlay's address, or `this node`.
     pub name: String,
-    /// Name of the interface in the pod; empty for others.
+    /// Name of the interface in the pod or of the host port; empty for the underlay.
     pub ifname: String,
-    /// The pod's MAC; empty for others.
+    /// The MAC of that interface; empty for the underlay.
     pub mac: String,
-    /// The pod's addresses.
+    /// Its addresses.
     pub addresses: Vec<IpAddr>,
     /// Offloads in use, e.g. `csum tso4 tso6 uso`.
     pub offloads: String,
@@ -414,7 +503,7 @@ pub struct PortInfo {
 pub struct RouteInfo {
     /// Destination, CIDR.
     pub destination: String,
-    /// `local`, `gateway` or the node's name.
+    /// `local`, `gateway`, `host` (this node's kernel) or the node's name.
     pub via: String,
     /// The node's underlay address, if it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -519,4 +608,7 @@ pub struct NodeInfo {
     /// Seconds since the last frame from it; absent if there was none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_seen: Option<f64>,
+    /// How frames to it leave: `udp`, `xdp`; or why not by the latter.
+    #[serde(default)]
+    pub way: String,
 }

@@ -2,29 +2,39 @@
 //!
 //! | command | without the daemon |
 //! |---|---|
-//! | ADD, CHECK, GC | waits, then code 11 |
-//! | DEL | succeeds; a tombstone says what is left to do |
+//! | ADD, CHECK | waits, then code 11 |
+//! | DEL, GC | succeeds; a tombstone says what is left to do |
 //! | STATUS | waits, then code 50 |
+//!
+//! Where another plugin gives the addresses, it is asked before the daemon when something is made, so that the daemon knows
+//! them, and after it when something is freed, so that nobody gets an address while it is in use.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::Value;
-use weft_api::{Attach, Attached, AttachmentKey, Check, ClientError, Collected, Empty, Failure, Gc, Request, code};
+use weft_api::{
+    Attach, Attached, AttachmentKey, Check, ClientError, Collected, Empty, Failure, Found, Gc, Request, code,
+};
 
-use crate::config::{Config, invalid};
+use crate::config::{Config, Role, invalid};
+use crate::delegate::{Delegate, Given};
 use crate::environment::{self, Arguments};
 use crate::input::quoted;
 use crate::version::Version;
-use crate::{daemon, netns, outcome, tombstone};
+use crate::{daemon, ipam, netns, outcome, tombstone};
 
-/// How long ADD, CHECK and GC wait for a daemon that is being restarted.
-const WAIT: Duration = Duration::from_secs(5);
+/// How long an ADD waits for a daemon that is being restarted.
+pub const WAIT: Duration = Duration::from_secs(5);
+
+/// How long a CHECK waits for it.
+pub const CHECK_WAIT: Duration = Duration::from_secs(5);
 
 /// How long STATUS waits: runtimes ask it at boot, before anything is attached.
 const STATUS_WAIT: Duration = Duration::from_secs(10);
 
-/// How long a DEL waits for its answer, each of the two times it asks.
+/// How long a DEL or a GC waits for its answer, each of the two times it asks.
 const DEL_ANSWER: Duration = Duration::from_secs(4);
 
 /// How long STATUS waits for its answer; a daemon that takes longer is not one that serves an ADD.
@@ -87,14 +97,19 @@ impl Command {
 }
 
 fn add(version: Version, config: &Config) -> Result<Value, Failure> {
+    let delegate = match config.role()? {
+        Role::Ipam => return ipam::add(version, config),
+        Role::Network => None,
+        Role::Delegating(name) => Some(name),
+    };
     let key = environment::attachment(&config.network)?;
     let netns = environment::required("CNI_NETNS")?;
     let arguments = environment::arguments()?;
     let wanted = config.wanted(&arguments)?;
     // A result that could not be written is found before anything is made.
-    outcome::added(version, config, &netns, &blank(&key))?;
+    outcome::added(version, config, &netns, &blank(&key), None)?;
     let descriptor = netns::open_pod(&netns)?;
-    let request = Request::Add(Attach {
+    let mut request = Attach {
         key,
         netns: netns.clone(),
         requested: wanted.requested,
@@ -102,13 +117,56 @@ fn add(version: Version, config: &Config) -> Result<Value, Failure> {
         mac: wanted.mac,
         mtu: wanted.mtu,
         port: wanted.port,
-        bandwidth: None,
+        bandwidth: wanted.bandwidth,
+        given: Vec::new(),
+        routes: wanted.routes,
         labels: arguments.labels,
-    });
+    };
+    let make = |request: &Attach| -> Result<Attached, Failure> {
+        let wait = config.wait.unwrap_or(WAIT);
+        let request = Request::Add(request.clone());
+        daemon::ask(&config.socket, wait, daemon::ANSWER, &request, Some(descriptor.as_fd())).map_err(daemon::failure)
+    };
+    let Some(delegate) = delegate else {
+        return outcome::added(version, config, &netns, &make(&request)?, None);
+    };
+    let delegate = Delegate::find(&delegate)?;
+    refuse_known(config, &request.key)?;
+    let Given { addresses, routes, dns } = delegate.add(&config.document)?;
+    (request.given, request.routes) = (addresses, routes);
+    let made = make(&request).and_then(|attached| as_given(config, &request, attached));
+    let result = made.and_then(|attached| outcome::added(version, config, &netns, &attached, dns.as_ref()));
+    if result.is_err() {
+        delegate.undo(&config.document);
+    }
+    result
+}
+
+/// A second ADD fails. It must do so before another plugin is asked, whose undoing would take away what the first was given.
+fn refuse_known(config: &Config, key: &AttachmentKey) -> Result<(), Failure> {
     let wait = config.wait.unwrap_or(WAIT);
-    let attached = daemon::ask(&config.socket, wait, daemon::ANSWER, &request, Some(descriptor.as_fd()))
-        .map_err(daemon::failure)?;
-    outcome::added(version, config, &netns, &attached)
+    match daemon::ask(&config.socket, wait, daemon::ANSWER, &Request::Find(key.clone()), None) {
+        Ok(Found { attached: false }) => Ok(()),
+        Ok(Found { attached: true }) => {
+            let what = format!("container {} is attached by {} already", quoted(&key.container), key.ifname);
+            Err(Failure::new(code::EXISTS, what).with_details("DEL comes before another ADD"))
+        }
+        Err(error) => Err(daemon::failure(error)),
+    }
+}
+
+/// A daemon of an older release gives addresses of its own, whatever it is asked.
+fn as_given(config: &Config, request: &Attach, attached: Attached) -> Result<Attached, Failure> {
+    let same = |(given, made): (&weft_api::AttachedAddress, &weft_api::AttachedAddress)| {
+        let [given, made] = [given, made].map(|address| environment::address(&address.address));
+        given.is_some() && given == made
+    };
+    if attached.addresses.len() == request.given.len() && request.given.iter().zip(&attached.addresses).all(same) {
+        return Ok(attached);
+    }
+    free(config, &request.key, None)?;
+    Err(Failure::new(code::UNSUPPORTED_FIELD, "this weftd does not take the addresses of an IPAM plugin")
+        .with_details("install weftd and weft-cni of the same release"))
 }
 
 /// Frees the attachment. The namespace may be gone, and `CNI_NETNS` with it; the attachment's name is what counts.
@@ -116,16 +174,36 @@ fn del(config: &Config) -> Result<(), Failure> {
     let key = environment::attachment(&config.network)?;
     let netns = environment::variable("CNI_NETNS").ok().flatten();
     let descriptor = netns.and_then(|path| netns::open_pod(&path).ok());
-    let request = Request::Del(key.clone());
-    let descriptor = descriptor.as_ref().map(AsFd::as_fd);
-    let ask = || daemon::ask::<Empty>(&config.socket, Duration::ZERO, DEL_ANSWER, &request, descriptor);
+    free(config, &key, descriptor.as_ref().map(AsFd::as_fd))?;
+    match config.role() {
+        Ok(Role::Delegating(name)) => Delegate::find(&name)?.run("DEL", &config.document).map(drop),
+        // What an ADD would be refused for is not in a DEL's way.
+        _ => Ok(()),
+    }
+}
 
+fn free(config: &Config, key: &AttachmentKey, descriptor: Option<BorrowedFd<'_>>) -> Result<(), Failure> {
+    let request = Request::Del(key.clone());
+    let ask = || daemon::ask::<Empty>(&config.socket, Duration::ZERO, DEL_ANSWER, &request, descriptor);
+    let done = now_or_later(config, ask, || tombstone::write(&config.state_dir, key))?;
+    if done.is_none() {
+        eprintln!("weft-cni: weftd is away; it will free the attachment when it is back");
+    }
+    Ok(())
+}
+
+/// Has the daemon do what `ask` asks for, or leaves a tombstone for it. `None`: it is left.
+fn now_or_later<T>(
+    config: &Config,
+    ask: impl Fn() -> Result<T, ClientError>,
+    leave: impl Fn() -> std::io::Result<PathBuf>,
+) -> Result<Option<T>, Failure> {
     let away = match ask() {
-        Ok(Empty {}) => return Ok(()),
+        Ok(done) => return Ok(Some(done)),
         Err(error) if is_away(&error) => error,
         Err(error) => return Err(daemon::failure(error)),
     };
-    let path = tombstone::write(&config.state_dir, &key).map_err(|error| {
+    let path = leave().map_err(|error| {
         let mut failure = daemon::failure(away);
         let folder = config.state_dir.display();
         failure.msg.push_str(&format!(", and a note for its start cannot be left in {folder}: {error}"));
@@ -133,16 +211,16 @@ fn del(config: &Config) -> Result<(), Failure> {
     })?;
     // The daemon may have started, and have read the tombstones, just before this one was written.
     match ask() {
-        Ok(Empty {}) => tombstone::remove(&path),
-        Err(error) if is_away(&error) => {
-            eprintln!("weft-cni: weftd is away; it will free the attachment when it is back ({})", path.display());
+        Ok(done) => {
+            tombstone::remove(&path);
+            Ok(Some(done))
         }
+        Err(error) if is_away(&error) => Ok(None),
         Err(error) => {
             tombstone::remove(&path);
-            return Err(daemon::failure(error));
+            Err(daemon::failure(error))
         }
     }
-    Ok(())
 }
 
 /// A daemon that hangs is as good as one that is not there: a pod must not be kept from going. Should it come round and serve
@@ -152,6 +230,10 @@ fn is_away(error: &ClientError) -> bool {
 }
 
 fn check(config: &Config) -> Result<(), Failure> {
+    let role = config.role()?;
+    if role == Role::Ipam {
+        return ipam::check(config);
+    }
     let key = environment::attachment(&config.network)?;
     let netns = environment::required("CNI_NETNS")?;
     environment::arguments()?;
@@ -159,33 +241,57 @@ fn check(config: &Config) -> Result<(), Failure> {
         config.previous_result()?.ok_or_else(|| invalid("CHECK without prevResult: nothing says what to check"))?;
     let expected = Some(outcome::expected(previous, &key.ifname)?);
     let descriptor = netns::open_pod(&netns)?;
+    if let Role::Delegating(name) = role {
+        match Delegate::find(&name)?.run("CHECK", &config.document) {
+            // It is older than the command.
+            Err(failure) if failure.code == code::VERSION => {}
+            outcome => drop(outcome?),
+        }
+    }
     let request = Request::Check(Check { key, expected });
-    let wait = config.wait.unwrap_or(WAIT);
+    let wait = config.wait.unwrap_or(CHECK_WAIT);
     let Empty {} = daemon::ask(&config.socket, wait, daemon::ANSWER, &request, Some(descriptor.as_fd()))
         .map_err(daemon::failure)?;
     Ok(())
 }
 
 fn gc(config: &Config) -> Result<(), Failure> {
-    let request = Request::Gc(Gc { network: config.network.clone(), valid: config.valid_attachments()? });
-    let wait = config.wait.unwrap_or(WAIT);
-    let Collected { .. } =
-        daemon::ask(&config.socket, wait, daemon::ANSWER, &request, None).map_err(daemon::failure)?;
+    let gc = Gc { network: config.network.clone(), valid: config.valid_attachments()? };
+    let request = Request::Gc(gc.clone());
+    let ask = || daemon::ask::<Collected>(&config.socket, Duration::ZERO, DEL_ANSWER, &request, None);
+    let done = now_or_later(config, ask, || tombstone::write_gc(&config.state_dir, &gc))?;
+    if done.is_none() {
+        eprintln!("weft-cni: weftd is away; it will collect what is stale when it is back");
+    }
+    let Ok(Role::Delegating(name)) = config.role() else { return Ok(()) };
+    let delegate = Delegate::find(&name)?;
+    if delegate.knows(&config.document, Version::V1_1_0) {
+        return delegate.run("GC", &config.document).map(drop);
+    }
+    // An older plugin knows no GC, but it knows DEL. All are tried before a failure is told.
+    let freed = done.map(|done| done.freed).unwrap_or_default();
+    let outcomes: Vec<_> = freed.into_iter().map(|key| delegate.of(key).run("DEL", &config.document)).collect();
+    outcomes.into_iter().try_for_each(|outcome| outcome.map(drop))
+}
+
+/// Says whether an ADD would be served: with this configuration, by a daemon that is ready, and by the plugin that gives addresses.
+fn status(config: &Config) -> Result<(), Failure> {
+    let role = config.role()?;
+    config.wanted(&Arguments::default())?;
+    let wait = config.wait.unwrap_or(STATUS_WAIT);
+    let Empty {} = daemon::ask(&config.socket, wait, STATUS_ANSWER, &Request::Ready, None)
+        .map_err(|error| not_available(daemon::failure(error)))?;
+    let Role::Delegating(name) = role else { return Ok(()) };
+    let delegate = Delegate::find(&name).map_err(not_available)?;
+    if delegate.knows(&config.document, Version::V1_1_0) {
+        delegate.run("STATUS", &config.document).map_err(not_available)?;
+    }
     Ok(())
 }
 
-/// Says whether an ADD would be served: with this configuration, by a daemon that is ready.
-fn status(config: &Config) -> Result<(), Failure> {
-    config.wanted(&Arguments::default())?;
-    let wait = config.wait.unwrap_or(STATUS_WAIT);
-    match daemon::ask(&config.socket, wait, STATUS_ANSWER, &Request::Ready, None) {
-        Ok(Empty {}) => Ok(()),
-        Err(error) => {
-            let failure = daemon::failure(error);
-            let is_status = matches!(failure.code, code::NOT_AVAILABLE | code::LIMITED);
-            Err(if is_status { failure } else { Failure { code: code::NOT_AVAILABLE, ..failure } })
-        }
-    }
+fn not_available(failure: Failure) -> Failure {
+    let is_status = matches!(failure.code, code::NOT_AVAILABLE | code::LIMITED);
+    if is_status { failure } else { Failure { code: code::NOT_AVAILABLE, ..failure } }
 }
 
 /// An attachment without addresses, to try whether a result can be written.

@@ -6,21 +6,28 @@
 //! request), speak the version of CNI that the runtime asked for, and wait for a daemon that is being restarted.
 //!
 //! Rules that hold for every command: exit code 0, or 1 and an error object on standard output; nothing else is
-//! ever written there. VERSION does not touch the daemon. DEL succeeds without the daemon, by a tombstone
+//! ever written there. VERSION does not touch the daemon. DEL and GC succeed without the daemon, by a tombstone
 //! ([`tombstone`]).
+//!
+//! It is asked in one of four roles: as the plugin that makes the interface, with weftd's addresses ([`command`]) or with those of
+//! another IPAM plugin ([`delegate`]); as the IPAM plugin of another ([`ipam`]); and, by that name, as [`loopback`].
 //!
 //! Read first: the CNI specification 1.1.0, sections 2 (execution protocol) and 5 (result types).
 
 mod command;
 mod config;
 mod daemon;
+mod delegate;
 mod environment;
 mod input;
+mod ipam;
+mod loopback;
 mod netns;
 mod outcome;
 mod sys;
 mod tombstone;
 mod version;
+mod wanted;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -58,7 +65,17 @@ fn run(version: &mut Version) -> Result<Option<Value>, Failure> {
     let document: Value = serde_json::from_slice(&input).map_err(|error| undecodable(&error))?;
     *version = Version::of(&document)?;
     command.must_exist_in(*version)?;
-    command.run(*version, &Config::parse(document)?)
+    let config = Config::parse(document)?;
+    if is_called(loopback::NAME) {
+        return loopback::run(command, *version, &config);
+    }
+    command.run(*version, &config)
+}
+
+/// Whether this program was executed by that name.
+fn is_called(name: &str) -> bool {
+    let called = std::env::args_os().next().map(std::path::PathBuf::from);
+    called.is_some_and(|path| path.file_name().is_some_and(|file| file == name))
 }
 
 /// What VERSION answers. In CNI before 1.0.0 it has no input, so that none is needed, and whoever asks with a version

@@ -13,8 +13,14 @@ use crate::config::{Config, invalid};
 use crate::input::quoted;
 use crate::version::Version;
 
-/// The result of an ADD.
-pub fn added(version: Version, config: &Config, netns: &str, attached: &Attached) -> Result<Value, Failure> {
+/// The result of an ADD. `dns` is what an IPAM plugin said of name servers.
+pub fn added(
+    version: Version,
+    config: &Config,
+    netns: &str,
+    attached: &Attached,
+    dns: Option<&Value>,
+) -> Result<Value, Failure> {
     let mut result = config.previous_result()?.cloned().unwrap_or_default();
     result.insert("cniVersion".to_owned(), version.as_str().into());
 
@@ -27,21 +33,74 @@ pub fn added(version: Version, config: &Config, netns: &str, attached: &Attached
     interfaces.push(interface);
 
     let ips = list(&mut result, "ips")?;
-    for AttachedAddress { address, gateway } in &attached.addresses {
-        ips.push(json!({ "interface": index, "address": address, "gateway": gateway }));
-    }
-    ips.iter_mut().filter_map(Value::as_object_mut).for_each(|ip| say_family(version, ip));
-
+    ips.extend(attached.addresses.iter().map(|address| ip(address, Some(index))));
     let routes = list(&mut result, "routes")?;
-    for AttachedRoute { destination, gateway } in &attached.routes {
-        routes.push(json!({ "dst": destination, "gw": gateway }));
-    }
+    routes.extend(attached.routes.iter().map(|made| route(version, made)));
+    finish(version, config, result, dns)
+}
 
-    let dns = result.entry("dns").or_insert_with(|| json!({}));
-    if let Some(configured) = config.dns()? {
-        *dns = configured.clone();
+/// The result of an ADD that gave addresses to another plugin: abbreviated, for what it means for interfaces is that plugin's to say.
+pub fn leased(version: Version, config: &Config, leased: &Attached, dns: Option<&Value>) -> Result<Value, Failure> {
+    let mut result = Map::new();
+    result.insert("cniVersion".to_owned(), version.as_str().into());
+    result.insert("ips".to_owned(), leased.addresses.iter().map(|address| ip(address, None)).collect());
+    result.insert("routes".to_owned(), leased.routes.iter().map(|asked| route(version, asked)).collect());
+    finish(version, config, result, dns)
+}
+
+fn finish(
+    version: Version,
+    config: &Config,
+    mut result: Map<String, Value>,
+    dns: Option<&Value>,
+) -> Result<Value, Failure> {
+    let entry = result.entry("dns").or_insert_with(|| json!({}));
+    if let Some(said) = config.dns(dns)? {
+        *entry = said;
     }
-    Ok(Value::Object(result))
+    let mut result = Value::Object(result);
+    convert(&mut result, version);
+    Ok(result)
+}
+
+/// Writes what plugins before us made as `version` has it.
+pub fn convert(result: &mut Value, version: Version) {
+    let ips = result.get_mut("ips").and_then(Value::as_array_mut).into_iter().flatten();
+    ips.filter_map(Value::as_object_mut).for_each(|ip| say_family(version, ip));
+}
+
+/// The same for the result that a configuration of `version` holds.
+pub fn convert_previous(document: &mut Value, version: Version) {
+    if let Some(previous) = document.get_mut("prevResult").filter(|previous| previous.is_object()) {
+        previous["cniVersion"] = version.as_str().into();
+        convert(previous, version);
+    }
+}
+
+fn ip(address: &AttachedAddress, interface: Option<usize>) -> Value {
+    let mut ip = json!({ "address": address.address });
+    if let Some(index) = interface {
+        ip["interface"] = index.into();
+    }
+    if !address.gateway.is_unspecified() {
+        ip["gateway"] = address.gateway.to_string().into();
+    }
+    ip
+}
+
+fn route(version: Version, made: &AttachedRoute) -> Value {
+    let mut route = json!({ "dst": made.destination });
+    if !made.gateway.is_unspecified() {
+        route["gw"] = made.gateway.to_string().into();
+    }
+    if version.routes_say_their_metrics() {
+        let numbers = [("mtu", made.mtu), ("advmss", made.advmss), ("priority", made.priority), ("table", made.table)];
+        let numbers = numbers.into_iter().chain([("scope", made.scope.map(u32::from))]);
+        for (key, number) in numbers.filter_map(|(key, number)| Some((key, number?))) {
+            route[key] = number.into();
+        }
+    }
+    route
 }
 
 /// What `previous`, the result of the ADD, says about the interface `ifname` in the pod.
@@ -63,8 +122,12 @@ pub fn expected(previous: &Map<String, Value>, ifname: &str) -> Result<Attached,
         addresses.push(expected_address(ip)?);
     }
     let route = |route: &Value| {
-        let gateway = route["gw"].as_str()?.parse().ok()?;
-        Some(AttachedRoute { destination: text(route, "dst"), gateway })
+        let destination = text(route, "dst");
+        let gateway = match route["gw"].as_str() {
+            None | Some("") => unspecified(destination.contains(':')),
+            Some(gateway) => gateway.parse().ok()?,
+        };
+        Some(AttachedRoute::new(destination, gateway))
     };
     Ok(Attached {
         ifname: ifname.to_owned(),
@@ -101,10 +164,21 @@ fn say_family(version: Version, ip: &mut Map<String, Value>) {
     }
 }
 
-fn expected_address(ip: &Value) -> Result<AttachedAddress, Failure> {
+/// The addresses of a result that names no interfaces.
+pub fn expected_leases(previous: &Map<String, Value>) -> Result<Attached, Failure> {
+    let ips = previous.get("ips").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let addresses = ips.iter().map(expected_address).collect::<Result<Vec<_>, _>>()?;
+    Ok(Attached { ifname: String::new(), mac: String::new(), mtu: 0, addresses, routes: Vec::new() })
+}
+
+fn unspecified(is_v6: bool) -> IpAddr {
+    if is_v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }
+}
+
+/// One of a result's `ips`.
+pub fn expected_address(ip: &Value) -> Result<AttachedAddress, Failure> {
     let wrong = |what: &str| invalid(format!("prevResult.ips: {what} is not an address"));
     let address = ip["address"].as_str().ok_or_else(|| wrong("what has no address"))?;
-    let unspecified = |is_v6| if is_v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
     let gateway: IpAddr = match &ip["gateway"] {
         Value::String(text) if !text.is_empty() => text.parse().map_err(|_| wrong(&quoted(text)))?,
         _ => unspecified(address.contains(':')),
@@ -125,7 +199,7 @@ mod tests {
                 AttachedAddress { address: "10.1.0.2/24".into(), gateway: "10.1.0.1".parse().unwrap() },
                 AttachedAddress { address: "fd00::2/64".into(), gateway: "fd00::1".parse().unwrap() },
             ],
-            routes: vec![AttachedRoute { destination: "0.0.0.0/0".into(), gateway: "10.1.0.1".parse().unwrap() }],
+            routes: vec![AttachedRoute::new("0.0.0.0/0", "10.1.0.1".parse().unwrap())],
         }
     }
 
@@ -157,7 +231,7 @@ mod tests {
                 expected["interfaces"][0]["mtu"] = 1450.into();
             }
             let config = config(json!({ "dns": { "nameservers": ["10.1.0.10"] } }));
-            assert_eq!(added(version, &config, "/run/netns/x", &attached()).unwrap(), expected);
+            assert_eq!(added(version, &config, "/run/netns/x", &attached(), None).unwrap(), expected);
         }
     }
 
@@ -172,7 +246,7 @@ mod tests {
             "other": { "kept": true }
         });
         let config = config(json!({ "prevResult": previous }));
-        let result = added(Version::V0_4_0, &config, "/run/netns/x", &attached()).unwrap();
+        let result = added(Version::V0_4_0, &config, "/run/netns/x", &attached(), None).unwrap();
         assert_eq!(result["cniVersion"], "0.4.0");
         assert_eq!(result["interfaces"][1], previous["interfaces"][1]);
         assert_eq!(result["interfaces"][2]["name"], "eth0");
@@ -190,7 +264,7 @@ mod tests {
             let previous = json!({ "interfaces": [{ "name": "eth0" }, { "name": "net0", "sandbox": "/run/netns/x" }],
                 "ips": [{ "interface": 1, "address": "192.0.2.5/24" }] });
             let result =
-                added(version, &config(json!({ "prevResult": previous })), "/run/netns/x", &attached()).unwrap();
+                added(version, &config(json!({ "prevResult": previous })), "/run/netns/x", &attached(), None).unwrap();
             let mtu = if version == Version::V1_1_0 { 1450 } else { 0 };
             let expected = expected(result.as_object().unwrap(), "eth0").unwrap();
             assert_eq!(expected, Attached { mtu, ..attached() });
@@ -205,7 +279,7 @@ mod tests {
                 let mut previous = json!({ "interfaces": [{ "name": "eth0", "sandbox": "/x" }] });
                 previous[key] = value.clone();
                 let _ = expected(previous.as_object().unwrap(), "eth0");
-                let _ = added(Version::V0_3_1, &config(json!({ "prevResult": previous })), "/x", &attached());
+                let _ = added(Version::V0_3_1, &config(json!({ "prevResult": previous })), "/x", &attached(), None);
             }
         }
         assert_eq!(expected(&Map::new(), "eth0").unwrap_err().code, code::CHECK);

@@ -1,4 +1,4 @@
-//! Tombstones: a DEL that weftd will do when it is back.
+//! Tombstones: a DEL or a GC that weftd will do when it is back.
 //!
 //! A runtime repeats a failed DEL for ever, and the pod stays Terminating as long: so a DEL succeeds without the
 //! daemon. It leaves a file `<stateDir>/tombstones/<32 hex digits>.json` that holds the attachment as the protocol
@@ -8,11 +8,15 @@
 //! {"network":"pods","container":"4f1c…","ifname":"eth0"}
 //! ```
 //!
-//! What the daemon must do: bind its socket first, then read every `*.json` here, free the attachment as a DEL
-//! would, make that durable, remove the file, and only then accept. In that order no tombstone is overlooked: one
+//! That of a GC is `gc-<32 hex digits>.json` and holds `{"gc":{"network":"pods","valid":[["4f1c…","eth0"]]}}`; a later one of the
+//! same network takes its place.
+//!
+//! What the daemon must do: bind its socket first, then read every `*.json` here, do what it says as if it were
+//! asked, make that durable, remove the file, and only then accept. In that order no tombstone is overlooked: one
 //! that is written after the daemon has read the folder is followed by a second try to reach the daemon, which
 //! succeeds then, and the file is removed here. A name that begins with a dot is a file that is still being
-//! written. What cannot be read as an attachment is to be logged and left.
+//! written. What cannot be read is to be logged and left. What was attached later than a
+//! tombstone was written is not its business.
 //!
 //! The file's name is a hash of the attachment, so that a repeated DEL leaves one file, and so that nothing the
 //! runtime says becomes part of a path. Writing is: new file, fsync, rename, fsync of the folder.
@@ -22,24 +26,36 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use weft_api::AttachmentKey;
+use serde_json::json;
+use weft_api::{AttachmentKey, Gc};
 
 /// The folder below the state folder.
 const FOLDER: &str = "tombstones";
 
 /// Leaves a tombstone for the attachment; returns its path.
 pub fn write(state_dir: &Path, key: &AttachmentKey) -> io::Result<PathBuf> {
+    let name = format!("{:032x}", hash([&key.network, &key.container, &key.ifname]));
+    leave(state_dir, &name, &serde_json::to_vec(key)?)
+}
+
+/// Leaves one for a GC.
+pub fn write_gc(state_dir: &Path, gc: &Gc) -> io::Result<PathBuf> {
+    let name = format!("gc-{:032x}", hash([&gc.network]));
+    leave(state_dir, &name, &serde_json::to_vec(&json!({ "gc": gc }))?)
+}
+
+fn leave(state_dir: &Path, name: &str, content: &[u8]) -> io::Result<PathBuf> {
     let folder = state_dir.join(FOLDER);
     DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
-    let path = folder.join(format!("{:032x}.json", hash(key)));
-    let unfinished = folder.join(format!(".{:032x}.{}", hash(key), std::process::id()));
+    let path = folder.join(format!("{name}.json"));
+    let unfinished = folder.join(format!(".{name}.{}", std::process::id()));
     // A file of an earlier process of that number, which died while it wrote.
     match fs::remove_file(&unfinished) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
-    let written = file.write_all(&serde_json::to_vec(key)?).and_then(|()| file.sync_all());
+    let written = file.write_all(content).and_then(|()| file.sync_all());
     if let Err(error) = written.and_then(|()| fs::rename(&unfinished, &path)) {
         let _ = fs::remove_file(&unfinished);
         return Err(error);
@@ -53,13 +69,12 @@ pub fn remove(path: &Path) {
     let _ = fs::remove_file(path);
 }
 
-/// FNV-1a with 128 bits over the three names, each with its end marked. Runtimes choose container ids at random, so
+/// FNV-1a with 128 bits over some names, each with its end marked. Runtimes choose container ids at random, so
 /// it need not withstand anyone.
-fn hash(key: &AttachmentKey) -> u128 {
+fn hash<'n>(names: impl IntoIterator<Item = &'n String>) -> u128 {
     const OFFSET: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
     const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
-    let parts = [&key.network, &key.container, &key.ifname];
-    let bytes = parts.into_iter().flat_map(|part| part.bytes().chain([0]));
+    let bytes = names.into_iter().flat_map(|name| name.bytes().chain([0]));
     bytes.fold(OFFSET, |hash, byte| (hash ^ u128::from(byte)).wrapping_mul(PRIME))
 }
 
@@ -91,7 +106,8 @@ mod tests {
     #[test]
     fn attachments_that_differ_only_in_where_a_name_ends_have_different_hashes() {
         let all = [key("ab", "c", "d"), key("a", "bc", "d"), key("a", "b", "cd"), key("abc", "d", "")];
-        let hashes: std::collections::HashSet<u128> = all.iter().map(hash).collect();
+        let hashes: std::collections::HashSet<u128> =
+            all.iter().map(|key| hash([&key.network, &key.container, &key.ifname])).collect();
         assert_eq!(hashes.len(), all.len());
     }
 
@@ -101,6 +117,6 @@ mod tests {
         let offset: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
         let prime: u128 = (1 << 88) + 0x13b;
         let three = (0..3).fold(offset, |hash: u128, _| hash.wrapping_mul(prime));
-        assert_eq!(hash(&key("", "", "")), three);
+        assert_eq!(hash([&String::new(), &String::new(), &String::new()]), three);
     }
 }

@@ -52,6 +52,11 @@ impl Version {
         self < Self::V1_0_0
     }
 
+    /// Whether a result's `routes` may say more than destination and gateway.
+    pub fn routes_say_their_metrics(self) -> bool {
+        self >= Self::V1_1_0
+    }
+
     /// Whether a result's `interfaces` may say their MTU.
     pub fn interfaces_say_their_mtu(self) -> bool {
         self >= Self::V1_1_0

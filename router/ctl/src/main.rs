@@ -10,6 +10,7 @@
 mod bench;
 mod doctor;
 mod interrupt;
+mod ipam;
 mod lab;
 mod output;
 mod show;
@@ -60,6 +61,9 @@ enum Command {
     Drops(Format),
     /// The nodes of the cluster.
     Nodes(Format),
+    /// The lease store: looking at it, checking it, taking over another plugin's addresses.
+    #[command(subcommand)]
+    Ipam(ipam::Command),
     /// Make weftd read its configuration again.
     Reload,
     /// Give this node's ranges back to the cluster's engine, before the node goes for good. Refused while pods are attached.
@@ -115,6 +119,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             return doctor::run(&arguments, &cli.socket)
                 .map(|found_problems| if found_problems { EXIT_PROBLEMS } else { 0 });
         }
+        Command::Ipam(command) => return ipam::run(command, &cli.socket),
         Command::Lab(command) => return lab::run(command).map(|()| 0),
         Command::LabPeer(command) => return lab::run_peer(command).map(|()| 0),
         Command::Bench(args) => return bench::run(&args).map(|()| 0),

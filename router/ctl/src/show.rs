@@ -13,8 +13,8 @@ use anyhow::Result;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use weft_api::{
-    Client, Counters, DropInfo, Empty, FdbInfo, FlowInfo, LeaseInfo, NeighbourInfo, NodeInfo, PortInfo, Request,
-    RouteInfo, Status,
+    Client, Counters, DropInfo, Empty, FdbInfo, FlowInfo, HostPortInfo, LeaseInfo, NeighbourInfo, NodeInfo, PortInfo,
+    Request, RouteInfo, Status,
 };
 
 use crate::output::{self, Style, plain};
@@ -126,6 +126,7 @@ fn status(status: &Status, style: Style) -> String {
         ("peers", format!("{}{}", status.peers, source(status))),
         ("ranges", status.ranges.join(" ")),
         ("gateway", format!("{} at {}", addresses(&status.gateways), status.gateway_mac)),
+        ("itself", host_port(status.host_port.as_ref())),
         ("underlay", format!("{}, MTU {}, {}", status.underlay, status.underlay_mtu, status.underlay_kind)),
         ("tunnel", format!("VXLAN, VNI {}, VTEP MAC {}", status.vni, status.vtep_mac)),
         ("tables", format!("epoch {}", status.epoch)),
@@ -273,7 +274,7 @@ fn drops(mut list: Vec<DropInfo>, style: Style) -> String {
 }
 
 fn nodes(list: Vec<NodeInfo>, style: Style) -> String {
-    let mut table = Table::new(&["name", "underlay", "ranges", "vtep mac", ">sent", ">received", ">last seen"]);
+    let mut table = Table::new(&["name", "underlay", "ranges", "vtep mac", ">sent", ">received", ">last seen", "by"]);
     for node in list {
         let name = if node.local { format!("{} (this node)", node.name) } else { node.name };
         let seen = match node.last_seen {
@@ -290,6 +291,7 @@ fn nodes(list: Vec<NodeInfo>, style: Style) -> String {
             node.sent.to_string(),
             node.received.to_string(),
             seen,
+            node.way,
         ];
         table.push(cells, silent);
     }
@@ -307,6 +309,12 @@ pub fn losses(list: &[DropInfo]) -> BTreeMap<&str, u64> {
 
 fn addresses(list: &[IpAddr]) -> String {
     list.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" ")
+}
+
+fn host_port(info: Option<&HostPortInfo>) -> String {
+    let Some(info) = info else { return "no interface in the pod network".to_owned() };
+    let HostPortInfo { ifname, mac, routes, protocol, .. } = info;
+    format!("{} on {ifname} at {mac}, {routes} kernel routes (protocol {protocol})", addresses(&info.addresses))
 }
 
 fn endpoint(address: IpAddr, port: u16) -> String {
@@ -367,12 +375,19 @@ mod tests {
             workers: 2,
             port: "tap".into(),
             source: "file".into(),
+            host_port: None,
             vni: 1,
             mtu: 1450,
             underlay_mtu: 1500,
             pods: 2,
             peers: 1,
-            leases: vec![weft_api::RangeUse { range: "10.244.1.0/24".into(), leased: 2, size: 253 }],
+            leases: vec![weft_api::RangeUse {
+                range: "10.244.1.0/24".into(),
+                leased: 2,
+                resting: 0,
+                reserved: 0,
+                size: 253,
+            }],
             epoch: 3,
             counters: Counters { received: 10, sent: 8, dropped: 2, ..Counters::default() },
             free: None,

@@ -7,10 +7,12 @@
 mod api;
 mod attach;
 mod control;
+mod hostport;
 mod log;
 mod metrics;
 mod netlink;
 mod node;
+mod uplink;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -174,10 +176,12 @@ async fn begin(mut signals: Signals, config: Config, path: PathBuf, level: LogLe
         }
     };
     let (socket_path, first) = (config.socket.clone(), view.cluster.clone());
-    let (mut node, removals) = Node::start(config, view, path, level)?;
+    let (kicks, kicked) = std::sync::mpsc::channel();
+    let (mut node, removals) = Node::start(config, view, path, level, kicks)?;
     node.orders = following.as_ref().map(|following| following.orders.clone());
     let node = Arc::new(node);
     watch_veths(&node, removals)?;
+    hostport::watch::start(&node, kicked)?;
     if first.is_some_and(|first| known.as_ref() != Some(&*first)) {
         node.keep_cluster();
     }
@@ -263,7 +267,7 @@ async fn serve(node: &Arc<Node>, mut signals: Signals, socket: api::socket::Boun
                 keeping = Some(tokio::task::spawn_blocking(move || keep_house(&node)));
             },
             _ = data_plane.recv() => anyhow::bail!("the data plane has stopped: see the log above, then restart weftd"),
-            stream = socket.accept() => server.serve(stream).await,
+            stream = async { server.has_room().await; socket.accept().await } => server.serve(stream).await,
         }
     }
     tracing::info!("stopping");

@@ -3,6 +3,8 @@
 //! A socket belongs to the namespace of the thread that opens it, for good. So [`Netlink::open`] is called on the thread that
 //! is in the right one, and there is no runtime in between that could move the work elsewhere.
 
+pub mod paths;
+
 use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
@@ -19,13 +21,16 @@ use netlink_packet_route::link::{
 };
 use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
+    RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use weft_encap::mac::Mac;
 
 use crate::control::host::{Host, Interface};
+
+pub mod routes;
 
 /// A netlink message of one dump is at most this long; the kernel sizes its own by what the reader offers, up to 32 KiB.
 const BUFFER: usize = 32 * 1024;
@@ -73,6 +78,8 @@ pub struct LinkChange<'a> {
     pub namespace: Option<BorrowedFd<'a>>,
     /// Set it up.
     pub up: bool,
+    /// Set it down.
+    pub down: bool,
 }
 
 /// A veth to be made: its host end here, its other end in a pod. Neither end speaks by itself.
@@ -80,12 +87,42 @@ pub struct LinkChange<'a> {
 pub struct VethPair<'a> {
     /// The name of both ends.
     pub names: [&'a str; 2],
-    /// The MTU of both ends in bytes.
-    pub mtu: u32,
+    /// The MTU of each in bytes: of what it sends, and of what it takes from the other.
+    pub mtus: [u32; 2],
     /// The namespace of the pod's end; here if there is none.
     pub pod: Option<BorrowedFd<'a>>,
     /// How many queues the host end sends by, each of which is received by one of the pod's end.
     pub queues: u32,
+}
+
+/// A route by an interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Route {
+    /// Where to.
+    pub destination: IpNet,
+    /// By whom; `None` if the destination is on the link.
+    pub gateway: Option<IpAddr>,
+    /// The gateway is reached directly although no address of ours is in its prefix.
+    pub on_link: bool,
+    /// MTU along it, in bytes.
+    pub mtu: Option<u32>,
+    /// The largest segment that TCP announces along it, in bytes.
+    pub advmss: Option<u32>,
+    /// Its metric.
+    pub priority: Option<u32>,
+    /// The number of its table.
+    pub table: u32,
+    /// Its scope; `None`: what fits the gateway.
+    pub scope: Option<u8>,
+}
+
+impl Route {
+    /// A route of the main table without a gateway.
+    pub fn new(destination: IpNet) -> Route {
+        let table = RouteHeader::RT_TABLE_MAIN.into();
+        let (gateway, on_link) = (None, false);
+        Route { destination, gateway, on_link, mtu: None, advmss: None, priority: None, table, scope: None }
+    }
 }
 
 impl Netlink {
@@ -120,6 +157,8 @@ impl Netlink {
         message.header.index = index;
         if change.up {
             message.header.flags = LinkFlags::Up;
+        }
+        if change.up || change.down {
             message.header.change_mask = LinkFlags::Up;
         }
         let attributes = [
@@ -137,17 +176,17 @@ impl Netlink {
     /// Makes a veth.
     pub fn add_veth(&mut self, pair: VethPair<'_>) -> io::Result<()> {
         let [host, pod] = pair.names;
-        let end = |name: &str, transmit: u32, receive: u32| {
+        let end = |name: &str, mtu: u32, transmit: u32, receive: u32| {
             let mut message = LinkMessage::default();
             message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-            message.attributes.push(LinkAttribute::Mtu(pair.mtu));
+            message.attributes.push(LinkAttribute::Mtu(mtu));
             message.attributes.push(LinkAttribute::NumTxQueues(transmit));
             message.attributes.push(LinkAttribute::NumRxQueues(receive));
             message
         };
-        let mut peer = end(pod, 1, pair.queues);
+        let mut peer = end(pod, pair.mtus[1], 1, pair.queues);
         peer.attributes.extend(pair.pod.map(|pod| LinkAttribute::NetNsFd(pod.as_raw_fd())));
-        let mut message = end(host, pair.queues, 1);
+        let mut message = end(host, pair.mtus[0], pair.queues, 1);
         let data = InfoData::Veth(InfoVeth::Peer(peer));
         message.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(data)]));
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
@@ -228,39 +267,59 @@ impl Netlink {
         Ok(answers.into_iter().filter_map(address_of).collect())
     }
 
-    /// Makes a default route. `on_link`: the gateway is reached directly although no address of ours is in its prefix.
-    pub fn add_default_route(&mut self, index: u32, gateway: IpAddr, on_link: bool) -> io::Result<()> {
+    /// Makes a route by this interface; one that is there already is an error of the kernel's.
+    pub fn add_route(&mut self, index: u32, route: &Route) -> io::Result<()> {
         let mut message = RouteMessage::default();
-        message.header.address_family = family(gateway);
-        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        let destination = route.destination;
+        message.header.address_family = family(destination.addr());
+        message.header.destination_prefix_length = destination.prefix_len();
         message.header.protocol = RouteProtocol::Static;
-        message.header.scope = RouteScope::Universe;
+        let nearest = if route.gateway.is_some() { RouteScope::Universe } else { RouteScope::Link };
+        message.header.scope = route.scope.map_or(nearest, RouteScope::from);
         message.header.kind = RouteType::Unicast;
-        if on_link {
-            message.header.flags = RouteFlags::Onlink;
-        }
-        let via = match gateway {
+        message.header.flags = if route.on_link { RouteFlags::Onlink } else { RouteFlags::empty() };
+        let address = |address| match address {
             IpAddr::V4(address) => RouteAddress::Inet(address),
             IpAddr::V6(address) => RouteAddress::Inet6(address),
         };
-        message.attributes.push(RouteAttribute::Gateway(via));
+        // The header has room for the tables up to 255 only; the attribute holds for all.
+        message.attributes.push(RouteAttribute::Table(route.table));
+        if destination.prefix_len() > 0 {
+            message.attributes.push(RouteAttribute::Destination(address(destination.network())));
+        }
+        message.attributes.extend(route.gateway.map(|gateway| RouteAttribute::Gateway(address(gateway))));
         message.attributes.push(RouteAttribute::Oif(index));
+        message.attributes.extend(route.priority.map(RouteAttribute::Priority));
+        let metrics = [route.mtu.map(RouteMetric::Mtu), route.advmss.map(RouteMetric::Advmss)];
+        let metrics: Vec<RouteMetric> = metrics.into_iter().flatten().collect();
+        if !metrics.is_empty() {
+            message.attributes.push(RouteAttribute::Metrics(metrics));
+        }
         self.ask(RouteNetlinkMessage::NewRoute(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL).map(drop)
     }
 
-    /// The gateways of all default routes of the main table, with the number of their interface.
-    pub fn default_routes(&mut self) -> io::Result<Vec<(u32, IpAddr)>> {
+    /// The routes of all tables that have an interface, with its number.
+    pub fn routes(&mut self) -> io::Result<Vec<(u32, Route)>> {
         let mut all = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
             let answers = self.ask(RouteNetlinkMessage::GetRoute(message), NLM_F_DUMP)?;
-            all.extend(answers.into_iter().filter_map(default_route_of));
+            all.extend(answers.into_iter().filter_map(route_of));
         }
         Ok(all)
     }
 
-    /// The interfaces and addresses of this namespace.
+    /// The numbers of the interfaces that default routes of the main table lead to, the preferred one first.
+    pub fn default_devices(&mut self) -> io::Result<Vec<u32>> {
+        let mut all = self.routes()?;
+        let main = u32::from(RouteHeader::RT_TABLE_MAIN);
+        all.retain(|(_, route)| route.destination.prefix_len() == 0 && route.table == main);
+        all.sort_by_key(|(_, route)| route.priority.unwrap_or(0));
+        Ok(all.into_iter().map(|(index, _)| index).collect())
+    }
+
+    /// The interfaces and addresses of this namespace, but not where default routes lead.
     pub fn host(&mut self) -> io::Result<Host> {
         let addresses = self.addresses()?;
         let interface = |link: Link| Interface {
@@ -271,8 +330,7 @@ impl Netlink {
             addresses: addresses.iter().filter(|(at, _)| *at == link.index).map(|(_, net)| net.addr()).collect(),
         };
         let interfaces = self.links()?.into_iter().map(interface).collect();
-        let defaults = self.default_routes()?.into_iter().map(|(index, _)| index).collect();
-        Ok(Host { interfaces, defaults })
+        Ok(Host { interfaces, defaults: Vec::new() })
     }
 
     /// Gives a namespace a number here.
@@ -384,21 +442,31 @@ fn address_of(answer: RouteNetlinkMessage) -> Option<(u32, IpNet)> {
     Some((message.header.index, IpNet::new(found?, message.header.prefix_len).ok()?))
 }
 
-fn default_route_of(answer: RouteNetlinkMessage) -> Option<(u32, IpAddr)> {
+fn route_of(answer: RouteNetlinkMessage) -> Option<(u32, Route)> {
     let RouteNetlinkMessage::NewRoute(message) = answer else { return None };
-    if message.header.destination_prefix_length != 0 || message.header.table != RouteHeader::RT_TABLE_MAIN {
-        return None;
-    }
-    let (mut gateway, mut index) = (None, None);
+    let address = |address: RouteAddress| match address {
+        RouteAddress::Inet(address) => Some(IpAddr::V4(address)),
+        RouteAddress::Inet6(address) => Some(IpAddr::V6(address)),
+        _ => None,
+    };
+    let any: IpAddr = match message.header.address_family {
+        AddressFamily::Inet => std::net::Ipv4Addr::UNSPECIFIED.into(),
+        _ => std::net::Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let mut route = Route { table: message.header.table.into(), ..Route::new(IpNet::from(any)) };
+    let (mut index, mut destination) = (None, any);
     for attribute in message.attributes {
         match attribute {
-            RouteAttribute::Gateway(RouteAddress::Inet(address)) => gateway = Some(IpAddr::V4(address)),
-            RouteAttribute::Gateway(RouteAddress::Inet6(address)) => gateway = Some(IpAddr::V6(address)),
+            RouteAttribute::Destination(to) => destination = address(to)?,
+            RouteAttribute::Gateway(by) => route.gateway = address(by),
             RouteAttribute::Oif(oif) => index = Some(oif),
+            RouteAttribute::Table(table) => route.table = table,
+            RouteAttribute::Priority(priority) => route.priority = Some(priority),
             _ => {}
         }
     }
-    Some((index?, gateway?))
+    route.destination = IpNet::new(destination, message.header.destination_prefix_length).ok()?;
+    Some((index?, route))
 }
 
 #[cfg(test)]

@@ -1,22 +1,22 @@
 //! The node as it is: data plane, leases and attachments, kept in step.
 //!
-//! One mutex holds what requests change; it is held for memory work and for a lease's write to disk, never for work on
-//! devices or inside namespaces. The data plane is told by [`Node::put_in_force`] only, which compiles the whole state anew.
+//! One mutex holds what requests change; it is held for memory work, never for work on devices, inside namespaces or for the disk. The lease
+//! store has locks of its own. The data plane is told by [`Node::put_in_force`] only, which compiles the whole state anew.
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::rand::GetRandomFlags;
+use rustix::time::{ClockId, clock_gettime};
 use weft_api::{AttachmentKey, Counters, Failure, code};
-use weft_ipam::Store;
-use weft_router::port::udp::Underlay;
+use weft_ipam::{Rules, Store};
 use weft_router::stats::PortStats;
-use weft_router::{Device, PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
+use weft_router::tables::Pod;
+use weft_router::{PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
 use crate::attach::census::Census;
@@ -29,17 +29,16 @@ use crate::control::cluster::Cluster;
 use crate::control::compile::compile;
 use crate::control::config::reader::{Problem, decode};
 use crate::control::config::{Checked, Config, default_workers};
-use crate::control::desired::{DesiredState, UNDERLAY};
+use crate::control::desired::{DesiredState, HOST, UNDERLAY};
 use crate::control::host::Host;
 use crate::control::saved;
 use crate::control::source::{Order, View};
+use crate::hostport::HostPort;
 use crate::log::LogLevel;
 use crate::metrics::Requests;
 use crate::netlink::Netlink;
+use crate::uplink::Uplink;
 
-/// Sockets of each worker that send to other nodes, each from a source port of its own, so that flows spread over paths, queues and
-/// the other node's workers.
-const TRANSMIT_SOCKETS: usize = 16;
 /// Folder of the lease store below the state folder.
 const LEASES: &str = "leases";
 /// A configuration of the largest cluster has some megabytes; what is larger is no configuration.
@@ -53,8 +52,12 @@ pub struct Node {
     pub started: Instant,
     /// The data plane.
     pub router: Router,
+    /// How other nodes are reached.
+    pub uplink: Uplink,
     /// The kinds of devices that pods can have here.
     pub devices: Devices,
+    /// The leases.
+    pub store: Store,
     /// Which pods' network namespaces are still there.
     pub census: Census,
     /// Leases whose namespace was gone at the last look.
@@ -63,6 +66,8 @@ pub struct Node {
     pub turns: Turns,
     /// Where the source takes orders, if it is not the file.
     pub orders: Option<tokio::sync::mpsc::Sender<Order>>,
+    /// This node's own interface in the pod network.
+    pub host: HostPort,
     /// Counts of the runtime's requests.
     pub requests: Requests,
     log_level: LogLevel,
@@ -79,8 +84,6 @@ pub struct State {
     local: Arc<Config>,
     /// What the source said last.
     pub view: View,
-    /// The leases.
-    pub store: Store,
     /// Attachments that have a port.
     pub attachments: BTreeMap<AttachmentKey, Attachment>,
     /// Sums of ports that are gone.
@@ -105,8 +108,8 @@ pub struct Attachment {
 
 /// Reads the configuration and checks it against this machine.
 pub fn read_config(path: &Path) -> anyhow::Result<Checked> {
-    let host =
-        Netlink::open().and_then(|mut netlink| netlink.host()).context("cannot list this machine's interfaces")?;
+    let look = |mut netlink: Netlink| Ok(Host { defaults: netlink.default_devices()?, ..netlink.host()? });
+    let host = Netlink::open().and_then(look).context("cannot list this machine's interfaces")?;
     read_config_for(path, &host)
 }
 
@@ -128,7 +131,7 @@ fn read_config_for(path: &Path, host: &Host) -> anyhow::Result<Checked> {
 }
 
 impl Node {
-    /// Opens the lease store, starts the data plane and gives it the underlay. What it returns beside the node says that veths may have
+    /// Opens the lease store, starts the data plane and gives it the underlay. `kicks` reaches whoever keeps the host port. What it returns beside the node says that veths may have
     /// gone: [`Node::veths_removed`].
     ///
     /// # Errors
@@ -138,6 +141,7 @@ impl Node {
         view: View,
         config_path: PathBuf,
         log_level: LogLevel,
+        kicks: mpsc::Sender<()>,
     ) -> anyhow::Result<(Node, mpsc::Receiver<()>)> {
         let config = joined(&local, view.cluster.as_deref());
         let folder = config.state_dir.join(LEASES);
@@ -146,27 +150,23 @@ impl Node {
         if let Some(recovery) = store.recovery() {
             tracing::warn!("{recovery}; it was cut off");
         }
-        let at = SocketAddr::new(config.underlay.address, config.underlay.port);
+        store.set_rules(rules(&config));
+        // What rests is written down by the clock of its boot: before anything else is asked of the store.
+        store.begin_boot(census.boot(), since_boot()).context("cannot write to the lease store")?;
         let workers = config.workers.unwrap_or_else(|| default_workers(cpus()));
-        let underlay = Underlay::open_for(workers, at, TRANSMIT_SOCKETS).with_context(|| {
-            format!(
-                "cannot open the underlay at {at}: the address must be this machine's (underlay.address), and no \
-                 VXLAN device or other program may use the port (ss -ulnp; underlay.port)"
-            )
-        })?;
         let desired = DesiredState::new(Arc::new(config));
         let epoch = 1;
         let sizes = RouterConfig { workers, seed: random_seed()?, ..desired.config.sizes() };
         let router = Router::start(sizes, compile(&desired, epoch))
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
-        router.add_port(UNDERLAY, Device::Underlay(underlay)).context("the data plane cannot use the underlay")?;
+        let uplink = Uplink::open(&desired.config.underlay, &router)?;
+        uplink.set_nodes(router.tables().members.keys().copied());
         let (removed, removals) = mpsc::channel();
         let devices = Devices::new(desired.config.port, desired.config.mtu, workers, removed);
         let state = State {
             desired,
             local: Arc::new(local),
             view,
-            store,
             attachments: BTreeMap::new(),
             retired: PortStats::default(),
             samples: Samples::default(),
@@ -177,11 +177,14 @@ impl Node {
             config_path,
             started: Instant::now(),
             router,
+            uplink,
             devices,
+            store,
             census,
             suspects: Suspects::default(),
             turns: Turns::default(),
             orders: None,
+            host: HostPort::new(kicks),
             requests: Requests::default(),
             log_level,
             reloading: Mutex::default(),
@@ -232,6 +235,21 @@ impl Node {
         true
     }
 
+    /// Says who this node itself is in the pod network.
+    pub fn set_host(&self, interface: Option<Pod>) {
+        let mut state = self.state();
+        let desired = DesiredState { host: interface, ..state.desired.clone() };
+        self.put_in_force(&mut state, desired);
+    }
+
+    /// Takes the host port away from the data plane, if it is there. Its counters stay in the sums.
+    pub fn remove_host(&self) {
+        self.set_host(None);
+        if let Ok(Some(last)) = self.router.remove_port(HOST) {
+            self.state().retired += &last;
+        }
+    }
+
     /// `port` is out of service, most often because its namespace was deleted. The lease stays until DEL or GC.
     pub fn port_gone(&self, port: PortId, why: PortEnd) {
         // The number may have been given to another attachment since.
@@ -242,6 +260,10 @@ impl Node {
         if port == UNDERLAY {
             tracing::error!("the underlay's socket is broken: other nodes cannot be reached; restart weftd");
             return;
+        }
+        if port == HOST {
+            tracing::warn!("the host port's interface is gone: it is made anew");
+            return self.host.lost();
         }
         let key = {
             let state = self.state();
@@ -347,9 +369,11 @@ impl Node {
             return refuse(msg, "restart weftd, or set it back; the old configuration stays in force");
         }
         self.log_level.set(config.log.level);
+        self.store.set_rules(rules(&config));
         let desired = state.desired.reconfigured(Arc::new(joined(&config, state.view.cluster.as_deref())));
         state.local = Arc::new(config);
         self.put_in_force(&mut state, desired);
+        self.host.kick();
         tracing::info!(peers = state.desired.config.peers.len(), epoch = state.epoch, "configuration in force");
         Ok(())
     }
@@ -371,6 +395,7 @@ impl Node {
         self.put_in_force(&mut state, desired);
         let (peers, epoch) = (cluster.peers.len(), state.epoch);
         drop(state);
+        self.host.kick();
         tracing::debug!(peers, epoch, "news of the cluster in force");
         log_denied(&cluster, known.as_deref());
         true
@@ -390,11 +415,10 @@ impl Node {
 
     /// Tries again to write releases that the disk did not take.
     pub fn write_pending_releases(&self) {
-        let mut state = self.state();
-        if state.store.pending() > 0
-            && let Err(error) = state.store.flush()
+        if self.store.pending() > 0
+            && let Err(error) = self.store.flush()
         {
-            tracing::warn!(pending = state.store.pending(), "released leases stay taken: {error}");
+            tracing::warn!(pending = self.store.pending(), "released leases stay taken: {error}");
         }
     }
 
@@ -416,7 +440,9 @@ impl Node {
             return;
         }
         state.epoch += 1;
-        self.router.set_tables(compile(&desired, state.epoch));
+        let tables = compile(&desired, state.epoch);
+        self.uplink.set_nodes(tables.members.keys().copied());
+        self.router.set_tables(tables);
         state.desired = desired;
     }
 }
@@ -435,6 +461,18 @@ fn log_denied(cluster: &Cluster, before: Option<&Cluster>) {
 
 fn log_gone(key: &AttachmentKey) {
     tracing::info!(container = key.container, ifname = key.ifname, "the pod's network namespace is gone");
+}
+
+/// What the configuration wants of the lease store.
+fn rules(config: &Config) -> Rules {
+    Rules { rest: Duration::from_secs(config.leases.rest), reserved: config.leases.reserved.clone() }
+}
+
+/// The clock by which freed addresses rest: milliseconds since the boot, whatever the date is set to.
+pub fn since_boot() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    let [seconds, nanos] = [now.tv_sec, now.tv_nsec].map(|part| u64::try_from(part).unwrap_or_default());
+    seconds * 1000 + nanos / 1_000_000
 }
 
 /// CPUs that weftd may use.

@@ -68,7 +68,17 @@ mod tests {
 
     fn snapshot(now: u64, epoch: u64, ports: Vec<PortSnapshot>, nodes: Vec<NodeStats>) -> Snapshot {
         let (fdb, flows) = (Vec::new(), Vec::new());
-        Snapshot { now: Instant(now), epoch, workers: 1, ports, nodes, fdb, flows, free: (5, 2) }
+        Snapshot {
+            now: Instant(now),
+            epoch,
+            workers: 1,
+            ports,
+            nodes,
+            fdb,
+            flows,
+            returns: crate::returns::ReturnsUse::default(),
+            free: (5, 2),
+        }
     }
 
     #[test]

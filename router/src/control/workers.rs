@@ -10,18 +10,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use arc_swap::ArcSwap;
 use crossbeam::channel::{self, Receiver, Sender};
 
 use super::{
-    Command, Device, Event, Half, NewPort, Removed, RouterConfig, RouterError, Shared, Snapshot, TakenOver, merge,
+    Command, Device, Half, NewPort, Removed, RouterConfig, RouterError, Shared, Snapshot, TakenOver, UplinkHalf, merge,
 };
-use crate::bridge::Fdb;
 use crate::port::PortId;
 use crate::port::sys::xsk::Umem;
-use crate::port::xdp::XdpDevice;
+use crate::port::udp::{Sockets, Underlay};
+use crate::port::xdp::{OpenUplink, XdpDevice};
 use crate::stats::PortStats;
-use crate::tables::Tables;
 use crate::worker::{self, Spawned};
 
 /// The running workers.
@@ -50,19 +48,14 @@ struct Handle {
 }
 
 impl Workers {
-    pub(super) fn start(
-        config: RouterConfig,
-        tables: &Arc<ArcSwap<Tables>>,
-        fdb: &Arc<Fdb>,
-        events: &Sender<Event>,
-    ) -> io::Result<Workers> {
+    pub(super) fn start(config: RouterConfig, shared: &worker::Shared) -> io::Result<Workers> {
         let count = config.workers.max(1);
         let each = RouterConfig { flows: config.flows.div_ceil(count), ..config };
         let start = |number| {
             let (commands, inbox) = channel::unbounded();
-            let shared = worker::Shared { tables: Arc::clone(tables), fdb: Arc::clone(fdb), events: events.clone() };
             let ended = Arc::new(AtomicBool::new(false));
-            let Spawned { waker, umem, thread } = worker::spawn(number, each, shared, inbox, Arc::clone(&ended))?;
+            let Spawned { waker, umem, thread } =
+                worker::spawn(number, each, shared.clone(), inbox, Arc::clone(&ended))?;
             Ok(Handle { commands, waker, umem, ended, thread: Some(thread) })
         };
         Ok(Workers { all: (0..count).map(start).collect::<io::Result<_>>()?, owners: Mutex::default() })
@@ -132,15 +125,34 @@ impl Workers {
                 Ok(halves.into_iter().map(|(worker, half)| (worker, port(half, 1))).collect())
             }
             Device::Underlay(underlay) => {
-                let sockets = underlay.into_sockets();
-                if sockets.len() != count {
-                    let what = format!("there are sockets for {} workers, but {count} workers", sockets.len());
-                    return Err(RouterError::Device(io::Error::new(io::ErrorKind::InvalidInput, what)));
-                }
                 let half = |sockets| port(Half::Underlay(sockets), count as u32);
-                Ok(sockets.into_iter().map(half).enumerate().collect())
+                Ok(self.sockets(underlay)?.into_iter().map(half).enumerate().collect())
+            }
+            Device::Uplink { underlay, uplink, hops } => {
+                let OpenUplink { devices, tunnel, .. } = uplink;
+                let half = |(sockets, devices): (Sockets, Vec<XdpDevice>)| {
+                    let (tunnel, hops) = (tunnel.clone(), Arc::clone(&hops));
+                    let uplink = UplinkHalf { sockets, devices, tunnel, hops };
+                    port(Half::Uplink(Box::new(uplink)), count as u32)
+                };
+                Ok(self.sockets(underlay)?.into_iter().zip(devices).map(half).enumerate().collect())
             }
         }
+    }
+
+    /// An underlay's sockets, if there are some for each worker.
+    fn sockets(&self, underlay: Underlay) -> Result<Vec<Sockets>, RouterError> {
+        let (sockets, count) = (underlay.into_sockets(), self.count());
+        if sockets.len() != count {
+            let what = format!("there are sockets for {} workers, but {count} workers", sockets.len());
+            return Err(RouterError::Device(io::Error::new(io::ErrorKind::InvalidInput, what)));
+        }
+        Ok(sockets)
+    }
+
+    /// The chunks of each worker.
+    pub(super) fn umems(&self) -> Vec<Umem> {
+        self.all.iter().map(|worker| worker.umem.clone()).collect()
     }
 
     /// Opens a veth for each worker that runs: the owner receives by queue 0, the others have the queues behind it to send.
@@ -266,11 +278,12 @@ impl Drop for Handle {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::Event;
     use crate::control::{PortSnapshot, Router};
     use crate::port::memory::Packet;
     use crate::port::sample;
     use crate::port::tap::tests::{ALL, give, take, tap};
-    use crate::port::udp::Underlay;
+    use crate::tables::Tables;
     use crate::tables::{Gateway, Pod};
     use rustix::event::{PollFd, PollFlags, poll};
     use std::os::fd::OwnedFd;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use weft_encap::vxlan::VXLAN_LEN;
 
 use super::Forwarder;
+use super::returning::is_tied;
 use crate::bridge::Fdb;
 use crate::conntrack::{self, Entry, To};
 use crate::frame::Frame;
@@ -36,7 +37,7 @@ impl Forwarder {
     fn read(&mut self, frame: &Frame, tables: &Tables, seen: &mut Glimpse) -> Option<()> {
         let (meta, head) = frame.parts();
         let (start, sender) = match &meta.outer {
-            None => (0, Sender::Pod(meta.ingress())),
+            None => (0, Sender::Port(meta.ingress())),
             Some(_) if !tunnel::is_plain(head, tables) => return None,
             Some(outer) => (VXLAN_LEN, Sender::Node(self.member(&outer.peer, tables)?)),
         };
@@ -75,7 +76,10 @@ impl Forwarder {
         let entry = self.conntrack.entry_mut(slot);
         let routed = entry.is_routed();
         let fits = seen.wire_size <= entry.mtu() && (!routed || seen.ttl > 1);
-        if !fits || entry.epoch() != tables.epoch || (entry.rests() && !confirm(entry, &self.fdb, now)) {
+        if !fits || !entry.is_of(tables.epoch) || (entry.rests() && !confirm(entry, &self.fdb, now)) {
+            return Err(frame);
+        }
+        if entry.asks(|| self.returns.version(), now) && !is_tied(entry, &seen.signature, &self.returns, now) {
             return Err(frame);
         }
         entry.seen(seen.len as usize, now);
@@ -101,7 +105,7 @@ impl Forwarder {
     pub(super) fn holds(&self, slot: usize, tables: &Tables, now: Instant) -> bool {
         let entry = self.conntrack.entry(slot);
         let unmoved = |learned| entry.fdb_version() == self.fdb.version() || self.fdb.holds(&learned, now);
-        entry.epoch() == tables.epoch && entry.learned().is_none_or(unmoved)
+        entry.is_of(tables.epoch) && entry.learned().is_none_or(unmoved)
     }
 
     /// A node sent a frame of a known flow: tells the FDB, if it may not know or is to be told again.

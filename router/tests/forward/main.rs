@@ -3,6 +3,7 @@
 
 mod bed;
 mod bridged;
+mod host;
 mod lies;
 mod limits;
 mod shapes;

@@ -456,7 +456,7 @@ fn packet(tags: &[u16], to: IpAddr, port: u16) -> Vec<u8> {
 fn the_uplinks_program_takes_our_tunnels_packets_and_nothing_else() {
     let _alone = exclusively();
     let sockets = Map::create(MapKind::Xsk, "none", 4, 4, 1).unwrap();
-    let tunnel = Tunnel { addresses: OURS.to_vec(), port: PORT };
+    let tunnel = Tunnel { addresses: OURS.to_vec(), port: PORT, vlan: None };
     // Where there is no socket, what would have been taken is dropped here, so that it can be told apart.
     let program = Program::load("uplink", &programs::uplink(&sockets, &tunnel, Verdict::Drop)).unwrap();
     let judge = |bytes: &[u8]| {
@@ -515,7 +515,7 @@ fn an_uplink_in_use_leaves_the_nodes_own_traffic_alone() {
         let umem = Umem::of(pool.arena());
         let binding = Binding { interface: interface(1), queue: 0, ring: 2048, zero_copy: false };
         let socket = Socket::open(&umem, binding).unwrap();
-        let tunnel = Tunnel { addresses: vec![own.parse().unwrap()], port: PORT };
+        let tunnel = Tunnel { addresses: vec![own.parse().unwrap()], port: PORT, vlan: None };
         let attachment = Attachment::uplink(interface(1), &[&socket], &tunnel, Mode::Native).unwrap();
         let mut port = XdpPort::new(XdpDevice::new(attachment, socket), &pool, PortId(1)).unwrap();
         let mut receive = || {
@@ -612,7 +612,7 @@ fn an_xdp_underlay_and_the_kernels_udp_understand_each_other() {
         let nodes = underlays();
         let pool = Pool::new(CHUNKS, 64).unwrap();
         let umem = Umem::of(pool.arena());
-        let tunnel = Tunnel { addresses: vec![here], port: PORT };
+        let tunnel = Tunnel { addresses: vec![here], port: PORT, vlan: None };
         let udp = |node: &Netns, address| {
             let sockets = node.inside(|| Underlay::open((address, PORT).into(), 4).unwrap()).into_sockets().remove(0);
             UdpPort::new(sockets, ONE, 1450)
@@ -627,7 +627,7 @@ fn an_xdp_underlay_and_the_kernels_udp_understand_each_other() {
         });
         let hops = Arc::new(ArcSwap::from_pointee(Hops::default()));
         let kernel = Box::new(udp(&nodes[0], here));
-        let mut xdp = XdpUnderlay::new(device, tunnel, Arc::clone(&hops), kernel, &pool, ONE).unwrap();
+        let mut xdp = XdpUnderlay::new(vec![device], tunnel, Arc::clone(&hops), kernel, &pool, ONE).unwrap();
         let mut other = udp(&nodes[1], there);
         let sizes = [(18, 0), (1_300, 0), (20_000, 1_300)];
         let expected =
@@ -637,7 +637,7 @@ fn an_xdp_underlay_and_the_kernels_udp_understand_each_other() {
             if known {
                 let [source, target] = [1, 2].map(|last| Mac([2, 0, 0, 0, 0, last]));
                 let hop = NextHop { source, target, vlan: None, mtu: 1500 };
-                hops.store(Arc::new([(there, hop)].into_iter().collect()));
+                hops.store(Arc::new([(there, hop.into())].into_iter().collect()));
             }
             for (len, size) in sizes {
                 let frames: Vec<Frame> = (0..3).map(|_| tunnelled(len, size, there, &pool)).collect();

@@ -12,5 +12,7 @@ mod environment;
 mod input;
 #[path = "../../../router/cni/src/version.rs"]
 mod version;
+#[path = "../../../router/cni/src/wanted.rs"]
+mod wanted;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| entry::cni(bytes));

@@ -274,8 +274,12 @@ fn a_tunnel_frame_from_a_stranger_or_with_a_wrong_header_is_dropped() {
 fn a_node_speaks_for_its_own_pods_only_in_routed_mode() {
     let mut memory = Memory::new(tables(Mode::Routed));
     let l2 = L2 { src: remote_mac(0, 1), dst: VTEP };
+    // As itself it may speak, too: that is where its kernel answers pods from. Not as another node.
+    let itself: std::net::IpAddr = [10, 200, 0, 2].into();
+    let inner = frames::udp(l2, L3::new(itself, pod4(1)), (1, 2), b"x");
+    assert_eq!((node_underlay(0), memory.feed(&Input::node(0, &inner)).sent.len()), (itself, 1));
     for source in
-        [remote4(1, 1), pod4(1), pod4(2), GATEWAY4, [10, 200, 0, 2].into(), [192, 0, 2, 1].into(), [0, 0, 0, 0].into()]
+        [remote4(1, 1), pod4(1), pod4(2), GATEWAY4, [10, 200, 0, 3].into(), [192, 0, 2, 1].into(), [0, 0, 0, 0].into()]
     {
         for target in [pod4(1), GATEWAY4] {
             let inner = frames::udp(l2, L3::new(source, target), (1, 2), b"x");

@@ -15,7 +15,7 @@ use weft_tests::random::Random;
 
 fn read(bytes: &[u8], pool: &Pool) -> Option<(Packet, Vec<u8>)> {
     let mut frame = Frame::from_bytes(bytes, PortId(1), pool)?;
-    let packet = Packet::parse(&mut frame, Sender::Pod(PortId(1))).ok()?;
+    let packet = Packet::parse(&mut frame, Sender::Port(PortId(1))).ok()?;
     Some((packet, frame.to_vec()))
 }
 

@@ -26,6 +26,8 @@ mod environment;
 mod input;
 #[path = "../../../router/cni/src/version.rs"]
 mod version;
+#[path = "../../../router/cni/src/wanted.rs"]
+mod wanted;
 
 fn entries() -> Vec<(&'static str, Entry)> {
     let binaries: [(&str, Entry); 2] = [("cni", entry_cni::cni), ("config", entry_config::config)];

@@ -7,7 +7,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use weft_encap::mac::Mac;
 use weft_tests::cluster::{Cluster, WeftNode, peer};
 use weft_tests::frames::{self, L2, L3};
@@ -29,15 +29,16 @@ struct Mixed {
     kernel: OwnNetns,
 }
 
-fn mixed(suffix: &str, mode: &str) -> Mixed {
+/// `ports` are the kinds of our pods' ports; null is the node's own choice.
+fn mixed(suffix: &str, mode: &str, ports: [Value; 2]) -> Mixed {
     let cluster = Cluster::new(suffix);
     let peers = |others: [u8; 1]| others.map(|number| peer(number, None)).concat() + &peer(2, Some(KERNEL_MAC));
     let nodes = vec![cluster.weft_node(1, mode, &peers([3])), cluster.weft_node(3, mode, &peers([1]))];
     let kernel = cluster.machine(2);
     let mut pods = Vec::new();
-    for node in &nodes {
+    for (node, keys) in nodes.iter().zip(&ports) {
         let pod = cluster.sandbox(&format!("p{}", node.number));
-        let addresses = plugin::addresses(&node.attach("pod", &pod));
+        let addresses = plugin::addresses(&node.attach_with("pod", &pod, keys));
         pods.push((pod, addresses));
     }
     let pod = cluster.sandbox("p2");
@@ -168,9 +169,11 @@ fn checksum_errors(netns: &Netns) -> u64 {
     report["kernel"].as_object().expect("counters").values().filter_map(Value::as_u64).sum()
 }
 
-fn interoperates(suffix: &str, mode: &str, offloads: bool) {
+const CHOSEN: [Value; 2] = [Value::Null, Value::Null];
+
+fn interoperates(suffix: &str, mode: &str, offloads: bool, ports: [Value; 2]) {
     let _turn = turn();
-    let mixed = mixed(suffix, mode);
+    let mixed = mixed(suffix, mode, ports);
     if !offloads {
         mixed.without_offloads();
     }
@@ -189,29 +192,39 @@ fn interoperates(suffix: &str, mode: &str, offloads: bool) {
 
 #[test]
 fn routed_with_a_flannel_node() {
-    interoperates("ir", "routed", true);
+    interoperates("ir", "routed", true, CHOSEN);
 }
 
 #[test]
 fn routed_with_a_flannel_node_when_no_device_has_offloads() {
-    interoperates("iro", "routed", false);
+    interoperates("iro", "routed", false, CHOSEN);
 }
 
 #[test]
 fn bridged_with_a_learning_linux_bridge() {
-    interoperates("ib", "bridged", true);
+    interoperates("ib", "bridged", true, CHOSEN);
 }
 
 #[test]
 fn bridged_with_a_learning_linux_bridge_when_no_device_has_offloads() {
-    interoperates("ibo", "bridged", false);
+    interoperates("ibo", "bridged", false, CHOSEN);
+}
+
+#[test]
+fn pods_by_xdp_a_pod_by_tap_and_a_flannel_node_reach_each_other() {
+    interoperates("ix", "routed", true, ["xdp", "tap"].map(|port| json!({ "port": port })));
+}
+
+#[test]
+fn pods_by_xdp_a_pod_by_tap_and_a_learning_linux_bridge_reach_each_other_without_offloads() {
+    interoperates("ixo", "bridged", false, ["xdp", "tap"].map(|port| json!({ "port": port })));
 }
 
 #[test]
 fn a_wrong_checksum_is_refused_by_the_receiver_and_never_repaired_on_the_way() {
     let _turn = turn();
     for mode in ["routed", "bridged"] {
-        let mixed = mixed("ic", mode);
+        let mixed = mixed("ic", mode, CHOSEN);
         let (ours, kernels) = (&mixed.pods[0], &mixed.pods[2]);
         for ((from, source), (to, target)) in [(ours, kernels), (kernels, ours)] {
             for family in 0..2 {

@@ -94,10 +94,10 @@ fn a_pod_by_xdp_is_checked_deleted_and_noticed_when_it_vanishes() {
     let node = cluster.weft_node(1, "routed", "");
     let keys = json!({ "port": "xdp" });
     let (gone, stays) = (cluster.sandbox("gone"), cluster.sandbox("stays"));
-    let links = node.netns.ip("-o link show");
+    let links = node.netns.ip("-br link show");
     node.attach_with("gone", &gone, &keys);
     let result = node.attach_with("stays", &stays, &keys);
-    assert_eq!(node.netns.ip("-o link show"), links, "nothing of it is seen on the node");
+    assert_eq!(node.netns.ip("-br link show"), links, "nothing of it is seen on the node");
     assert!(node.runtime.check("stays", &stays, &result).success);
     let again = node.runtime.call("ADD", "another", Some(&stays.path()), &keys);
     assert!(again.refused(101).contains("eth0 already"));
@@ -123,13 +123,18 @@ fn a_killed_daemon_leaves_no_device_and_a_stopped_one_neither() {
     let mut node = cluster.weft_node(1, "routed", "");
     with_port(&cluster, "xdp", &mut node);
     let (one, two) = (cluster.sandbox("one"), cluster.sandbox("two"));
-    let links = node.netns.ip("-o link show");
+    let links = node.netns.ip("-br link show");
     for round in 0..4 {
         let address = plugin::addresses(&node.attach("one", &one))[0];
         node.attach("two", &two);
         traffic::transfer(&two, &one, address, 4 << 20);
         let status = node.daemon().status();
         assert!(status.port.starts_with("xdp, offloads: "), "{}", status.port);
+        let objects = node.daemon().bpf_objects();
+        assert!(
+            objects.len() >= 4 && objects.iter().all(|object| object.exists()),
+            "two programs, two maps: {objects:?}"
+        );
         if round % 2 == 0 {
             node.kill()
         } else {
@@ -138,7 +143,9 @@ fn a_killed_daemon_leaves_no_device_and_a_stopped_one_neither() {
         for sandbox in [&one, &two] {
             eventually("the device is gone", Duration::from_secs(2), || !sandbox.ip("-o link show").contains("eth0"));
         }
-        assert_eq!(node.netns.ip("-o link show"), links);
+        assert_eq!(node.netns.ip("-br link show"), links);
+        let are_gone = || !objects.iter().any(|object| object.exists());
+        eventually("its programs and maps are gone", Duration::from_secs(5), are_gone);
         node.start_again();
         assert_eq!(node.daemon().leases().len(), 4);
         node.runtime.del("one", &one);
@@ -146,9 +153,13 @@ fn a_killed_daemon_leaves_no_device_and_a_stopped_one_neither() {
     }
 }
 
+/// How many pods come and go, unless `WEFT_TEST_ROUNDS` says otherwise.
+const ROUNDS: u32 = 150;
+
 #[test]
-fn two_hundred_pods_by_xdp_that_come_and_go_leave_nothing() {
+fn pods_by_xdp_that_come_and_go_leave_nothing() {
     let _turn = turn();
+    let rounds = std::env::var("WEFT_TEST_ROUNDS").map_or(ROUNDS, |rounds| rounds.parse().expect("a number"));
     let cluster = Cluster::new("xc");
     let node = cluster.weft_node(1, "routed", "");
     let keys = json!({ "port": "xdp" });
@@ -170,7 +181,13 @@ fn two_hundred_pods_by_xdp_that_come_and_go_leave_nothing() {
     let threads = || std::fs::read_dir(format!("/proc/{}/task", node.daemon().pid)).unwrap().count();
     std::thread::sleep(Duration::from_millis(300));
     let (descriptors, tasks, resident) = (node.daemon().descriptors(), threads(), node.daemon().resident_kib());
-    (0..200).for_each(round);
+    let chunks = || node.daemon().status().free.expect("it is running").chunks;
+    let free = chunks();
+    let mut objects = std::collections::BTreeSet::new();
+    for number in 0..rounds {
+        round(number);
+        objects.extend(node.daemon().bpf_objects());
+    }
     let names = || {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", node.daemon().pid)).unwrap();
         let name =
@@ -188,8 +205,13 @@ fn two_hundred_pods_by_xdp_that_come_and_go_leave_nothing() {
         );
         std::thread::sleep(Duration::from_millis(50));
     }
+    eventually("their programs and maps are gone", Duration::from_secs(5), || {
+        let kept = node.daemon().bpf_objects();
+        kept.len() == 2 && objects.iter().all(|object| kept.contains(object) || !object.exists())
+    });
+    eventually("their chunks are free", Duration::from_secs(5), || chunks() >= free);
     let grown = node.daemon().resident_kib().saturating_sub(resident);
-    assert!(grown < 2048, "{grown} KiB more after 200 pods");
+    assert!(grown < 2048, "{grown} KiB more after {rounds} pods");
     assert_eq!((kinds(&node).len(), node.daemon().leases().len()), (1, 2));
     node.daemon().assert_conserved();
 }

@@ -30,7 +30,6 @@ fn commands_wait_for_the_daemon_and_then_say_where_to_look() {
     let cases = [
         ("ADD", json!({}), code::TRY_AGAIN),
         ("CHECK", json!({ "prevResult": previous }), code::TRY_AGAIN),
-        ("GC", json!({ "cni.dev/valid-attachments": [] }), code::TRY_AGAIN),
         ("STATUS", json!({}), code::NOT_AVAILABLE),
     ];
     for (command, mut keys, code) in cases {
@@ -43,7 +42,7 @@ fn commands_wait_for_the_daemon_and_then_say_where_to_look() {
             assert!(text.contains(part), "{command}: {text}");
         }
     }
-    assert_eq!(folder.everything(), [""; 0], "only DEL leaves something behind");
+    assert_eq!(folder.everything(), [""; 0], "only DEL and GC leave something behind");
 }
 
 #[test]
@@ -83,6 +82,18 @@ fn del_succeeds_at_once_and_leaves_one_tombstone_that_names_the_attachment() {
 
     call.clone().set("CNI_IFNAME", "eth1").run().silent();
     assert_eq!(tombstones(&folder).len(), 2);
+}
+
+#[test]
+fn gc_succeeds_at_once_and_leaves_one_tombstone_for_each_network() {
+    let folder = Folder::new();
+    let gc = |valid: Value| call(&folder, "GC", json!({ "cni.dev/valid-attachments": valid }));
+    quickly(|| gc(json!([])).run()).silent();
+    gc(json!([{ "containerID": "c1", "ifname": "eth0" }])).run().silent();
+    let left: Vec<String> = folder.everything().into_iter().filter(|name| name.ends_with(".json")).collect();
+    assert_eq!(left.len(), 1, "{left:?}");
+    let said: Value = serde_json::from_slice(&std::fs::read(folder.path().join(&left[0])).unwrap()).unwrap();
+    assert_eq!(said, json!({ "gc": { "network": "pods", "valid": [["c1", "eth0"]] } }));
 }
 
 #[test]

@@ -206,7 +206,7 @@ fn check_tells_the_daemon_what_the_runtime_believes() {
 fn del_does_not_need_the_namespace_nor_a_configuration_that_an_add_could_use() {
     let folder = Folder::new();
     let daemon = Daemon::willing(folder.path());
-    let broken = json!({ "ipam": { "type": "gone" }, "mtu": "x", "runtimeConfig": 7, "prevResult": [] });
+    let broken = json!({ "ipam": { "type": "weft", "ranges": 7 }, "mtu": "x", "runtimeConfig": 7, "prevResult": [] });
     let call = Call::new("DEL").config(&with_socket(&folder, "1.1.0", broken)).set("CNI_ARGS", "not arguments");
     call.clone().run().silent();
     call.clone().set("CNI_NETNS", "").run().silent();
@@ -261,5 +261,5 @@ fn status_is_50_or_51_whatever_the_daemon_lacks_and_7_or_2_when_no_add_could_suc
     assert!(run(json!({})).error(code::LIMITED).contains("underlay"));
     assert!(run(json!({})).error(code::NOT_AVAILABLE).contains("odd"));
     run(json!({ "mtu": "x" })).error(code::CONFIG);
-    run(json!({ "ipam": { "type": "host-local" } })).error(code::UNSUPPORTED_FIELD);
+    run(json!({ "ipMasq": true })).error(code::UNSUPPORTED_FIELD);
 }

@@ -9,6 +9,7 @@
 mod away;
 mod commands;
 mod daemon;
+mod delegation;
 mod folder;
 mod hostile;
 mod pod;

@@ -4,6 +4,7 @@
 //! this one is killed.
 
 use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -12,7 +13,7 @@ use rustix::process::Signal;
 use super::contender::{Contender, Kind};
 use super::iperf::Server;
 use super::task::{Layout, Links};
-use super::{frames, ovs, programs};
+use super::{frames, ovs, programs, testpmd};
 use crate::lab::command::Run;
 use crate::lab::plan::{self, Mode, Plan};
 use crate::lab::process::Process;
@@ -57,6 +58,7 @@ pub struct Bed {
     /// Which.
     pub contender: &'static Contender,
     plan: Plan,
+    plugin: PathBuf,
     /// The program that forwards on each node, if it is one.
     routers: Vec<Process>,
     servers: Vec<Server>,
@@ -69,7 +71,7 @@ impl Bed {
     /// Builds it, in a lab whose name begins with `name`, with so many workers of each weftd. It carries traffic when this returns.
     pub fn build(contender: &'static Contender, name: &str, programs: &Programs, workers: Option<u8>) -> Result<Bed> {
         let lab = lab_name(name, contender);
-        let mode = if matches!(contender.kind, Kind::Ovs(_)) { Mode::Bridged } else { Mode::Routed };
+        let mode = if contender.is_dispensable() { Mode::Bridged } else { Mode::Routed };
         let plan = Plan { is_passing: true, workers, ..Plan::new(&lab, NODES, PODS, mode, MTU)? };
         let (plan, routers) = match contender.kind {
             Kind::Weft(change) => {
@@ -87,23 +89,41 @@ impl Bed {
                 let switches = ovs::build(&plan, ports)?;
                 (plan, Ok(switches))
             }
+            Kind::Testpmd => {
+                let process = testpmd::build(&plan)?;
+                (plan, Ok(vec![process]))
+            }
         };
         // From here on there is something to remove.
-        let mut bed = Bed { contender, plan, routers: Vec::new(), servers: Vec::new(), plain: None, is_removed: false };
+        let plugin = programs.weft_cni.clone();
+        let mut bed =
+            Bed { contender, plan, plugin, routers: Vec::new(), servers: Vec::new(), plain: None, is_removed: false };
         bed.routers = routers?;
-        for layout in [Layout::Same, Layout::Two] {
-            bed.check(layout).with_context(|| format!("no traffic between {}", layout.label()))?;
-        }
-        for netns in
-            [bed.ends(Layout::Same).from.netns, bed.ends(Layout::Same).to.netns, bed.ends(Layout::Two).to.netns]
-        {
-            forget_pacing(&netns)?;
-        }
-        for netns in [bed.ends(Layout::Same).to.netns, bed.ends(Layout::Two).to.netns] {
-            bed.servers.push(Server::start(&netns)?);
-        }
+        bed.prepare()?;
         bed.rest()?;
         Ok(bed)
+    }
+
+    /// What was built.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Weft's CNI plugin.
+    pub fn plugin(&self) -> &Path {
+        &self.plugin
+    }
+
+    /// Sees to it that it carries traffic and that its pods are ready to be measured.
+    fn prepare(&mut self) -> Result<()> {
+        for layout in [Layout::Same, Layout::Two].into_iter().filter(|layout| self.contender.has(*layout)) {
+            self.check(layout).with_context(|| format!("no traffic between {}", layout.label()))?;
+            let Ends { from, to } = self.ends(layout);
+            forget_pacing(&from.netns)?;
+            forget_pacing(&to.netns)?;
+            self.servers.push(Server::start(&to.netns)?);
+        }
+        Ok(())
     }
 
     /// The two pods of a layout.
@@ -241,6 +261,15 @@ fn word_after<'a>(text: &'a str, word: &str) -> Option<&'a str> {
 fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let bytes: Vec<u8> = text.split(':').map(|byte| u8::from_str_radix(byte, 16).ok()).collect::<Option<_>>()?;
     bytes.try_into().ok()
+}
+
+/// What this machine lacks for a data path, and what to do about that.
+pub fn missing(contender: &Contender) -> Option<String> {
+    match contender.kind {
+        Kind::Ovs(_) => ovs::missing(),
+        Kind::Testpmd => testpmd::missing(),
+        Kind::Weft(_) | Kind::Kernel => None,
+    }
 }
 
 /// The name of a data path's lab.

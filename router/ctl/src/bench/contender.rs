@@ -1,7 +1,8 @@
 //! The data paths that are compared: one line each.
 
 use super::ovs::Ports;
-use crate::lab::plan::Plan;
+use super::task::Layout;
+use crate::lab::plan::{Plan, Port};
 
 /// One of the data paths.
 #[derive(Debug)]
@@ -14,6 +15,8 @@ pub struct Contender {
     pub short: &'static str,
     /// What it is.
     pub kind: Kind,
+    /// Beside which of the others the table has its ratios; a file has all. Empty: it is only compared with.
+    pub rivals: &'static [&'static str],
 }
 
 /// What carries the frames.
@@ -25,14 +28,36 @@ pub enum Kind {
     Kernel,
     /// Open vSwitch's userspace datapath.
     Ovs(Ports),
+    /// DPDK's testpmd, which passes frames on unseen between two pods of one node.
+    Testpmd,
 }
 
 /// All of them, in the order in which they are shown. A Weft with other ports or another underlay is one more line.
-pub const CONTENDERS: [Contender; 4] = [
-    Contender { id: "weft", label: "Weft, TAP and UDP", short: "Weft", kind: Kind::Weft(|plan| plan) },
-    Contender { id: "kernel", label: "kernel", short: "kernel", kind: Kind::Kernel },
-    Contender { id: "ovs-xdp", label: "OVS AF_XDP", short: "OVS XDP", kind: Kind::Ovs(Ports::AfXdp) },
-    Contender { id: "ovs-packet", label: "OVS AF_PACKET", short: "OVS packet", kind: Kind::Ovs(Ports::AfPacket) },
+pub const CONTENDERS: [Contender; 6] = [
+    Contender {
+        id: "weft",
+        label: "Weft, TAP and UDP",
+        short: "Weft",
+        kind: Kind::Weft(|plan| plan),
+        rivals: &["kernel", "ovs-xdp", "ovs-packet"],
+    },
+    Contender { id: "kernel", label: "kernel", short: "kernel", kind: Kind::Kernel, rivals: &[] },
+    Contender {
+        id: "weft-xdp",
+        label: "Weft, AF_XDP pods",
+        short: "Weft XDP",
+        kind: Kind::Weft(|plan| Plan { port: Some(Port::Xdp), ..plan }),
+        rivals: &["kernel", "ovs-xdp", "testpmd"],
+    },
+    Contender { id: "ovs-xdp", label: "OVS AF_XDP", short: "OVS XDP", kind: Kind::Ovs(Ports::AfXdp), rivals: &[] },
+    Contender {
+        id: "ovs-packet",
+        label: "OVS AF_PACKET",
+        short: "OVS packet",
+        kind: Kind::Ovs(Ports::AfPacket),
+        rivals: &[],
+    },
+    Contender { id: "testpmd", label: "testpmd AF_XDP io", short: "testpmd", kind: Kind::Testpmd, rivals: &[] },
 ];
 
 impl Contender {
@@ -43,7 +68,22 @@ impl Contender {
 
     /// Whether threads of its own look for frames all the time, and so use a processor when there are none.
     pub fn spins(&self) -> bool {
-        matches!(self.kind, Kind::Ovs(Ports::AfXdp))
+        matches!(self.kind, Kind::Ovs(Ports::AfXdp) | Kind::Testpmd)
+    }
+
+    /// Whether it is neither the Weft that is installed by default nor the kernel, by which that is judged first of all.
+    pub fn is_guest(&self) -> bool {
+        !matches!(self.id, "weft" | "kernel")
+    }
+
+    /// Whether a run goes on without it where it cannot be built.
+    pub fn is_dispensable(&self) -> bool {
+        matches!(self.kind, Kind::Ovs(_) | Kind::Testpmd)
+    }
+
+    /// Whether it has such pods.
+    pub fn has(&self, layout: Layout) -> bool {
+        layout == Layout::Same || !matches!(self.kind, Kind::Testpmd)
     }
 }
 
@@ -57,6 +97,15 @@ mod tests {
         for (index, contender) in CONTENDERS.iter().enumerate() {
             plan::check_name(&format!("bench-{}", contender.id)).unwrap();
             assert!(CONTENDERS[index + 1..].iter().all(|other| other.id != contender.id));
+        }
+    }
+
+    #[test]
+    fn rivals_are_others() {
+        for contender in &CONTENDERS {
+            let is_other = |id: &&str| CONTENDERS.iter().any(|other| other.id == *id && !other.is_weft());
+            assert!(contender.rivals.iter().all(is_other), "{}", contender.id);
+            assert_eq!(contender.rivals.is_empty(), !contender.is_weft());
         }
     }
 

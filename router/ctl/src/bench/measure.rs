@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use super::attach;
 use super::bed::{Bed, Ends};
 use super::frames::{self, Mix};
 use super::iperf::Bulk;
@@ -36,6 +37,7 @@ pub fn measure(task: &Task, bed: &Bed, lengths: &Lengths) -> Result<Figures> {
         What::Connections => connections(&ends, lengths.round),
         What::Frames(sizes) => frames(bed, task, sizes, &lengths.search),
         What::Memory => memory(bed, task),
+        What::Attach => attach::attach(bed, lengths.pods),
     }
 }
 

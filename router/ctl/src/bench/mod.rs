@@ -1,14 +1,16 @@
 //! `weft bench`: Weft beside other data paths, on the same machine in the same run.
 //!
 //! Each data path ([`contender`]) is built in namespaces in the same layout, two nodes with two pods each and the same
-//! MTUs ([`bed`]; the kernel's and Weft's by the lab, Open vSwitch's by [`ovs`]). Each task ([`task`]) is done on one
+//! MTUs ([`bed`]; the kernel's and Weft's by the lab, the others' by [`ovs`] and [`testpmd`]). Each task ([`task`]) is done on one
 //! after the other, in turns ([`schedule`], [`measure`]), by `iperf3` for bulk ([`iperf`]) and by programs of our own for
-//! round trips and connections ([`programs`]), and by programs in the kernel for single frames ([`frames`]). What comes of it are medians, spreads and, above all, ratios within the
+//! round trips and connections ([`programs`]), by programs in the kernel for single frames ([`frames`]), and as a container runtime does
+//! for the pods' attaching ([`attach`]). What comes of it are medians, spreads and, above all, ratios within the
 //! run ([`outcome`]), as a table ([`report`]), a file and a picture ([`chart`]).
 //!
 //! A path that cannot be built here is named, with the reason and what helps. Nothing is left behind, however the run
 //! ends; if it is killed, the next run removes what it left.
 
+mod attach;
 mod bed;
 mod chart;
 mod contender;
@@ -22,6 +24,7 @@ mod programs;
 mod report;
 mod schedule;
 mod task;
+mod testpmd;
 mod usage;
 
 use std::fs;
@@ -35,7 +38,7 @@ use crate::lab::up::Programs;
 use crate::lab::{self, plan};
 use crate::output::{self, Style};
 use bed::Bed;
-use contender::{CONTENDERS, Contender, Kind};
+use contender::{CONTENDERS, Contender};
 use machine::Machine;
 use outcome::{Outcome, Path};
 use schedule::Run;
@@ -164,15 +167,14 @@ fn build_all(args: &Bench, programs: &Programs) -> Result<(Vec<Path>, Vec<Option
     }
     let (mut paths, mut beds) = (Vec::new(), Vec::new());
     for contender in args.contenders() {
-        let missing = matches!(contender.kind, Kind::Ovs(_)).then(ovs::missing).flatten();
-        let (bed, reason) = match missing {
+        let (bed, reason) = match bed::missing(contender) {
             Some(reason) => (None, Some(reason)),
             None => {
                 output::progress(&format!("building: {}", contender.label));
                 match Bed::build(contender, &args.name, programs, args.workers) {
                     Ok(bed) => (Some(bed), None),
                     // Without the kernel's or our own path there is nothing to compare.
-                    Err(error) if matches!(contender.kind, Kind::Ovs(_)) => {
+                    Err(error) if contender.is_dispensable() => {
                         crate::interrupt::check()?;
                         (None, Some(format!("{error:#}")))
                     }

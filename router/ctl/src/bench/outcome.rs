@@ -261,7 +261,7 @@ pub mod tests {
         let path = |contender: &'static Contender| Path {
             id: contender.id,
             label: contender.label,
-            not_measured: contender.id.starts_with("ovs").then(|| "there is no OVS: install it".to_owned()),
+            not_measured: contender.is_guest().then(|| "there is no OVS: install it".to_owned()),
             contender,
         };
         let mut samples = Samples::default();
@@ -329,7 +329,7 @@ pub mod tests {
         let outcome = example();
         let reason = |row: usize, path: usize| outcome.rows[row].results[path].not_measured.as_deref();
         assert_eq!(reason(0, 0), None);
-        assert_eq!(reason(0, 2), Some("there is no OVS: install it"));
+        assert_eq!(reason(0, 3), Some("there is no OVS: install it"));
         assert_eq!(reason(2, 1), Some(NO_ROUTER));
     }
 
@@ -338,7 +338,7 @@ pub mod tests {
         let value = serde_json::to_value(example()).unwrap();
         assert_eq!(value["version"], 1);
         assert_eq!(value["machine"]["cpus"], 2);
-        assert_eq!(value["paths"][2]["not_measured"], "there is no OVS: install it");
+        assert_eq!(value["paths"][3]["not_measured"], "there is no OVS: install it");
         let row = &value["rows"][0];
         assert_eq!(
             (&row["name"], &row["layout"], &row["unit"]),

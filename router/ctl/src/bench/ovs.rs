@@ -94,14 +94,15 @@ fn lay_out(plan: &Plan, ports: Ports, record: &mut Record) -> Result<Vec<Process
     Ok(switches)
 }
 
-fn run(plan: &Plan, line: &str) -> Result<()> {
+/// Runs a line in the course of building.
+pub fn run(plan: &Plan, line: &str) -> Result<()> {
     let mut words = line.split_whitespace();
     let program = words.next().unwrap_or_default();
     Run::new(program).building(&plan.lab).args(words).succeed().map(drop)
 }
 
-/// An AF_XDP socket is bound to one queue, so the devices have one.
-fn pod_lines(plan: &Plan, node: u8, pod: u8) -> Vec<String> {
+/// What connects a pod to a device `p1`, `p2`, … of its node. An AF_XDP socket is bound to one queue, so the devices have one.
+pub fn pod_lines(plan: &Plan, node: u8, pod: u8) -> Vec<String> {
     const QUEUES: &str = "numtxqueues 1 numrxqueues 1";
     let (netns, host, mtu) = (plan.pod_netns(node, pod), plan.node_netns(node), plan.pod_mtu());
     vec![

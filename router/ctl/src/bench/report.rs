@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use super::outcome::{Outcome, Row, Summary};
+use super::outcome::{Outcome, Path, Ratio, Row, Summary};
 use super::task::Layout;
 use crate::output::{Style, plain};
 use crate::table::Table;
@@ -37,7 +37,8 @@ fn table(outcome: &Outcome, rows: &[&Row], style: Style) -> String {
     let shown: Vec<_> = outcome.paths.iter().enumerate().filter(|(_, path)| path.not_measured.is_none()).collect();
     let wefts: Vec<_> = shown.iter().filter(|(_, path)| path.contender.is_weft()).map(|(_, path)| path).collect();
     let others = || shown.iter().filter(|(_, path)| !path.contender.is_weft()).map(|(_, path)| path);
-    let pairs: Vec<_> = wefts.iter().flat_map(|weft| others().map(move |to| (weft, to))).collect();
+    let pairs = wefts.iter().flat_map(|weft| others().map(move |to| (weft, to)));
+    let pairs: Vec<_> = pairs.filter(|(weft, to)| are_compared(rows, weft, to)).collect();
     let mut headings = vec![String::new(), "unit".to_owned()];
     headings.extend(shown.iter().map(|(_, path)| path.label.to_owned()));
     headings.extend(pairs.iter().map(|(weft, to)| {
@@ -56,6 +57,12 @@ fn table(outcome: &Outcome, rows: &[&Row], style: Style) -> String {
         table.push(cells, false);
     }
     table.render(style, "nothing")
+}
+
+/// Whether the table has a column for their ratios: they are rivals, and there is at least one.
+fn are_compared(rows: &[&Row], weft: &Path, to: &Path) -> bool {
+    let is_theirs = |ratio: &Ratio| ratio.path == weft.id && ratio.to == to.id;
+    weft.contender.rivals.contains(&to.id) && rows.iter().flat_map(|row| &row.ratios).any(is_theirs)
 }
 
 /// Every reason once, with what it is about.

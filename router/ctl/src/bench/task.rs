@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 
 use super::contender::{Contender, Kind};
-use super::frames;
+use super::{attach, frames};
 
 /// One thing to do on a data path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +40,8 @@ pub enum What {
     Frames(Sizes),
     /// What the data path's own processes hold in memory.
     Memory,
+    /// Pods that come and go.
+    Attach,
 }
 
 /// How long frames are.
@@ -123,6 +125,8 @@ pub struct Lengths {
     pub pause: Duration,
     /// A search for a rate of frames.
     pub search: frames::Limits,
+    /// Pods that come and go, one after the other.
+    pub pods: u32,
 }
 
 impl Mode {
@@ -154,6 +158,7 @@ impl Mode {
                 paused_count: 3,
                 pause,
                 search: frames::Limits { trial: millis(20), trials: 3, ..frames::Limits::SHORT },
+                pods: 1,
             },
             Mode::Short => Lengths {
                 tcp_seconds: Some(1),
@@ -161,6 +166,7 @@ impl Mode {
                 paused_count: 20,
                 pause,
                 search: frames::Limits { trial: millis(200), trials: 12, ..frames::Limits::SHORT },
+                pods: 10,
             },
             Mode::Full => Lengths {
                 tcp_seconds: Some(if task.is_judged() { 2 } else { 1 }),
@@ -168,6 +174,7 @@ impl Mode {
                 paused_count: 8,
                 pause,
                 search: frames::Limits { trial: millis(300), trials: 16, ..frames::Limits::FULL },
+                pods: 20,
             },
         }
     }
@@ -180,18 +187,19 @@ impl Mode {
         })
     }
 
-    /// In how many turns a task has its place on a data path. None: only a more thorough mode has it. The other
-    /// userspace path gets fewer, for what it is far from is known after one.
+    /// In how many turns a task has its place on a data path. None: only a more thorough mode has it. Other
+    /// userspace paths get fewer, for what they are far from is known after one.
     pub fn turns(self, task: &Task, contender: &Contender) -> usize {
-        let is_guest = matches!(contender.kind, Kind::Ovs(_));
+        let is_guest = contender.is_guest();
         let is_frames = matches!(task.what, What::Frames(_));
         match self {
             Mode::Smoke => 1,
+            Mode::Short if is_frames && task.is_held_against_guests() => 2,
             Mode::Short if is_guest && task.is_held_against_guests() => 3,
-            Mode::Short if is_guest => usize::from(task.is_judged() || !task.is_bulk() && task.is_short()),
-            Mode::Short if task.is_judged() && is_frames => 2,
+            Mode::Short if is_guest => usize::from(task.is_judged()),
             Mode::Short if task.is_judged() => 3,
             Mode::Short => usize::from(task.is_short()),
+            Mode::Full if is_guest && !task.is_judged() => 1,
             Mode::Full if is_guest && !task.is_held_against_guests() => 3,
             Mode::Full if is_frames && !task.is_judged() => 3,
             Mode::Full => 5,
@@ -216,7 +224,8 @@ impl Task {
             all.push(whole(What::Connections));
             all.extend([Sizes::Small, Sizes::Imix].map(What::Frames).map(whole));
         }
-        all.push(Task { what: What::Memory, layout: Layout::Same, links: Links::Whole });
+        let node = |what| Task { what, layout: Layout::Same, links: Links::Whole };
+        all.extend([What::Memory, What::Attach].map(node));
         all
     }
 
@@ -231,6 +240,7 @@ impl Task {
             What::Frames(Sizes::Small) => "frames-64".to_owned(),
             What::Frames(Sizes::Imix) => "frames-imix".to_owned(),
             What::Memory => return "memory".to_owned(),
+            What::Attach => return "attach".to_owned(),
         };
         let links = if self.links == Links::Plain { "-plain" } else { "" };
         format!("{}-{what}{links}", self.layout.name())
@@ -258,6 +268,7 @@ impl Task {
             What::Frames(Sizes::Small) => "frames of 64 bytes".to_owned(),
             What::Frames(Sizes::Imix) => "frames, IMIX".to_owned(),
             What::Memory => "memory of a node's router".to_owned(),
+            What::Attach => "attaching a pod, CNI".to_owned(),
         }
     }
 
@@ -270,6 +281,7 @@ impl Task {
             What::Connections => &CONNECTIONS,
             What::Frames(_) => &FRAMES,
             What::Memory => &MEMORY,
+            What::Attach => &ATTACH,
         }
     }
 
@@ -277,7 +289,14 @@ impl Task {
     pub fn applies_to(&self, contender: &Contender) -> Result<(), &'static str> {
         match contender.kind {
             Kind::Kernel if self.what == What::Memory => Err("it has no process of its own"),
-            Kind::Ovs(_) if self.links == Links::Plain => Err("its ports take no superframes in any case"),
+            Kind::Kernel if self.what == What::Attach && attach::reference().is_none() => {
+                Err("the reference plugins are missing: `apt-get install containernetworking-plugins`")
+            }
+            Kind::Ovs(_) if self.what == What::Attach => Err("it has no plugin"),
+            Kind::Testpmd if !matches!(self.what, What::Frames(_)) || !contender.has(self.layout) => {
+                Err("it is a yardstick for frames between two devices")
+            }
+            _ if contender.is_guest() && self.links == Links::Plain => Err("its ports take no superframes in any case"),
             _ => Ok(()),
         }
     }
@@ -288,6 +307,7 @@ impl Task {
             What::Tcp { streams, reverse } => streams <= 4 && !reverse,
             What::RoundTrip(pace) => self.layout == Layout::Same && pace != Pace::UnderLoad,
             What::Frames(sizes) => self.layout == Layout::Same && sizes == Sizes::Small,
+            What::Attach => true,
             What::Connections | What::Memory => false,
         }
     }
@@ -295,11 +315,8 @@ impl Task {
     /// Whether Weft is judged by what it is here beside another userspace path.
     fn is_held_against_guests(&self) -> bool {
         let tcp = What::Tcp { streams: 1, reverse: false };
-        *self == Task { what: tcp, layout: Layout::Same, links: Links::Whole }
-    }
-
-    fn is_bulk(&self) -> bool {
-        matches!(self.what, What::Tcp { .. })
+        let frames = What::Frames(Sizes::Small);
+        self.layout == Layout::Same && self.links == Links::Whole && (self.what == tcp || self.what == frames)
     }
 
     /// Whether the short mode has it.
@@ -359,6 +376,7 @@ static FRAMES: [Figure; 4] = [
     },
 ];
 
+static ATTACH: [Figure; 2] = [figure("-add", "ADD", "ms", false), figure("-del", "DEL", "ms", false)];
 static MEMORY: [Figure; 1] = [Figure { is_charted: false, ..figure("", "", "MiB", false) }];
 
 #[cfg(test)]
@@ -383,8 +401,11 @@ mod tests {
         for contender in &CONTENDERS {
             for task in Task::all().iter().filter(|task| task.applies_to(contender).is_ok()) {
                 let turns = [Mode::Smoke, Mode::Short, Mode::Full].map(|mode| mode.turns(task, contender));
-                assert!(turns[0] == 1 && turns[2] >= 3 && turns[1] <= turns[2], "{}: {turns:?}", task.name());
-                if task.is_judged() && !matches!(contender.kind, Kind::Ovs(_)) {
+                assert!(turns[0] == 1 && turns[2] >= 1 && turns[1] <= turns[2], "{}: {turns:?}", task.name());
+                if !contender.is_guest() {
+                    assert!(turns[2] >= 3, "{}: {turns:?}", task.name());
+                }
+                if task.is_held_against_guests() || task.is_judged() && !contender.is_guest() {
                     assert_eq!(turns[2], 5, "{}", task.name());
                 }
             }
@@ -401,6 +422,8 @@ mod tests {
             What::RoundTrip(_) | What::Connections => lengths.round,
             What::Frames(_) => lengths.search.trial * u32::try_from(lengths.search.trials).unwrap(),
             What::Memory => Duration::ZERO,
+            // A tenth of a second for each pod.
+            What::Attach => Duration::from_millis(100) * lengths.pods,
         }
     }
 

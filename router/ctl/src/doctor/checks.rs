@@ -14,7 +14,7 @@ pub type Check = fn(&Machine) -> Vec<Finding>;
 pub const ALL: &[Check] =
     &[kernel, tun, forwarding, reverse_path, underlay, tunnel_port, plugin, networks, others, runc];
 
-/// USO, without which large datagrams of pods are cut by us: https://github.com/torvalds/linux/commit/399e0827642f
+/// USO, without which large datagrams of pods are cut by us: <https://github.com/torvalds/linux/commit/399e0827642f>
 const KERNEL_USO: (u32, u32) = (6, 2);
 /// `UDP_GRO` and `UDP_SEGMENT`, which carry superframes between nodes.
 const KERNEL_LEAST: (u32, u32) = (5, 0);

@@ -89,6 +89,8 @@ struct Underlay {
     address: Ipv4Addr,
     port: u16,
     device: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kind: Option<plan::Underlay>,
 }
 
 #[derive(Serialize)]
@@ -170,7 +172,12 @@ fn config_text(plan: &Plan, node: u8, files: &Files) -> Result<String> {
         ranges: is_file.then(|| plan::ranges(node)),
         segment: bridged.then_some(plan::SEGMENT),
         gateway: bridged.then_some(plan::SEGMENT_GATEWAY),
-        underlay: Underlay { address: plan::underlay_address(node), port: plan::PORT, device: plan::UPLINK },
+        underlay: Underlay {
+            address: plan::underlay_address(node),
+            port: plan::PORT,
+            device: plan::UPLINK,
+            kind: plan.underlay,
+        },
         peers: plan.node_numbers().filter(|other| is_file && *other != node).map(peer).collect(),
         etcd: (!is_file)
             .then(|| Etcd { endpoints: [format!("http://{}:{}", plan::ETCD.0, plan::ETCD.1)], network: plan::SEGMENT }),

@@ -51,6 +51,7 @@ pub fn make_underlay(plan: &Plan) -> Result<()> {
         run(format!("-n {underlay} link set {port} master {BRIDGE} up"))?;
         run(format!("-n {netns} address add {address}/24 dev {UPLINK}"))?;
         run(format!("-n {netns} link set {UPLINK} up"))?;
+        set_forwarding(&netns, &plan.lab)?;
     }
     Ok(())
 }
@@ -59,6 +60,12 @@ pub fn make_underlay(plan: &Plan) -> Result<()> {
 pub fn give_bridge_address(plan: &Plan, address: Ipv4Addr) -> Result<()> {
     let underlay = plan.underlay_netns();
     Run::ip(&format!("-n {underlay} address add {address}/24 dev {BRIDGE}")).building(&plan.lab).succeed().map(drop)
+}
+
+/// Has a node's kernel route, as that of a node of a cluster does.
+fn set_forwarding(netns: &str, lab: &str) -> Result<()> {
+    let settings = ["/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"];
+    Run::inside(netns, "tee").args(settings).input("1\n").building(lab).succeed().map(drop)
 }
 
 /// Removes a namespace with everything in it. One that is not there is fine.

@@ -77,6 +77,18 @@ pub enum Source {
     Etcd,
 }
 
+/// How the tunnel's packets leave and enter the nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Underlay {
+    /// By sockets of the kernel.
+    Udp,
+    /// By AF_XDP sockets on the uplink.
+    Xdp,
+    /// By what is faster.
+    Auto,
+}
+
 /// A lab to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
@@ -96,6 +108,8 @@ pub struct Plan {
     pub port: Option<Port>,
     /// Where the nodes know each other from.
     pub source: Source,
+    /// Kind of the underlay; what weftd has unless given.
+    pub underlay: Option<Underlay>,
     /// Whether the process that builds it ends it as well.
     pub is_passing: bool,
 }
@@ -122,6 +136,7 @@ impl Plan {
             workers: None,
             port: None,
             source: Source::File,
+            underlay: None,
             is_passing: false,
         })
     }

@@ -31,6 +31,8 @@ pub enum Kind {
     Kernel,
     /// Open vSwitch's userspace datapath: another to compare with.
     Ovs,
+    /// DPDK's testpmd: a yardstick.
+    Testpmd,
 }
 
 impl Kind {
@@ -40,6 +42,7 @@ impl Kind {
             Kind::Weft => "weft",
             Kind::Kernel => "kernel",
             Kind::Ovs => "ovs",
+            Kind::Testpmd => "testpmd",
         }
     }
 }

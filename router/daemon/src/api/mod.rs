@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use tokio::sync::oneshot;
 use tokio::task;
-use weft_api::{Answer, Connection, Empty, Failure, Incoming, LineError, MAX_REQUEST, Request, code};
+use weft_api::{Answer, Attach, Attached, Connection, Empty, Failure, Incoming, LineError, MAX_REQUEST, Request, code};
 
 use crate::attach;
 use crate::control::source::Order;
@@ -49,6 +49,13 @@ impl Server {
     /// Serves them with `node`.
     pub fn new(node: Arc<Node>) -> Server {
         Server { node, slots: Arc::new(Slots::new(MAX_CONNECTIONS)) }
+    }
+
+    /// Waits until a client can be taken in. Until then it waits in the socket's queue, with up to a few thousand others.
+    pub async fn has_room(&self) {
+        while !self.slots.has_room() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
     }
 
     /// Takes a client in, or refuses it.
@@ -110,7 +117,9 @@ fn converse(node: &Node, mut connection: Connection, slot: &Slot) {
                 return refuse_connection(&mut connection, failure);
             }
         };
-        if !slot.working() {
+        // A client that waited for too long has left, and a shim a tombstone: what it asked for is not wanted any more, and doing
+        // it late could undo what came after it.
+        if !slot.working() || connection.is_abandoned() {
             return;
         }
         let answered = match line.request() {
@@ -132,7 +141,8 @@ fn refuse_connection(connection: &mut Connection, failure: Failure) {
 fn answer(node: &Node, connection: &mut Connection, incoming: Incoming) -> Result<(), LineError> {
     match incoming.request {
         Request::Add(request) => {
-            reply(connection, counted(node, "add", || attach::add(node, &request, incoming.descriptor)))
+            let made = counted(node, "add", || attach::add(node, &request, incoming.descriptor));
+            reply_or_free(node, connection, &request, made)
         }
         Request::Del(key) => {
             let deleted = counted(node, "del", || {
@@ -146,6 +156,15 @@ fn answer(node: &Node, connection: &mut Connection, incoming: Incoming) -> Resul
             reply(connection, counted(node, "check", check))
         }
         Request::Gc(request) => reply(connection, counted(node, "gc", || Ok(attach::collect(node, &request)))),
+        Request::Lease(request) => {
+            let made = counted(node, "add", || attach::only_lease::add(node, &request, incoming.descriptor));
+            reply_or_free(node, connection, &request, made)
+        }
+        Request::CheckLease(request) => {
+            let check = || attach::only_lease::check(node, &request).map(|()| Empty {});
+            reply(connection, counted(node, "check", check))
+        }
+        Request::Find(key) => reply(connection, Ok(attach::find(node, &key))),
         Request::Ready => reply(connection, counted(node, "status", || status::ready(node).map(|()| Empty {}))),
         Request::Status => reply(connection, status::status(node)),
         Request::Ports => reply(connection, show::ports(node)),
@@ -157,6 +176,7 @@ fn answer(node: &Node, connection: &mut Connection, incoming: Incoming) -> Resul
         Request::Drops => reply(connection, show::drops(node)),
         Request::Nodes => reply(connection, show::nodes(node)),
         Request::Leave => reply(connection, leave(node).map(|()| Empty {})),
+        Request::Reserve(request) => reply(connection, attach::reserve::reserve(node, &request).map(|()| Empty {})),
         Request::Reload => reply(connection, node.reload().map(|()| Empty {})),
     }
 }
@@ -179,6 +199,26 @@ fn leave(node: &Node) -> Result<(), Failure> {
     let left = if sent { told.blocking_recv().ok() } else { None };
     let left = left.unwrap_or_else(|| Err("the source does not answer".into()));
     left.map_err(|why| Failure::new(code::TRY_AGAIN, why).with_details("the ranges stay this node's"))
+}
+
+/// An attachment that nobody was told of would stay for ever: its runtime believes that there is none.
+fn reply_or_free(
+    node: &Node,
+    connection: &mut Connection,
+    request: &Attach,
+    made: Result<Attached, Failure>,
+) -> Result<(), LineError> {
+    let is_made = made.is_ok();
+    let replied = if connection.is_abandoned() { Err(LineError::Cut) } else { reply(connection, made) };
+    if is_made && replied.is_err() {
+        tracing::warn!(
+            container = request.key.container,
+            ifname = request.key.ifname,
+            "freed, for nobody took the answer"
+        );
+        attach::del(node, &request.key);
+    }
+    replied
 }
 
 /// Does one of CNI's operations, and notes how it ended.

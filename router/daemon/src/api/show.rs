@@ -5,11 +5,13 @@ use std::net::IpAddr;
 
 use weft_api::{DropInfo, Failure, FdbInfo, FlowInfo, LeaseInfo, NeighbourInfo, NodeInfo, PortInfo, RouteInfo, code};
 use weft_router::path::{Hop, Sender};
-use weft_router::tables::{Tables, Via};
+use weft_router::tables::{Pod, Tables, Via};
 use weft_router::{DropReason, PortId, RouterError, Snapshot};
 
 use crate::attach::key_of;
-use crate::control::desired::UNDERLAY;
+use crate::control::compile::addresses;
+use crate::control::desired::{HOST, UNDERLAY};
+use crate::hostport;
 use crate::node::{Attachment, Node, State, counters};
 
 /// Flows shown at most, those seen last first: more would not fit one answer.
@@ -32,15 +34,26 @@ pub fn ports(node: &Node) -> Result<Vec<PortInfo>, Failure> {
     let shown = snapshot.ports.iter().map(|port| {
         let (name, attachment) = names.port(port.id);
         let interface = attachment.map(|attachment| &attachment.interface);
+        let host = state.desired.host.as_ref().filter(|_| port.id == HOST);
+        let host_name = state.desired.config.host_port.clone().filter(|_| port.id == HOST);
+        let shown = |pod: &Pod| (pod.mac.to_string(), addresses(pod).collect());
+        let (mac, addresses) = match interface {
+            Some(interface) => shown(&Attachment::pod(interface)),
+            None => host.map(shown).unwrap_or_default(),
+        };
         PortInfo {
             id: u32::from(port.id.0),
-            role: if port.id == UNDERLAY { "underlay".into() } else { "pod".into() },
+            role: match port.id {
+                UNDERLAY => "underlay".into(),
+                HOST => "host".into(),
+                _ => "pod".into(),
+            },
             kind: port.kind.to_owned(),
             state: if port.up { "up".into() } else { "its device is gone".into() },
             name,
-            ifname: interface.map(|interface| interface.name.clone()).unwrap_or_default(),
-            mac: interface.map(|interface| interface.mac.to_string()).unwrap_or_default(),
-            addresses: interface.map(|i| i.addresses.iter().map(|(net, _)| net.addr()).collect()).unwrap_or_default(),
+            ifname: interface.map(|interface| interface.name.clone()).or(host_name).unwrap_or_default(),
+            mac,
+            addresses,
             offloads: port.capabilities.to_string(),
             worker: port.worker,
             counters: counters(&port.stats),
@@ -70,7 +83,13 @@ pub fn routes(node: &Node) -> Vec<RouteInfo> {
     };
     let v4 = tables.routes4.iter().map(|(net, via)| route(net.to_string(), via));
     let v6 = tables.routes6.iter().map(|(net, via)| route(net.to_string(), via));
-    v4.chain(v6).chain(gateway_routes(&tables)).collect()
+    v4.chain(v6).chain(gateway_routes(&tables)).chain(host_routes(&tables)).collect()
+}
+
+/// What has no other route is the node's kernel's to route.
+fn host_routes(tables: &Tables) -> impl Iterator<Item = RouteInfo> {
+    let everything = ["0.0.0.0/0", "::/0"].into_iter().filter(|_| tables.host.is_some());
+    everything.map(|all| RouteInfo { destination: all.into(), via: "host".into(), underlay: None })
 }
 
 fn gateway_routes(tables: &Tables) -> impl Iterator<Item = RouteInfo> {
@@ -131,7 +150,7 @@ pub fn flows(node: &Node) -> Result<Vec<FlowInfo>, Failure> {
             destination: flow.key.dst(),
             destination_port,
             from: match flow.sender {
-                Sender::Pod(port) => format!("port {port}"),
+                Sender::Port(port) => format!("port {port}"),
                 Sender::Node(id) => format!("node {}", names.node(id)),
             },
             to: match flow.verdict.path.hop {
@@ -166,7 +185,9 @@ pub fn leases(node: &Node) -> Vec<LeaseInfo> {
         let lease = |address| LeaseInfo { address, key: key.clone(), attached };
         record.addresses().map(lease).collect::<Vec<_>>()
     };
-    state.store.iter().flat_map(of).collect()
+    // What this node itself has is no attachment's, and shown by the state.
+    let records = node.store.records();
+    records.iter().filter(|record| record.owner != hostport::owner()).flat_map(|record| of(record)).collect()
 }
 
 /// The drop counters that are not zero.
@@ -205,6 +226,7 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
         sent: 0,
         received: 0,
         last_seen: None,
+        way: String::new(),
     }];
     all.extend(config.peers.iter().map(|peer| {
         let id = state.desired.nodes.of(&peer.name);
@@ -218,6 +240,7 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
             sent: stats.sent,
             received: stats.received,
             last_seen: stats.last_seen.map(|seen| snapshot.now.since(seen).as_secs_f64()),
+            way: node.uplink.way(peer.underlay),
         }
     }));
     Ok(all)
@@ -239,6 +262,9 @@ impl<'a> Names<'a> {
         if id == UNDERLAY {
             let underlay = &self.state.desired.config.underlay;
             return (std::net::SocketAddr::new(underlay.address, underlay.port).to_string(), None);
+        }
+        if id == HOST {
+            return ("this node".to_owned(), None);
         }
         match self.ports.get(&id) {
             Some((name, attachment)) => ((*name).to_owned(), Some(*attachment)),

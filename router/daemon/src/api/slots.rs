@@ -42,6 +42,12 @@ impl Slots {
         Slots { limit, inner: Mutex::default() }
     }
 
+    /// Whether the next client would get a slot.
+    pub fn has_room(&self) -> bool {
+        let inner = self.lock();
+        inner.taken.len() < self.limit || inner.taken.values().any(|client| client.idle.is_some())
+    }
+
     /// A slot for the client behind `stream`; `None` if all are taken by clients that are being served.
     pub fn take(self: &Arc<Slots>, stream: &UnixStream) -> Option<Slot> {
         let stream = stream.try_clone().ok()?;
@@ -119,7 +125,7 @@ mod tests {
         assert!(!first_slot.working(), "it was displaced");
         assert_eq!(first_peer.read(&mut [0]).unwrap(), 0);
         assert!(third_slot.working());
-        assert!(slots.take(&first).is_none(), "all are being served");
+        assert!(!slots.has_room() && slots.take(&first).is_none(), "all are being served");
         drop(second_slot);
         assert!(slots.take(&first).is_some());
     }

@@ -2,17 +2,20 @@
 
 use std::net::SocketAddr;
 
-use weft_api::{Failure, FreeBuffers, RangeUse, Status, code};
-use weft_ipam::Usage;
+use weft_api::{Failure, FreeBuffers, HostPortInfo, RangeUse, Status, code};
+use weft_ipam::{Store, Usage};
 use weft_router::Snapshot;
 use weft_router::tables::Mode;
 
 use super::show;
 use crate::attach::{addresses, key_of};
+use crate::control::compile::addresses as addresses_of;
 use crate::control::config::{Config, Underlay};
 use crate::control::desired::UNDERLAY;
 use crate::control::host::{Host, Interface};
+use crate::hostport::{self, forwarding};
 use crate::netlink::Netlink;
+use crate::netlink::routes::PROTOCOL;
 use crate::node::{Node, State, counters};
 
 /// Above this part of its addresses a range is nearly used up.
@@ -36,11 +39,11 @@ pub fn ready(node: &Node) -> Result<(), Failure> {
         let why = state.view.trouble.clone().unwrap_or_else(|| "its source has not said which".into());
         return fail(code::NOT_AVAILABLE, format!("this node has no ranges: {why}"), "");
     }
-    if let Some(trouble) = state.store.trouble().or(state.store.poisoned()) {
-        return fail(code::NOT_AVAILABLE, trouble.to_owned(), "no lease can be made durable");
+    if let Some(trouble) = node.store.trouble().or(node.store.poisoned()) {
+        return fail(code::NOT_AVAILABLE, trouble, "no lease can be made durable");
     }
     for (v4, family) in [(true, "IPv4"), (false, "IPv6")] {
-        let mut of_family = usages(&state).filter(|(range, _)| range.addr().is_ipv4() == v4).peekable();
+        let mut of_family = usages(&node.store, &state).filter(|(range, _)| range.addr().is_ipv4() == v4).peekable();
         if of_family.peek().is_some() && of_family.all(|(_, usage)| usage.leased >= usage.size) {
             let msg = format!("no {family} address is free in this node's ranges");
             return fail(code::NOT_AVAILABLE, msg, "remove pods, or give the node another range and reload");
@@ -54,6 +57,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     let snapshot = show::snapshot(node, false)?;
     let host = host();
     let sample = node.sample(&snapshot);
+    let kernel = node.host.state();
     let state = node.state();
     let config = &state.desired.config;
     let device = host.as_ref().and_then(|host| underlay_device(config, host));
@@ -62,7 +66,10 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         sum += &port.stats;
     }
     let kind = snapshot.ports.iter().find(|port| port.id == UNDERLAY);
-    let mut problems = problems(&state, &snapshot, host.as_ref());
+    let mut problems = problems(&node.store, &state, &snapshot, host.as_ref());
+    problems.extend(kind.and_then(|port| node.uplink.problem_of(port.kind)));
+    problems.extend(kernel.problems.iter().cloned());
+    problems.extend(forwarding::problems(config, host.as_ref()));
     problems.extend(worker_problem(snapshot.workers, node.router.workers()));
     problems.extend(node.devices.choose(None).err().map(|failure| failure.to_string()));
     problems.extend(state.samples.problems(&sample, node.started, config));
@@ -81,17 +88,34 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         gateway_mac: config.gateway.mac.to_string(),
         vtep_mac: config.vtep_mac.to_string(),
         underlay: SocketAddr::new(config.underlay.address, config.underlay.port).to_string(),
-        underlay_kind: kind.map(|port| format!("{}, offloads: {}", port.kind, port.capabilities)).unwrap_or_default(),
+        underlay_kind: kind
+            .map(|port| format!("{}, offloads: {}", node.uplink.shown(port.kind), port.capabilities))
+            .unwrap_or_default(),
         workers: node.router.workers(),
         port: node.devices.shown(),
         source: config.source.to_string(),
+        host_port: state.desired.host.as_ref().map(|interface| HostPortInfo {
+            ifname: config.host_port.clone().unwrap_or_default(),
+            mac: interface.mac.to_string(),
+            addresses: addresses_of(interface).collect(),
+            routes: kernel.routes.len(),
+            protocol: PROTOCOL,
+            flows: snapshot.returns.entries,
+            evicted: snapshot.returns.evicted,
+        }),
         vni: config.vni.get(),
         mtu: config.mtu,
         underlay_mtu: device.map_or(config.underlay.mtu, |device| device.mtu),
         pods: state.attachments.len(),
         peers: config.peers.len(),
-        leases: usages(&state)
-            .map(|(range, usage)| RangeUse { range: range.to_string(), leased: usage.leased, size: usage.size })
+        leases: usages(&node.store, &state)
+            .map(|(range, usage)| RangeUse {
+                range: range.to_string(),
+                leased: usage.leased,
+                resting: usage.resting,
+                reserved: usage.reserved,
+                size: usage.size,
+            })
             .collect(),
         epoch: snapshot.epoch,
         counters: counters(&sum),
@@ -100,11 +124,18 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
 }
 
 /// How full each of the node's ranges is.
-fn usages(state: &State) -> impl Iterator<Item = (ipnet::IpNet, Usage)> {
+fn usages(store: &Store, state: &State) -> impl Iterator<Item = (ipnet::IpNet, Usage)> {
     let config = &state.desired.config;
-    config.ranges.iter().filter_map(|range| {
+    let own: Vec<_> = store.get(&hostport::owner()).map(|record| record.addresses().collect()).unwrap_or_default();
+    config.ranges.iter().filter_map(move |range| {
         let known = addresses::own_range(config, *range).ok()?;
-        Some((*range, state.store.usage("", &known)))
+        let mut usage = store.usage("", &known);
+        // What this node itself has was never any pod's to have.
+        if own.iter().any(|address| known.contains(*address)) {
+            usage.leased = usage.leased.saturating_sub(1);
+            usage.size = if usage.size == u64::MAX { u64::MAX } else { usage.size.saturating_sub(1) };
+        }
+        Some((*range, usage))
     })
 }
 
@@ -117,16 +148,16 @@ fn underlay_device<'h>(config: &Config, host: &'h Host) -> Option<&'h Interface>
 }
 
 /// Everything that is wrong, the gravest first, but for losses.
-fn problems(state: &State, snapshot: &Snapshot, host: Option<&Host>) -> Vec<String> {
+fn problems(store: &Store, state: &State, snapshot: &Snapshot, host: Option<&Host>) -> Vec<String> {
     let config = &state.desired.config;
     let mut all = Vec::new();
     all.extend(underlay_problem(snapshot, config, host));
     all.extend(host.and_then(|host| mtu_problem(config, host)));
-    all.extend(store_problems(state));
+    all.extend(store_problems(store));
     all.extend(source_problems(state));
-    all.extend(unattached_problem(state));
+    all.extend(unattached_problem(store, state));
     all.extend(peer_problems(state, snapshot));
-    all.extend(usages(state).filter(|(_, usage)| nearly_full(*usage)).map(|(range, usage)| {
+    all.extend(usages(store, state).filter(|(_, usage)| nearly_full(*usage)).map(|(range, usage)| {
         let (leased, size) = (usage.leased, usage.size);
         format!("{leased} of the {size} addresses of {range} are leased: give the node another range and reload")
     }));
@@ -178,17 +209,21 @@ fn source_problems(state: &State) -> Vec<String> {
     trouble.chain(denied).collect()
 }
 
-fn store_problems(state: &State) -> Vec<String> {
-    let pending = state.store.pending();
+fn store_problems(store: &Store) -> Vec<String> {
+    let pending = store.pending();
     let leases = if pending == 1 { "lease" } else { "leases" };
     let waiting =
         (pending > 0).then(|| format!("{pending} released {leases} could not be written to the lease store yet"));
-    [state.store.trouble().map(str::to_owned), waiting].into_iter().flatten().collect()
+    [store.trouble(), waiting].into_iter().flatten().collect()
 }
 
-fn unattached_problem(state: &State) -> Option<String> {
-    let without = state.store.iter().map(|record| key_of(&record.owner));
+fn unattached_problem(store: &Store, state: &State) -> Option<String> {
+    let without = store.records();
     let without: Vec<String> = without
+        .iter()
+        // What is nobody's pod has no device: a reservation, or what another program gave.
+        .filter(|record| record.facts.mac.is_some() && record.owner != hostport::owner())
+        .map(|record| key_of(&record.owner))
         .filter(|key| !state.attachments.contains_key(key))
         .map(|key| format!("{}/{}", key.container, key.ifname))
         .collect();
@@ -230,9 +265,9 @@ mod tests {
 
     #[test]
     fn a_range_is_nearly_full_above_nine_tenths() {
-        assert!(!nearly_full(Usage { leased: 9, size: 10 }));
-        assert!(nearly_full(Usage { leased: 10, size: 10 }));
-        assert!(!nearly_full(Usage { leased: 3, size: u64::MAX }));
+        assert!(!nearly_full(Usage { leased: 9, resting: 0, reserved: 0, size: 10 }));
+        assert!(nearly_full(Usage { leased: 10, resting: 0, reserved: 0, size: 10 }));
+        assert!(!nearly_full(Usage { leased: 3, resting: 0, reserved: 0, size: u64::MAX }));
     }
 
     #[test]

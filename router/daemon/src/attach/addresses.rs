@@ -129,6 +129,8 @@ mod tests {
             mtu: None,
             port: None,
             bandwidth: None,
+            given: Vec::new(),
+            routes: None,
             labels: std::collections::BTreeMap::new(),
         }
     }

@@ -14,9 +14,12 @@
 pub mod addresses;
 pub mod census;
 pub mod device;
+pub mod given;
 pub mod namespace;
+pub mod only_lease;
 pub mod pod;
 pub mod reconcile;
+pub mod reserve;
 pub mod tombstone;
 pub mod turn;
 pub mod veth;
@@ -28,18 +31,21 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use weft_api::{Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Check, Collected, Failure, Gc, code};
+use weft_api::{
+    Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Check, Collected, Failure, Found, Gc, code,
+};
 use weft_encap::mac::Mac;
-use weft_ipam::{Facts, LeaseError, Owner};
+use weft_ipam::{Facts, LeaseError, Owner, Store};
 use weft_router::tables::Pod;
 use weft_router::{Device, PortId, RouterError};
 
 use crate::control::config::{Config, PortKind};
 use crate::control::derive;
-use crate::node::{Attachment, Node, State};
+use crate::netlink::Route;
+use crate::node::{Attachment, Node, since_boot};
 use device::Chosen;
 use namespace::Namespace;
-use pod::Interface;
+use pod::{Interface, Observed};
 use veth::{Veth, Veths};
 
 /// Longest network name and container id in bytes. Runtimes use 64 digits; anything much longer is no id.
@@ -55,8 +61,8 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
     let mac = request.mac.as_deref().map(parse_mac).transpose()?;
     let kind = request.port.as_deref().map(parse_port).transpose()?;
     let namespace = Namespace::check(fd, &request.netns)?;
+    tombstone::honour_all(node);
     let _turn = node.turns.take(&request.key);
-    tombstone::honour(node, &request.key);
     let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
     let mut interface = attempt.lease(request, mac, &namespace)?;
     match node.devices.choose(kind)? {
@@ -72,6 +78,13 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
     Ok(attached(&interface))
 }
 
+/// Whether the attachment has a lease or a port.
+pub fn find(node: &Node, key: &AttachmentKey) -> Found {
+    tombstone::honour_all(node);
+    let state = node.state();
+    Found { attached: state.attachments.contains_key(key) || node.store.get(&owner(key)).is_some() }
+}
+
 /// CNI DEL. What is not there is as good as freed.
 pub fn del(node: &Node, key: &AttachmentKey) {
     let _turn = node.turns.take(key);
@@ -83,8 +96,11 @@ pub fn del(node: &Node, key: &AttachmentKey) {
 /// Port, tables, lease, in this order; whether there was any of them. To be called in the attachment's turn.
 fn free(node: &Node, key: &AttachmentKey) -> bool {
     let had_port = node.detach(key);
-    let had_lease = node.state().store.release(&owner(key)).is_some();
-    had_port || had_lease
+    let owner = owner(key);
+    let had_lease = node.store.release(&owner, since_boot()).is_some();
+    // What another program wrote down without an interface is whatever interface the pod has.
+    let had_foreign = node.store.release(&Owner { ifname: String::new(), ..owner }, since_boot()).is_some();
+    had_port || had_lease || had_foreign
 }
 
 /// CNI GC.
@@ -92,10 +108,14 @@ pub fn collect(node: &Node, request: &Gc) -> Collected {
     let valid: BTreeSet<(&str, &str)> =
         request.valid.iter().map(|(container, ifname)| (container.as_str(), ifname.as_str())).collect();
     let stale: Vec<AttachmentKey> = {
-        let state = node.state();
-        let leased = state.store.iter().map(|record| key_of(&record.owner));
-        let all: BTreeSet<AttachmentKey> = leased.chain(state.attachments.keys().cloned()).collect();
-        let stays = |key: &AttachmentKey| valid.contains(&(key.container.as_str(), key.ifname.as_str()));
+        let leased = node.store.records();
+        let leased = leased.iter().map(|record| key_of(&record.owner));
+        let all: BTreeSet<AttachmentKey> = leased.chain(node.state().attachments.keys().cloned()).collect();
+        let containers: BTreeSet<&str> = valid.iter().map(|(container, _)| *container).collect();
+        let stays = |key: &AttachmentKey| match key.ifname.as_str() {
+            "" => containers.contains(key.container.as_str()),
+            ifname => valid.contains(&(key.container.as_str(), ifname)),
+        };
         all.into_iter().filter(|key| key.network == request.network && !stays(key)).collect()
     };
     let freed = stale.into_iter().filter(|key| {
@@ -112,7 +132,7 @@ pub fn check(node: &Node, request: &Check, fd: Option<OwnedFd>) -> Result<(), Fa
     let _turn = node.turns.take(&request.key);
     let interface = {
         let state = node.state();
-        let leased = state.store.get(&owner(&request.key)).is_some();
+        let leased = node.store.get(&owner(&request.key)).is_some();
         match state.attachments.get(&request.key) {
             Some(attachment) if leased => attachment.interface.clone(),
             Some(_) => return Err(differs(vec!["it has a port, but no lease".into()])),
@@ -126,15 +146,17 @@ pub fn check(node: &Node, request: &Check, fd: Option<OwnedFd>) -> Result<(), Fa
         msg: format!("cannot look into the pod's network namespace: {error}"),
         details: String::new(),
     })?;
+    let interface = still_expected(interface, request.expected.as_ref());
     let mut all = observed.differences(&interface);
     if let Some(expected) = &request.expected {
-        all.extend(unexpected(expected, &interface));
+        all.extend(unexpected(expected, &interface, &observed));
     }
     if all.is_empty() { Ok(()) } else { Err(differs(all)) }
 }
 
-/// What the runtime believes and we did not make. Zero, empty and unspecified mean that it did not say.
-fn unexpected(expected: &Attached, made: &Interface) -> Vec<String> {
+/// What the runtime believes and is not so. Zero, empty and unspecified mean that it did not say. What it lists may be of a
+/// whole chain of plugins, so an address that was not given here must be there, no more.
+fn unexpected(expected: &Attached, made: &Interface, observed: &Observed) -> Vec<String> {
     let mut all = Vec::new();
     if expected.ifname != made.name {
         all.push(format!("prevResult has interface {:?}, weftd made {}", expected.ifname, made.name));
@@ -142,19 +164,36 @@ fn unexpected(expected: &Attached, made: &Interface) -> Vec<String> {
     if !expected.mac.is_empty() && expected.mac.parse() != Ok(made.mac) {
         all.push(format!("prevResult has MAC {:?}, weftd gave {}", expected.mac, made.mac));
     }
-    if ![0, made.mtu].contains(&expected.mtu) {
-        all.push(format!("prevResult has MTU {}, weftd gave {}", expected.mtu, made.mtu));
+    let mtu = observed.link.as_ref().map_or(made.mtu, |link| link.mtu);
+    if ![0, made.mtu, mtu].contains(&expected.mtu) {
+        all.push(format!("prevResult has MTU {}, {} has {mtu}", expected.mtu, made.name));
     }
-    for address in &expected.addresses {
-        let known = |(net, gateway): &(ipnet::IpNet, IpAddr)| {
-            let by = address.gateway.is_unspecified() || *gateway == address.gateway;
-            by && net.to_string() == address.address
-        };
-        if !made.addresses.iter().any(known) {
-            all.push(format!("prevResult has {} by {}, which weftd did not give", address.address, address.gateway));
+    for AttachedAddress { address, gateway } in &expected.addresses {
+        let given = made.addresses.iter().find(|(net, _)| net.to_string() == *address);
+        match given {
+            Some((_, by)) if !gateway.is_unspecified() && gateway != by => {
+                all.push(format!("prevResult has {address} by {gateway}, weftd gave it by {by}"));
+            }
+            None if !observed.addresses.iter().any(|net| net.to_string() == *address) => {
+                all.push(format!("prevResult has {address}, which {} has not", made.name));
+            }
+            _ => {}
         }
     }
     all
+}
+
+/// What was made here and is still the runtime's belief: a plugin behind us in the chain may have taken routes away.
+fn still_expected(made: Interface, expected: Option<&Attached>) -> Interface {
+    let Some(expected) = expected else { return made };
+    let listed = |route: &Route| {
+        let same = |other: &AttachedRoute| {
+            let by = other.gateway.is_unspecified() || Some(other.gateway) == route.gateway;
+            by && other.destination.parse() == Ok(route.destination)
+        };
+        expected.routes.iter().any(same)
+    };
+    Interface { routes: made.routes.iter().filter(|route| listed(route)).copied().collect(), ..made }
 }
 
 fn differs(all: Vec<String>) -> Failure {
@@ -177,25 +216,30 @@ impl Attempt<'_> {
     /// Leases the addresses, durably.
     fn lease(&mut self, request: &Attach, mac: Option<Mac>, namespace: &Namespace) -> Result<Interface, Failure> {
         let netns = self.node.census.describe(namespace);
-        let mut state = self.node.state();
-        let config = state.desired.config.clone();
+        let config = Arc::clone(&self.node.state().desired.config);
         let mtu = choose_mtu(&config, request.mtu)?;
-        let mac = choose_mac(&state, &config, mac)?;
-        let sets = addresses::sets(&config, request)?;
-        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let mac = choose_mac(&self.node.store, &config, mac)?;
+        let given = given::addresses(request)?;
+        let (sets, requested) = match given.as_slice() {
+            [] => (addresses::sets(&config, request)?, request.requested.clone()),
+            given => (given::sets(&config, given)?, given.iter().map(|(net, _)| net.addr()).collect()),
+        };
         let facts = Facts {
             pool: String::new(),
-            time,
+            time: seconds(),
             mac: Some(mac.0),
             boot: self.node.census.boot().to_owned(),
             netns,
             labels: request.labels.clone(),
         };
-        let record =
-            state.store.lease(&owner(self.key), &sets, &request.requested, facts).map_err(|error| refusal(&error))?;
+        let record = self.node.store.lease(&owner(self.key), &sets, &requested, facts, since_boot());
+        let record = record.map_err(|error| refusal(&error))?;
         self.leased = true;
-        let addresses = record.leases.iter().map(|lease| (lease.cidr(), lease.gateway)).collect();
-        Ok(Interface { name: self.key.ifname.clone(), mac, mtu, addresses, routes: Vec::new() })
+        let leased = record.leases.iter().map(|lease| (lease.cidr(), lease.gateway));
+        let addresses = if given.is_empty() { leased.collect() } else { given };
+        let mut interface = Interface { name: self.key.ifname.clone(), mac, mtu, addresses, routes: Vec::new() };
+        interface.routes = given::routes(request.routes.as_deref(), &interface)?;
+        Ok(interface)
     }
 
     fn open_tap(&mut self, namespace: &Namespace, interface: &mut Interface) -> Result<(), Failure> {
@@ -244,9 +288,14 @@ impl Drop for Attempt<'_> {
             self.node.detach(self.key);
         }
         if self.leased {
-            self.node.state().store.release(&owner(self.key));
+            self.node.store.release(&owner(self.key), since_boot());
         }
     }
+}
+
+/// Seconds since 1970, for people.
+fn seconds() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 fn random<const N: usize>() -> io::Result<[u8; N]> {
@@ -257,11 +306,11 @@ fn random<const N: usize>() -> io::Result<[u8; N]> {
 }
 
 /// The MAC that was asked for, or a random one; nobody else's on this node.
-fn choose_mac(state: &State, config: &Config, asked: Option<Mac>) -> Result<Mac, Failure> {
+fn choose_mac(store: &Store, config: &Config, asked: Option<Mac>) -> Result<Mac, Failure> {
     let taken = |mac: Mac| {
         [config.gateway.mac, config.vtep_mac].contains(&mac)
             || config.peers.iter().any(|peer| peer.vtep_mac == mac)
-            || state.store.iter().any(|record| record.facts.mac == Some(mac.0))
+            || store.read(|leases| leases.has_mac(mac.0))
     };
     match asked {
         Some(mac) if taken(mac) => Err(Failure {
@@ -342,10 +391,15 @@ fn check_key(key: &AttachmentKey) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The protocol's word for what the store refuses.
 fn refusal(error: &LeaseError) -> Failure {
     let code = match error {
         LeaseError::Exists { .. } => code::EXISTS,
-        LeaseError::NotInRange { .. } | LeaseError::Gateway { .. } | LeaseError::Taken { .. } => code::ADDRESS,
+        LeaseError::NotInRange { .. }
+        | LeaseError::Gateway { .. }
+        | LeaseError::Reserved { .. }
+        | LeaseError::Mac { .. }
+        | LeaseError::Taken { .. } => code::ADDRESS,
         LeaseError::Exhausted { .. } | LeaseError::Full { .. } => code::EXHAUSTED,
         LeaseError::NoRanges | LeaseError::Overlap { .. } | LeaseError::TooLarge { .. } => code::CONFIG,
         LeaseError::Store(_) => code::TRY_AGAIN,
@@ -356,16 +410,12 @@ fn refusal(error: &LeaseError) -> Failure {
 fn attached(interface: &Interface) -> Attached {
     let address =
         |(net, gateway): &(ipnet::IpNet, IpAddr)| AttachedAddress { address: net.to_string(), gateway: *gateway };
-    let route = |gateway: &IpAddr| AttachedRoute {
-        destination: if gateway.is_ipv4() { "0.0.0.0/0".into() } else { "::/0".into() },
-        gateway: *gateway,
-    };
     Attached {
         ifname: interface.name.clone(),
         mac: interface.mac.to_string(),
         mtu: interface.mtu,
         addresses: interface.addresses.iter().map(address).collect(),
-        routes: interface.routes.iter().map(route).collect(),
+        routes: interface.routes.iter().map(given::told).collect(),
     }
 }
 
@@ -396,6 +446,23 @@ pub fn key_of(owner: &Owner) -> AttachmentKey {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A request of container `c1` for addresses of these ranges.
+    pub fn attach(ranges: Vec<Vec<weft_api::Range>>) -> Attach {
+        Attach {
+            key: key("pods", "c1", "eth0"),
+            netns: String::new(),
+            requested: Vec::new(),
+            ranges,
+            mac: None,
+            mtu: None,
+            port: None,
+            bandwidth: None,
+            given: Vec::new(),
+            routes: None,
+            labels: std::collections::BTreeMap::new(),
+        }
+    }
 
     fn key(network: &str, container: &str, ifname: &str) -> AttachmentKey {
         AttachmentKey { network: network.into(), container: container.into(), ifname: ifname.into() }

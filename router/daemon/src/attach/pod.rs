@@ -10,10 +10,10 @@ use ipnet::IpNet;
 use rustix::io::Errno;
 use weft_encap::mac::Mac;
 
-use crate::netlink::{Link, LinkChange, Netlink};
+use crate::netlink::{Link, LinkChange, Netlink, Route};
 
 /// Frames that the pod's transmit queue holds. It gives TCP no backpressure, so it bounds memory, not delay.
-const QUEUE: u32 = 1000;
+pub const QUEUE: u32 = 1000;
 /// Bytes of the largest datagram that the kernel segments in hardware's stead (`UDP_SEGMENT`).
 const UNDERLAY_DATAGRAM: u32 = 65_493;
 /// What a segment has on top of the pod's MTU inside a datagram: inner Ethernet and VXLAN.
@@ -28,10 +28,10 @@ pub struct Interface {
     pub mac: Mac,
     /// Its MTU in bytes.
     pub mtu: u32,
-    /// Its addresses, each with its on-link prefix and gateway.
+    /// Its addresses, each with its on-link prefix and its gateway, which is the unspecified address if there is none.
     pub addresses: Vec<(IpNet, IpAddr)>,
-    /// The default routes through it, by gateway; made by [`set_up`].
-    pub routes: Vec<IpAddr>,
+    /// The routes through it: those wanted, and after [`set_up`] those made.
+    pub routes: Vec<Route>,
 }
 
 /// Why the interface could not be made.
@@ -44,14 +44,23 @@ pub enum SetUpError {
 }
 
 impl Interface {
-    /// The default routes that it can have: the gateway of the first address of each family, and whether it is outside
-    /// that address's prefix.
-    fn possible_routes(&self) -> Vec<(IpAddr, bool)> {
-        let first = |v4: bool| {
-            let (net, gateway) = self.addresses.iter().find(|(net, _)| net.addr().is_ipv4() == v4)?;
-            Some((*gateway, !net.contains(gateway)))
-        };
-        [first(true), first(false)].into_iter().flatten().collect()
+    /// The gateway of the first address of a family that has one.
+    pub fn gateway(&self, v4: bool) -> Option<IpAddr> {
+        let has_one = |(net, gateway): &&(IpNet, IpAddr)| net.addr().is_ipv4() == v4 && !gateway.is_unspecified();
+        self.addresses.iter().find(has_one).map(|(_, gateway)| *gateway)
+    }
+
+    /// A route by `gateway`, which need not be in any prefix of this interface.
+    pub fn route(&self, destination: IpNet, gateway: Option<IpAddr>) -> Route {
+        let is_outside = |gateway| !self.addresses.iter().any(|(net, _)| net.contains(&gateway));
+        Route { gateway, on_link: gateway.is_some_and(is_outside), ..Route::new(destination) }
+    }
+
+    /// A default route for each family that has a gateway.
+    pub fn default_routes(&self) -> Vec<Route> {
+        let everywhere = |gateway: IpAddr| IpNet::new_assert(unspecified_like(gateway), 0);
+        let route = |gateway| self.route(everywhere(gateway), Some(gateway));
+        [true, false].into_iter().filter_map(|v4| self.gateway(v4)).map(route).collect()
     }
 
     fn has_ipv6(&self) -> bool {
@@ -60,13 +69,13 @@ impl Interface {
 }
 
 /// Segments that a superframe of the pod may stand for, so that it leaves the node as one datagram.
-fn gso_max_segments(mtu: u32) -> u32 {
+pub fn gso_max_segments(mtu: u32) -> u32 {
     (UNDERLAY_DATAGRAM / (mtu + SEGMENT_OVERHEAD)).clamp(1, 64)
 }
 
-/// Turns the device `temporary`, which has just been moved here, into `interface`. Returns the gateways of the default routes
-/// that it made: where another interface of the pod has a default route of a family already, that one stays.
-pub fn set_up(temporary: &str, interface: &Interface) -> Result<Vec<IpAddr>, SetUpError> {
+/// Turns the device `temporary`, which has just been moved here, into `interface`. Returns the routes that it made: where
+/// another interface of the pod has a default route of a family already, that one stays.
+pub fn set_up(temporary: &str, interface: &Interface) -> Result<Vec<Route>, SetUpError> {
     let step = |what: &str| {
         let what = what.to_owned();
         move |error| SetUpError::Step(what, error)
@@ -86,8 +95,8 @@ pub fn set_up(temporary: &str, interface: &Interface) -> Result<Vec<IpAddr>, Set
         Some(Errno::EXIST) => SetUpError::Exists,
         _ => SetUpError::Step("set name, MAC and MTU".into(), error),
     })?;
-    set_ipv6(interface).map_err(step("set the interface's IPv6 behaviour"))?;
-    announce_when_up(interface);
+    set_ipv6(&interface.name, interface.has_ipv6()).map_err(step("set the interface's IPv6 behaviour"))?;
+    announce_when_up(&interface.name);
     let up = LinkChange { up: true, ..LinkChange::default() };
     if let Some(lo) = netlink.link("lo").map_err(step("find lo"))? {
         netlink.change_link(lo.index, up).map_err(step("set lo up"))?;
@@ -96,28 +105,44 @@ pub fn set_up(temporary: &str, interface: &Interface) -> Result<Vec<IpAddr>, Set
         netlink.add_address(index, *address).map_err(step(&format!("add the address {address}")))?;
     }
     netlink.change_link(index, up).map_err(step("set the interface up"))?;
-    let there = netlink.default_routes().map_err(step("list the routes"))?;
+    let there = netlink.routes().map_err(step("list the routes"))?;
+    let is_there = |route: &Route| {
+        let everywhere = route.destination.prefix_len() == 0;
+        let same = |other: &Route| (other.destination, other.table) == (route.destination, route.table);
+        everywhere && route.priority.is_none() && there.iter().any(|(_, other)| same(other))
+    };
     let mut made = Vec::new();
-    for (gateway, on_link) in interface.possible_routes() {
-        if there.iter().any(|(_, other)| other.is_ipv4() == gateway.is_ipv4()) {
-            continue;
+    for route in interface.routes.iter().filter(|route| !is_there(route)) {
+        match netlink.add_route(index, route) {
+            // Whoever came first has it; so do the reference plugins.
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::EXIST) => {}
+            Err(error) => return Err(SetUpError::Step(format!("add the route {}", shown(route)), error)),
+            Ok(()) => made.push(*route),
         }
-        let what = format!("add the default route by {gateway}");
-        netlink.add_default_route(index, gateway, on_link).map_err(step(&what))?;
-        made.push(gateway);
     }
     Ok(made)
 }
 
+/// The unspecified address of the same family.
+pub fn unspecified_like(address: IpAddr) -> IpAddr {
+    if address.is_ipv4() { std::net::Ipv4Addr::UNSPECIFIED.into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() }
+}
+
+/// A route as people write it.
+pub fn shown(route: &Route) -> String {
+    let by = route.gateway.map_or_else(String::new, |gateway| format!(" by {gateway}"));
+    format!("to {}{by}", route.destination)
+}
+
 /// No router advertisement shall change what was set; the link-local address is made of the MAC, as the router
 /// expects, and is usable at once like the others.
-fn set_ipv6(interface: &Interface) -> io::Result<()> {
-    let folder = format!("/proc/sys/net/ipv6/conf/{}", interface.name);
-    if !interface.has_ipv6() && fs::metadata(&folder).is_err() {
+pub fn set_ipv6(ifname: &str, has_ipv6: bool) -> io::Result<()> {
+    let folder = format!("/proc/sys/net/ipv6/conf/{ifname}");
+    if !has_ipv6 && fs::metadata(&folder).is_err() {
         return Ok(());
     }
     let mut wanted = vec![("accept_ra", "0"), ("addr_gen_mode", "0"), ("accept_dad", "0")];
-    if interface.has_ipv6() {
+    if has_ipv6 {
         wanted.push(("disable_ipv6", "0"));
     }
     for (name, value) in wanted {
@@ -134,9 +159,9 @@ fn set_ipv6(interface: &Interface) -> io::Result<()> {
 /// Has the pod's kernel announce its addresses as it comes up (gratuitous ARP, unsolicited advertisement): whoever knew one of
 /// them at another MAC or behind another node would send there until its entry expires. The announcement waits in the device until
 /// the port is open. Where `/proc/sys` is read-only the pod is found as soon as it speaks.
-fn announce_when_up(interface: &Interface) {
+pub fn announce_when_up(ifname: &str) {
     for (family, name) in [("ipv4", "arp_notify"), ("ipv6", "ndisc_notify")] {
-        let _ = fs::write(format!("/proc/sys/net/{family}/conf/{}/{name}", interface.name), "1");
+        let _ = fs::write(format!("/proc/sys/net/{family}/conf/{ifname}/{name}"), "1");
     }
 }
 
@@ -147,8 +172,8 @@ pub struct Observed {
     pub link: Option<Link>,
     /// Its addresses.
     pub addresses: Vec<IpNet>,
-    /// Gateways of default routes through it.
-    pub default_routes: Vec<IpAddr>,
+    /// Routes through it, of all tables.
+    pub routes: Vec<Route>,
 }
 
 /// Looks at the interface `name`.
@@ -157,12 +182,13 @@ pub fn observe(name: &str) -> io::Result<Observed> {
     let Some(link) = netlink.link(name)? else { return Ok(Observed::default()) };
     let here = |at: u32| at == link.index;
     let addresses = netlink.addresses()?.into_iter().filter(|(at, _)| here(*at)).map(|(_, net)| net).collect();
-    let routes = netlink.default_routes()?.into_iter().filter(|(at, _)| here(*at)).map(|(_, via)| via).collect();
-    Ok(Observed { link: Some(link), addresses, default_routes: routes })
+    let routes = netlink.routes()?.into_iter().filter(|(at, _)| here(*at)).map(|(_, route)| route).collect();
+    Ok(Observed { link: Some(link), addresses, routes })
 }
 
 impl Observed {
-    /// What is missing or different, one item each.
+    /// What is missing or different, one item each. A plugin behind us in the chain may have lowered the MTU, and moved routes to
+    /// other tables.
     pub fn differences(&self, wanted: &Interface) -> Vec<String> {
         let Some(link) = &self.link else { return vec![format!("there is no interface {}", wanted.name)] };
         let mut all = Vec::new();
@@ -170,8 +196,8 @@ impl Observed {
             let has = link.mac.map_or("none".to_owned(), |mac| mac.to_string());
             all.push(format!("{}'s MAC is {has}, not {}", wanted.name, wanted.mac));
         }
-        if link.mtu != wanted.mtu {
-            all.push(format!("{}'s MTU is {}, not {}", wanted.name, link.mtu, wanted.mtu));
+        if link.mtu > wanted.mtu {
+            all.push(format!("{}'s MTU is {}, more than {}", wanted.name, link.mtu, wanted.mtu));
         }
         if !link.up {
             all.push(format!("{} is down", wanted.name));
@@ -179,10 +205,16 @@ impl Observed {
         for (address, _) in wanted.addresses.iter().filter(|(address, _)| !self.addresses.contains(address)) {
             all.push(format!("{} has no address {address}", wanted.name));
         }
-        for gateway in wanted.routes.iter().filter(|gateway| !self.default_routes.contains(gateway)) {
-            all.push(format!("there is no default route by {gateway} through {}", wanted.name));
+        for route in wanted.routes.iter().filter(|route| !self.has_route(route.destination, route.gateway)) {
+            all.push(format!("there is no route {} through {}", shown(route), wanted.name));
         }
         all
+    }
+
+    /// Whether a route there leads through the interface, by this gateway if one is named.
+    pub fn has_route(&self, destination: IpNet, gateway: Option<IpAddr>) -> bool {
+        let same = |route: &&Route| route.destination == destination && (gateway.is_none() || route.gateway == gateway);
+        self.routes.iter().any(|route| same(&route))
     }
 }
 
@@ -201,7 +233,7 @@ mod tests {
                 address("fd00::2/64", "fd00::1"),
                 address("10.9.0.2/24", "10.9.0.1"),
             ],
-            routes: vec!["10.244.1.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+            routes: Vec::new(),
         }
     }
 
@@ -213,35 +245,40 @@ mod tests {
 
     #[test]
     fn each_family_has_one_default_route() {
-        let routes: Vec<String> = wanted().possible_routes().iter().map(|(via, on)| format!("{via} {on}")).collect();
-        assert_eq!(routes, ["10.244.1.1 false", "fd00::1 false"]);
+        let text = |interface: &Interface| -> Vec<String> {
+            interface.default_routes().iter().map(|route| format!("{} {}", shown(route), route.on_link)).collect()
+        };
+        assert_eq!(text(&wanted()), ["to 0.0.0.0/0 by 10.244.1.1 false", "to ::/0 by fd00::1 false"]);
         let mut outside = wanted();
-        outside.addresses[0].1 = "10.244.9.1".parse().unwrap();
-        assert!(outside.possible_routes()[0].1);
+        outside.addresses[0].1 = "10.244.7.1".parse().unwrap();
+        outside.addresses[1].1 = "::".parse().unwrap();
+        assert_eq!(text(&outside), ["to 0.0.0.0/0 by 10.244.7.1 true"]);
     }
 
     #[test]
     fn every_difference_is_named() {
-        let wanted = wanted();
+        let mut wanted = wanted();
+        wanted.routes = wanted.default_routes();
         assert_eq!(Observed::default().differences(&wanted), ["there is no interface eth0"]);
         let link = Link { name: "eth0".into(), mac: Some(Mac::ZERO), mtu: 1500, ..Link::default() };
-        let observed = Observed { link: Some(link), addresses: vec![wanted.addresses[1].0], default_routes: vec![] };
+        let observed = Observed { link: Some(link), addresses: vec![wanted.addresses[1].0], routes: vec![] };
         assert_eq!(
             observed.differences(&wanted),
             [
                 "eth0's MAC is 00:00:00:00:00:00, not 0a:00:00:00:00:01",
-                "eth0's MTU is 1500, not 1450",
+                "eth0's MTU is 1500, more than 1450",
                 "eth0 is down",
                 "eth0 has no address 10.244.1.2/24",
                 "eth0 has no address 10.9.0.2/24",
-                "there is no default route by 10.244.1.1 through eth0",
-                "there is no default route by fd00::1 through eth0",
+                "there is no route to 0.0.0.0/0 by 10.244.1.1 through eth0",
+                "there is no route to ::/0 by fd00::1 through eth0",
             ]
         );
-        let link = Link { mac: Some(wanted.mac), mtu: 1450, up: true, ..observed.link.unwrap() };
+        let link = Link { mac: Some(wanted.mac), mtu: 1400, up: true, ..observed.link.unwrap() };
         let all = wanted.addresses.iter().map(|(net, _)| *net).collect();
-        let routes = wanted.routes.clone();
-        let observed = Observed { link: Some(link), addresses: all, default_routes: routes };
+        let elsewhere = |route: &Route| Route { table: 100, ..*route };
+        let routes = wanted.routes.iter().map(elsewhere).collect();
+        let observed = Observed { link: Some(link), addresses: all, routes };
         assert_eq!(observed.differences(&wanted), Vec::<String>::new());
     }
 }

@@ -38,9 +38,8 @@ pub fn reconcile(node: &Node) {
 }
 
 fn gone(node: &Node) -> BTreeMap<Owner, Facts> {
-    // The kernel is asked about each: not with the state held.
     let all: Vec<(Owner, Facts)> =
-        node.state().store.iter().map(|record| (record.owner.clone(), record.facts.clone())).collect();
+        node.store.records().iter().map(|record| (record.owner.clone(), record.facts.clone())).collect();
     let mut look = node.census.look();
     all.into_iter().filter(|(_, facts)| look.fate(facts) == Fate::Gone).collect()
 }
@@ -49,7 +48,7 @@ fn gone(node: &Node) -> BTreeMap<Owner, Facts> {
 fn free_if_same(node: &Node, owner: &Owner, facts: &Facts) {
     let key = key_of(owner);
     let _turn = node.turns.take(&key);
-    let same = node.state().store.get(owner).is_some_and(|record| record.facts == *facts);
+    let same = node.store.get(owner).is_some_and(|record| record.facts == *facts);
     if same && free(node, &key) {
         tracing::info!(
             network = key.network,

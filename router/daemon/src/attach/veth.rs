@@ -21,6 +21,10 @@ use weft_router::port::xdp;
 use super::namespace::enter;
 use crate::netlink::{Netlink, VethPair};
 
+/// MTU of host ends, the largest that a veth has. A pod that takes its own to be larger than it is shall hear so from its gateway,
+/// and see its frames counted; the host end's MTU would end them unseen.
+const HOST_MTU: u32 = 65_535;
+
 /// Where host ends lie.
 #[derive(Debug)]
 pub struct Veths {
@@ -67,7 +71,7 @@ impl Veths {
     /// # Errors
     /// The kernel's.
     pub fn make(self: &Arc<Veths>, name: &str, pod: BorrowedFd<'_>, mtu: u32, queues: u32) -> io::Result<Veth> {
-        let pair = VethPair { names: [name, name], mtu, pod: Some(pod), queues };
+        let pair = VethPair { names: [name, name], mtus: [HOST_MTU, mtu], pod: Some(pod), queues };
         let index = self.enter(|| {
             let mut netlink = Netlink::open()?;
             netlink.add_veth(pair)?;
@@ -103,12 +107,18 @@ impl Drop for Veth {
     }
 }
 
+/// With a longer MTU nothing more is learned about the kernel.
+pub const MAX_PROBED: u32 = 1500;
+
 /// Tries a veth, both of whose ends are here.
-fn probe(mtu: u32) -> anyhow::Result<Capabilities> {
+///
+/// # Errors
+/// What does not work.
+pub fn probe(mtu: u32) -> anyhow::Result<Capabilities> {
     let names = ["probe0", "probe1"];
     let mut netlink = Netlink::open().context("cannot open a netlink socket")?;
     netlink
-        .add_veth(VethPair { names, mtu, pod: None, queues: 1 })
+        .add_veth(VethPair { names, mtus: [mtu; 2], pod: None, queues: 1 })
         .context("cannot make a veth (kernel module veth)")?;
     let ends = names.map(|name| -> anyhow::Result<u32> {
         let index = netlink.link(name)?.context("the veth is gone")?.index;

@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use weft_router::Tables;
 use weft_router::tables::{Node, Pod, Via};
 
-use super::desired::{DesiredState, UNDERLAY};
+use super::desired::{DesiredState, HOST, UNDERLAY};
 
 /// The tables for `state`.
 pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
@@ -34,6 +34,9 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
     }
     for range in &config.ranges {
         tables.add_route(*range, Via::Local);
+    }
+    if let Some(host) = &state.host {
+        tables.add_host(HOST, host.clone());
     }
     for (port, pod) in &state.pods {
         for address in addresses(pod).filter(|address| !config.ranges.iter().any(|range| range.contains(address))) {
@@ -83,9 +86,10 @@ mod tests {
         writeln!(out, "vtep {} underlay {:?}", tables.vtep_mac, tables.underlay).unwrap();
         for (number, role) in tables.ports.iter().enumerate() {
             match role {
-                Some(Role::Pod(pod)) => {
+                Some(Role::Pod(pod) | Role::Host(pod)) => {
+                    let kind = if matches!(role, Some(Role::Host(_))) { "host" } else { "pod" };
                     let all: Vec<String> = addresses(pod).map(|address| address.to_string()).collect();
-                    writeln!(out, "port {number} pod {} {} mtu {}", pod.mac, all.join(" "), pod.mtu).unwrap();
+                    writeln!(out, "port {number} {kind} {} {} mtu {}", pod.mac, all.join(" "), pod.mtu).unwrap();
                 }
                 other => writeln!(out, "port {number} {other:?}").unwrap(),
             }
@@ -134,6 +138,16 @@ mod tests {
         let mut state = state(ROUTED);
         state.pods.insert(PortId(2), pod("0a:00:00:00:00:02", "10.244.1.2", "fd00:10:244:1::2"));
         assert_eq!(text(&compile(&state, 7)), include_str!("golden/routed.txt"));
+    }
+
+    #[test]
+    fn the_host_port_is_a_neighbour_and_takes_what_has_no_route() {
+        let mut state = state(ROUTED);
+        state.host = Some(pod("0a:00:00:00:00:fe", "10.244.1.254", "fd00:10:244:1::fe"));
+        let tables = compile(&state, 1);
+        assert_eq!(tables.host, tables.neighbours.get(&"10.244.1.254".parse::<IpAddr>().unwrap()).copied());
+        assert!(text(&tables).contains("port 1 host 0a:00:00:00:00:fe 10.244.1.254 fd00:10:244:1::fe mtu 1400\n"));
+        assert!(text(&tables).contains("flood 1\n") && !text(&tables).contains("0.0.0.0/0"));
     }
 
     #[test]

@@ -12,7 +12,22 @@ pub const GATEWAY_MAC: Mac = Mac([0x02, b'w', b'e', b'f', b't', 0x01]);
 
 /// The VTEP MAC of a node, of its name and underlay address.
 pub fn vtep_mac(node: &str, underlay: IpAddr) -> Mac {
-    let mut hash = fnv1a(0xcbf2_9ce4_8422_2325, b"weft vtep\0");
+    node_mac(b"weft vtep\0", node, underlay)
+}
+
+/// The MAC of a node's host port, of its name and underlay address: in bridged mode the other nodes see it.
+pub fn host_mac(node: &str, underlay: IpAddr) -> Mac {
+    node_mac(b"weft host\0", node, underlay)
+}
+
+/// A MAC of random octets for a pod.
+pub fn local_unicast(mut octets: [u8; 6]) -> Mac {
+    octets[0] = (octets[0] | 0x02) & !0x01;
+    Mac(octets)
+}
+
+fn node_mac(purpose: &[u8], node: &str, underlay: IpAddr) -> Mac {
+    let mut hash = fnv1a(0xcbf2_9ce4_8422_2325, purpose);
     hash = fnv1a(hash, node.as_bytes());
     hash = fnv1a(hash, b"\0");
     // As text, so that an address hashes alike whatever its representation in memory.
@@ -21,12 +36,6 @@ pub fn vtep_mac(node: &str, underlay: IpAddr) -> Mac {
     hash ^= hash >> 48;
     let [_, _, a, b, c, d, e, f] = hash.to_be_bytes();
     local_unicast([a, b, c, d, e, f])
-}
-
-/// A MAC of random octets for a pod.
-pub fn local_unicast(mut octets: [u8; 6]) -> Mac {
-    octets[0] = (octets[0] | 0x02) & !0x01;
-    Mac(octets)
 }
 
 fn fnv1a(hash: u64, bytes: &[u8]) -> u64 {
@@ -43,6 +52,8 @@ mod tests {
         assert_eq!(mac.to_string(), "0e:57:dd:e4:d8:73");
         assert!(mac.is_local() && mac.is_unicast());
         assert_eq!(mac, vtep_mac("n1", "::ffff:10.200.0.1".parse().unwrap()));
+        let host = host_mac("n1", "10.200.0.1".parse().unwrap());
+        assert!(host.is_local() && host.is_unicast() && host != mac);
     }
 
     #[test]

@@ -8,8 +8,10 @@ use weft_router::tables::{NodeId, Pod};
 
 use super::config::{Config, Peer};
 
-/// The underlay's port; pods come after it.
+/// The underlay's port.
 pub const UNDERLAY: PortId = PortId(0);
+/// The host port; pods come after it.
+pub const HOST: PortId = PortId(1);
 
 /// Everything that the data plane's tables are made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +20,8 @@ pub struct DesiredState {
     pub config: Arc<Config>,
     /// Numbers of the configuration's peers.
     pub nodes: NodeNumbers,
+    /// This node's own interface in the pod network, while there is one.
+    pub host: Option<Pod>,
     /// Who is behind each pod port.
     pub pods: BTreeMap<PortId, Pod>,
 }
@@ -27,19 +31,19 @@ impl DesiredState {
     pub fn new(config: Arc<Config>) -> DesiredState {
         let mut nodes = NodeNumbers::default();
         nodes.follow(&config.peers);
-        DesiredState { config, nodes, pods: BTreeMap::new() }
+        DesiredState { config, nodes, host: None, pods: BTreeMap::new() }
     }
 
-    /// The same pods under another configuration.
+    /// The same pods and interface under another configuration.
     pub fn reconfigured(&self, config: Arc<Config>) -> DesiredState {
         let mut nodes = self.nodes.clone();
         nodes.follow(&config.peers);
-        DesiredState { config, nodes, pods: self.pods.clone() }
+        DesiredState { config, nodes, host: self.host.clone(), pods: self.pods.clone() }
     }
 
     /// The lowest port number that no pod has; `None` when all are in use.
     pub fn free_port(&self, reserved: impl Fn(PortId) -> bool) -> Option<PortId> {
-        (UNDERLAY.0 + 1..=MAX_PORT).map(PortId).find(|port| !self.pods.contains_key(port) && !reserved(*port))
+        (HOST.0 + 1..=MAX_PORT).map(PortId).find(|port| !self.pods.contains_key(port) && !reserved(*port))
     }
 }
 

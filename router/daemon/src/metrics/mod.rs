@@ -228,7 +228,13 @@ mod tests {
             mode: "routed".into(),
             uptime: 1.5,
             pods: 3,
-            leases: vec![weft_api::RangeUse { range: "10.244.1.0/24".into(), leased: 3, size: 254 }],
+            leases: vec![weft_api::RangeUse {
+                range: "10.244.1.0/24".into(),
+                leased: 3,
+                resting: 0,
+                reserved: 0,
+                size: 254,
+            }],
             free: Some(weft_api::FreeBuffers { chunks: 7, supers: 2 }),
             ..serde_json::from_value(serde_json::json!({
                 "problems": [], "node": "", "version": "", "pid": 1, "uptime": 0.0, "mode": "", "ranges": [],

@@ -66,6 +66,9 @@ impl Lab {
     pub fn namespace(&mut self, name: &str) -> String {
         let name = format!("{}-{name}", self.name);
         run(&["ip", "netns", "add", &name]);
+        // As a node of a cluster has it; to a pod it makes no difference.
+        let forward = "echo 1 | tee /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding >/dev/null";
+        run(&["ip", "netns", "exec", &name, "sh", "-c", forward]);
         self.namespaces.push(name.clone());
         name
     }
@@ -193,6 +196,8 @@ pub fn attach(container: &str) -> Attach {
         mtu: None,
         port: None,
         bandwidth: None,
+        given: Vec::new(),
+        routes: None,
         labels: std::collections::BTreeMap::new(),
     }
 }
@@ -208,5 +213,7 @@ pub const ROUTED: &str = "mode = \"routed\"\nranges = [\"10.244.1.0/24\", \"fd00
 
 /// The devices in the daemon's namespace that weftd makes for a moment.
 pub fn left_over_devices(lab: &Lab) -> bool {
-    run(&["ip", "-n", &lab.namespaces[0], "-o", "link"]).lines().any(|line| line.contains(": weft"))
+    run(&["ip", "-n", &lab.namespaces[0], "-o", "link"])
+        .lines()
+        .any(|line| line.contains(": weft") && !line.contains(": weft0:"))
 }

@@ -49,6 +49,11 @@ impl Lender {
         Lender { chunks, size, uses: vec![Use::None; count as usize].into(), receiving: 0, transmitting: 0 }
     }
 
+    /// How many chunks there are.
+    pub fn count(&self) -> usize {
+        self.uses.len()
+    }
+
     /// What part of the chunks is free, from 0 to 1.
     pub fn free(&self) -> f32 {
         self.chunks.free() as f32 / self.uses.len() as f32

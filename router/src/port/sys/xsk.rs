@@ -126,14 +126,20 @@ impl Umem {
         Umem { base, chunk: chunk as u32, count, sockets: Arc::default() }
     }
 
+    /// The same chunks, to be registered once more: for sockets of another mode, which cannot share one registration.
+    #[must_use]
+    pub fn apart(&self) -> Umem {
+        Umem { sockets: Arc::default(), ..*self }
+    }
+
     /// Whether these are the chunks of that arena.
     pub fn is_of(&self, arena: &Arena) -> bool {
         arena.chunks().area() == (self.base, self.chunk as usize, self.count)
     }
 
     /// Registers the memory with a socket. Returns whether the kernel takes metadata with frames to be sent, which it does since
-    /// Linux 6.8.
-    fn register(&self, fd: &OwnedFd) -> io::Result<bool> {
+    /// Linux 6.8. With zero copy it is the driver that reads it, and most do not, so none is asked for.
+    fn register(&self, fd: &OwnedFd, zero_copy: bool) -> io::Result<bool> {
         let plain = XdpUmemReg {
             addr: self.base as u64,
             len: u64::from(self.chunk) * u64::from(self.count),
@@ -142,6 +148,9 @@ impl Umem {
             flags: XdpUmemRegFlags::empty(),
             tx_metadata_len: 0,
         };
+        if zero_copy {
+            return Ok(sockopt::set_xdp_umem_reg(fd, plain).map(|()| false)?);
+        }
         let flags = XdpUmemRegFlags::from_bits_retain(UMEM_METADATA);
         let metadata = XdpUmemReg { flags, tx_metadata_len: METADATA_LEN as u32, ..plain };
         match sockopt::set_xdp_umem_reg(fd, metadata) {
@@ -225,7 +234,7 @@ impl Socket {
             }
         }
         let fd = socket_with(AddressFamily::XDP, SocketType::RAW, flags, None)?;
-        let checksum = umem.register(&fd)?;
+        let checksum = umem.register(&fd, binding.zero_copy)?;
         let rings = make_rings(&fd, binding.ring)?;
         let copy = if binding.zero_copy { SocketAddrXdpFlags::XDP_ZEROCOPY } else { SocketAddrXdpFlags::XDP_COPY };
         let flags = copy | SocketAddrXdpFlags::XDP_USE_NEED_WAKEUP;

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
 use weft_encap::offload::Partial;
@@ -29,8 +30,12 @@ use crate::stats::Stats;
 
 /// Where a frame begins in a chunk that is written to be sent: behind room for metadata, on a cache line.
 const START: usize = 64;
+/// How long an uplink may still have the program of a weftd that has ended.
+const BUSY_FOR: Duration = Duration::from_secs(1);
 /// Entries of each ring.
 const RING: u32 = 2048;
+/// The name of an uplink's program, as `bpftool prog` shows it.
+pub const UPLINK_PROGRAM: &str = "weft_uplink";
 /// Receiving asks for the kernel's count of losses each so many times.
 const COUNTED: u32 = 1024;
 /// The longest frame that is received into one chunk, behind XDP's own headroom of 256 bytes. Longer ones take several, if the kernel
@@ -44,7 +49,7 @@ pub const ROOM: usize = CHUNK - START;
 pub struct Attachment {
     // Detached when it is dropped, before the map.
     _link: Link,
-    _sockets: Map,
+    sockets: Map,
 }
 
 impl Attachment {
@@ -64,7 +69,7 @@ impl Attachment {
     /// As for [`Attachment::pod`].
     pub fn uplink(interface: u32, sockets: &[&Socket], tunnel: &Tunnel, mode: Mode) -> Result<Attachment, BpfError> {
         let program = |map: &Map| programs::uplink(map, tunnel, Verdict::Pass);
-        Attachment::with(interface, sockets, mode, "weft_uplink", program)
+        Attachment::with(interface, sockets, mode, UPLINK_PROGRAM, program)
     }
 
     fn with(
@@ -79,22 +84,87 @@ impl Attachment {
             map.update(&queue.to_ne_bytes(), &socket.as_fd().as_raw_fd().to_ne_bytes())?;
         }
         let program = Program::load(name, &program(&map))?;
-        Ok(Attachment { _link: program.attach(interface, mode)?, _sockets: map })
+        Ok(Attachment { _link: program.attach(interface, mode)?, sockets: map })
     }
+}
+
+/// The program on an uplink, which sockets on its queues join and leave. Packets of a queue without socket go to the kernel.
+#[derive(Debug)]
+pub struct Steering(Attachment);
+
+impl Steering {
+    /// Attaches the program, for so many queues.
+    ///
+    /// # Errors
+    /// As for [`Attachment::pod`].
+    pub fn attach(interface: u32, queues: u32, tunnel: &Tunnel, mode: Mode) -> Result<Steering, BpfError> {
+        let sockets = Map::create(MapKind::Xsk, "weft_sockets", 4, 4, queues)?;
+        let program = Program::load(UPLINK_PROGRAM, &programs::uplink(&sockets, tunnel, Verdict::Pass))?;
+        // That of a weftd which was just killed goes with its last descriptor, a moment later.
+        let deadline = Instant::now() + BUSY_FOR;
+        loop {
+            match program.attach(interface, mode) {
+                Err(error) if error.io().kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                    thread::sleep(BUSY_FOR / 100);
+                }
+                link => return Ok(Steering(Attachment { _link: link?, sockets })),
+            }
+        }
+    }
+
+    fn join(&self, queue: u32, socket: &impl AsFd) -> io::Result<()> {
+        let fd = socket.as_fd().as_raw_fd();
+        self.0.sockets.update(&queue.to_ne_bytes(), &fd.to_ne_bytes()).map_err(io::Error::other)
+    }
+
+    fn leave(&self, queue: u32) {
+        // One that has been closed has left already.
+        let _ = self.0.sockets.remove(&queue.to_ne_bytes());
+    }
+}
+
+/// What leads frames to a socket.
+#[derive(Debug)]
+enum Lead {
+    /// Nothing: another worker receives.
+    None,
+    /// A program for it alone.
+    Own { _attachment: Attachment },
+    /// The program of an uplink, for this queue.
+    Shared(Arc<Steering>, u32),
 }
 
 /// A device with socket and program, not yet anyone's port. It may be sent to its worker.
 #[derive(Debug)]
 pub struct XdpDevice {
-    /// None if another worker receives.
-    attachment: Option<Attachment>,
+    lead: Lead,
     socket: Socket,
 }
 
 impl XdpDevice {
     /// A socket, and what leads frames to it.
     pub fn new(attachment: Attachment, socket: Socket) -> XdpDevice {
-        XdpDevice { attachment: Some(attachment), socket }
+        XdpDevice { lead: Lead::Own { _attachment: attachment }, socket }
+    }
+
+    /// Opens a queue of an uplink. Its socket joins the program when it is put to use.
+    ///
+    /// # Errors
+    /// Those of [`Socket::open`]; `EINVAL` if there is no such queue.
+    pub fn open_uplink(
+        interface: u32,
+        queue: u32,
+        umem: &Umem,
+        zero_copy: bool,
+        steering: &Arc<Steering>,
+    ) -> io::Result<XdpDevice> {
+        let socket = Socket::open(umem, Binding { interface, queue, ring: RING, zero_copy })?;
+        Ok(XdpDevice { lead: Lead::Shared(Arc::clone(steering), queue), socket })
+    }
+
+    /// What the kernel can do with its frames.
+    pub fn abilities(&self) -> Abilities {
+        self.socket.abilities()
     }
 
     /// Opens the host end of a pod's veth, by its number in the calling thread's namespace, to receive and to send. Takes the
@@ -114,7 +184,7 @@ impl XdpDevice {
     /// Those of [`Socket::open`]: `EINVAL` if the device has too few transmit queues.
     pub fn open_sender(interface: u32, queue: u32, umem: &Umem) -> io::Result<XdpDevice> {
         let socket = Socket::open(umem, Binding { interface, queue, ring: RING, zero_copy: false })?;
-        Ok(XdpDevice { attachment: None, socket })
+        Ok(XdpDevice { lead: Lead::None, socket })
     }
 }
 
@@ -122,7 +192,7 @@ impl XdpDevice {
 pub struct Channel {
     id: PortId,
     endpoint: Endpoint,
-    attachment: Option<Attachment>,
+    lead: Lead,
     wakeup: Wakeup,
     abilities: Abilities,
     calls: u32,
@@ -134,24 +204,28 @@ impl Channel {
     /// # Errors
     /// `InvalidInput` if the device was opened for another worker's pool, `OutOfMemory` if the pool is empty.
     pub fn new(device: XdpDevice, pool: &Pool, id: PortId) -> io::Result<Channel> {
-        let XdpDevice { attachment, socket } = device;
+        let XdpDevice { lead, socket } = device;
         if !socket.umem().is_of(pool.arena()) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the AF_XDP socket was opened for another pool"));
         }
         let abilities = socket.abilities();
         let (wakeup, rings) = socket.into_parts();
-        let endpoint = Endpoint::new(rings, pool.arena(), attachment.is_some());
+        let endpoint = Endpoint::new(rings, pool.arena(), !matches!(lead, Lead::None));
         if endpoint.is_starved() {
             return Err(io::Error::new(io::ErrorKind::OutOfMemory, "no buffers are left for another AF_XDP device"));
         }
-        Ok(Channel { id, endpoint, attachment, wakeup, abilities, calls: 0 })
+        let channel = Channel { id, endpoint, lead, wakeup, abilities, calls: 0 };
+        if let Lead::Shared(steering, queue) = &channel.lead {
+            steering.join(*queue, &channel.wakeup)?;
+        }
+        Ok(channel)
     }
 
     /// Over any rings and any socket.
     #[cfg(test)]
     pub fn over(rings: Rings, fd: OwnedFd, abilities: Abilities, pool: &Pool, id: PortId) -> Channel {
         let endpoint = Endpoint::new(rings, pool.arena(), true);
-        Channel { id, endpoint, attachment: None, wakeup: Wakeup::of(fd), abilities, calls: 0 }
+        Channel { id, endpoint, lead: Lead::None, wakeup: Wakeup::of(fd), abilities, calls: 0 }
     }
 
     /// What the kernel can do with its frames.
@@ -162,6 +236,11 @@ impl Channel {
     /// How many chunks the kernel has, to receive into and to send.
     pub fn lent(&self) -> (u32, u32) {
         self.endpoint.lent()
+    }
+
+    /// Whether there is something to receive, or to be asked for again.
+    pub fn is_waiting(&mut self) -> bool {
+        self.endpoint.has_more() || self.endpoint.is_starved()
     }
 
     /// Receives a batch. `open` has a look at each frame, and may end it.
@@ -401,16 +480,30 @@ impl Parts {
 
 /// What takes the kernel tens of milliseconds to close.
 struct Closing {
-    attachment: Option<Attachment>,
-    _fd: Arc<OwnedFd>,
+    lead: Lead,
+    fd: Option<Arc<OwnedFd>>,
     released: Arc<AtomicBool>,
 }
 
 impl Drop for Closing {
     fn drop(&mut self) {
+        let shared = matches!(self.lead, Lead::Shared(..));
+        drop(std::mem::replace(&mut self.lead, Lead::None));
+        if shared {
+            // The program stays for the other queues, and the device may write to chunks until the socket is closed, at which others
+            // who share its memory may be looking. Chunks of one that cannot be closed are given up.
+            let is_held = || self.fd.as_ref().is_some_and(|fd| Arc::strong_count(fd) > 1);
+            let deadline = Instant::now() + Duration::from_millis(100);
+            while is_held() {
+                if Instant::now() > deadline {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+            drop(self.fd.take());
+        }
         // Without program nothing is received any more, and what was given to be sent was copied: the kernel has no
         // further use for the chunks, even before the socket is closed.
-        drop(self.attachment.take());
         self.released.store(true, Ordering::Release);
     }
 }
@@ -419,7 +512,12 @@ impl Drop for Channel {
     fn drop(&mut self) {
         let released = Arc::new(AtomicBool::new(false));
         self.endpoint.abandon(Arc::clone(&released));
-        let closing = Closing { attachment: self.attachment.take(), _fd: self.wakeup.fd(), released };
+        let lead = std::mem::replace(&mut self.lead, Lead::None);
+        if let Lead::Shared(steering, queue) = &lead {
+            // From here on the kernel gets what the socket got.
+            steering.leave(*queue);
+        }
+        let closing = Closing { lead, fd: Some(self.wakeup.fd()), released };
         // The worker has other ports to serve. If there is no thread to be had, it is done here.
         let _ = thread::Builder::new().name("weft-close".into()).stack_size(64 << 10).spawn(move || drop(closing));
     }

@@ -2,8 +2,9 @@
 //!
 //! Nothing here makes a system call; with rings in plain memory all of it runs in tests.
 //!
-//! A device holds chunks to receive into even while it is quiet, and what it holds nobody else has. So it holds more only as long as half
-//! of the worker's chunks are free, and goes back to little when they become scarce.
+//! A device holds chunks to receive into even while it is quiet, and what it holds nobody else has. The first devices of a worker hold
+//! many, as a burst may come before the worker has woken up; the more devices there are, the less the next one holds. A busy
+//! device holds more only as long as half of the worker's chunks are free, and goes back to little when they become scarce.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -12,8 +13,14 @@ use crate::port::sys::arena::{Arena, Chunk};
 use crate::port::sys::lending::{Lender, Wrong};
 use crate::port::sys::xsk::{Descriptor, Rings};
 
-/// Chunks that a quiet device holds, to receive into: the fragments of the largest datagram at an MTU of 1500.
-const QUIET: u32 = 64;
+/// Chunks that any device holds, to receive into: the fragments of the largest datagram at an MTU of 1500.
+const LEAST: u32 = 64;
+/// A new device holds this part of those free chunks that are more than [`AMPLE`] of all.
+const SHARE: f32 = 0.25;
+/// See [`SHARE`]. Above [`PLENTY`], so that busy devices find what they need.
+const AMPLE: f32 = 0.75;
+/// What a device holds at least once it is busy.
+const FIRST_STEP: u32 = 256;
 /// After so many batches that needed a small part of what a device holds, it holds half as many.
 const PATIENCE: u32 = 4096;
 
@@ -39,6 +46,7 @@ pub struct Endpoint {
     /// Chunks that the kernel should have to receive into. A burst has to fit; 2 KiB for each of thousands of quiet devices would
     /// be much.
     target: u32,
+    /// What it holds while it is quiet, unless chunks are scarce.
     quiet: u32,
     easy: u32,
 }
@@ -46,8 +54,10 @@ pub struct Endpoint {
 impl Endpoint {
     /// Takes the rings over. Their memory must be the arena's. Without `receives` the kernel gets no chunks to receive into.
     pub fn new(rings: Rings, arena: &Arena, receives: bool) -> Endpoint {
-        let quiet = if receives { QUIET.min(rings.fill.size()) } else { 0 };
-        let mut endpoint = Endpoint { rings, lender: Lender::new(arena), target: quiet, quiet, easy: 0 };
+        let lender = Lender::new(arena);
+        let share = ((lender.free() - AMPLE) * SHARE * lender.count() as f32) as u32;
+        let quiet = if receives { share.max(LEAST).min(rings.fill.size()) } else { 0 };
+        let mut endpoint = Endpoint { rings, lender, target: quiet, quiet, easy: 0 };
         endpoint.refill();
         endpoint
     }
@@ -148,7 +158,7 @@ impl Endpoint {
 
     fn refill(&mut self) {
         let mut pushed = false;
-        let target = if self.lender.free() < SCARCE { self.quiet } else { self.target };
+        let target = if self.lender.free() < SCARCE { self.target.min(LEAST) } else { self.target };
         while self.lender.lent().0 < target && self.rings.fill.room(1) > 0 {
             let Some(address) = self.lender.lend_empty() else { break };
             pushed |= self.rings.fill.push(address);
@@ -162,7 +172,7 @@ impl Endpoint {
     fn adapt(&mut self, count: u32) {
         let most = self.rings.fill.size();
         if count * 4 > self.target && self.lender.free() > PLENTY {
-            (self.target, self.easy) = ((self.target * 4).min(most), 0);
+            (self.target, self.easy) = ((self.target * 2).max(FIRST_STEP).min(most), 0);
         } else if count * 16 < self.target {
             self.easy += 1;
             if self.easy >= PATIENCE {

@@ -2,7 +2,7 @@
 //! which such a program can redirect frames.
 //!
 //! [`assembler`] writes programs as instructions; [`programs`] are those that lead frames to sockets. [`XdpPort`] is a pod's veth
-//! as a port of the router, [`XdpUnderlay`] an uplink. System calls, rings and the account of lent chunks are in [`sys`](super::sys): `bpf`, `xsk`,
+//! as a port of the router, [`XdpUnderlay`] an uplink, which [`OpenUplink`] opens. System calls, rings and the account of lent chunks are in [`sys`](super::sys): `bpf`, `xsk`,
 //! `ring`, `lending`.
 
 pub mod assembler;
@@ -16,9 +16,11 @@ pub mod programs;
 #[cfg(test)]
 mod tests;
 mod underlay;
+mod uplink;
 
 pub use assembler::{Assembler, Helper, Label, Operation, Register, Size, Verdict, When};
-pub use channel::{Attachment, IN_ONE, XdpDevice};
+pub use channel::{Attachment, IN_ONE, UPLINK_PROGRAM, XdpDevice};
 pub use port::XdpPort;
 pub use probe::probe;
-pub use underlay::{Hops, XdpUnderlay};
+pub use underlay::{Hop, Hops, XdpUnderlay};
+pub use uplink::{OpenUplink, Uplink};

@@ -19,6 +19,7 @@ use weft_encap::ipv6::Ipv6Header;
 use weft_encap::mac::Mac;
 use weft_encap::offload::Partial;
 use weft_encap::udp::{CHECKSUM_OFFSET, UDP_LEN, UdpHeader};
+use weft_encap::vxlan::VXLAN_LEN;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::programs::Tunnel;
@@ -43,6 +44,8 @@ pub type Prefix = ArrayVec<u8, 66>;
 
 const IPV6_LEN: usize = size_of::<Ipv6Header>();
 const TTL: u8 = 64;
+/// The number of a tag; the other bits are its priority.
+const VLAN_ID: u16 = 0x0fff;
 /// Source ports are dynamic ones (RFC 7348 section 5, RFC 6335).
 const FIRST_PORT: u16 = 0xc000;
 
@@ -112,6 +115,9 @@ pub fn complete<'a>(prefix: &mut Prefix, partial: Partial, slices: impl Iterator
 pub fn read(frame: &mut Frame, tunnel: &Tunnel) -> Result<(), DropReason> {
     let head = frame.head();
     let ip = Ip::read(head)?;
+    if ip.tag.is_some_and(|tag| tunnel.vlan.is_some_and(|ours| tag != ours)) {
+        return Err(DropReason::NotForUs);
+    }
     let udp = UdpHeader::read_from_prefix(head.get(ip.udp..).unwrap_or_default());
     let (udp, _) = udp.map_err(|_| DropReason::TooShort)?;
     let end = ip.udp + usize::from(udp.len.get());
@@ -134,6 +140,7 @@ pub fn read(frame: &mut Frame, tunnel: &Tunnel) -> Result<(), DropReason> {
         0 => return Err(DropReason::Malformed),
         partial if partial == pseudo.fold() => {}
         _ if is_valid(pseudo, frame, ip.udp, end) => {}
+        _ if is_valid_once_inner_is_complete(pseudo, head, ip.udp) => {}
         _ => return Err(DropReason::Malformed),
     }
     frame.truncate(end);
@@ -153,8 +160,28 @@ fn is_valid(pseudo: Sum, frame: &Frame, start: usize, end: usize) -> bool {
     sum.is_valid()
 }
 
+/// A kernel VXLAN device on the same machine leaves the inner checksum to its device, which is none, and sums the outer one as if that
+/// were done. A complete inner checksum has what it covers sum to the complement of its pseudo-header's sum, which is what the field
+/// holds until then.
+fn is_valid_once_inner_is_complete(pseudo: Sum, head: &[u8], udp: usize) -> bool {
+    let inner = udp + UDP_LEN + VXLAN_LEN;
+    let Some(partial) = head.get(inner..).and_then(super::partial::recognise) else { return false };
+    let start = inner + usize::from(partial.start);
+    let (Some(before), Some(field)) =
+        (head.get(udp..start), head.get(start + usize::from(partial.offset)..).and_then(<[u8]>::first_chunk))
+    else {
+        return false;
+    };
+    let mut sum = pseudo;
+    sum.add(before);
+    sum.add_word(!u16::from_be_bytes(*field));
+    sum.is_valid()
+}
+
 /// What an IP header in front of UDP says.
 struct Ip {
+    /// The VLAN, if one is named: 0 only says that there is a priority.
+    tag: Option<u16>,
     from: IpAddr,
     to: IpAddr,
     tos: u8,
@@ -168,18 +195,21 @@ impl Ip {
     fn read(head: &[u8]) -> Result<Ip, DropReason> {
         let (_, mut rest) = EthHeader::read_from_prefix(head).map_err(|_| DropReason::TooShort)?;
         let mut ethertype = u16::from_be_bytes([head[12], head[13]]);
+        let mut outermost = None;
         for _ in 0..2 {
             if matches!(ethertype, ETHERTYPE_VLAN | ETHERTYPE_QINQ) {
                 let (tag, behind) = rest.split_first_chunk::<4>().ok_or(DropReason::TooShort)?;
+                outermost = outermost.or(Some(u16::from_be_bytes([tag[0], tag[1]]) & VLAN_ID));
                 (ethertype, rest) = (u16::from_be_bytes([tag[2], tag[3]]), behind);
             }
         }
         let at = head.len() - rest.len();
-        match ethertype {
+        let ip = match ethertype {
             ETHERTYPE_IPV4 => Ip::v4(rest, at),
             ETHERTYPE_IPV6 => Ip::v6(rest, at),
             _ => Err(DropReason::NotForUs),
-        }
+        };
+        ip.map(|ip| Ip { tag: outermost.filter(|tag| *tag != 0), ..ip })
     }
 
     fn v4(bytes: &[u8], at: usize) -> Result<Ip, DropReason> {
@@ -192,7 +222,7 @@ impl Ip {
             return Err(DropReason::BadIpv4Checksum);
         }
         let end = at + usize::from(header.total_len.get());
-        Ok(Ip { from: header.src.into(), to: header.dst.into(), tos: header.tos, udp: at + IPV4_LEN, end })
+        Ok(Ip { tag: None, from: header.src.into(), to: header.dst.into(), tos: header.tos, udp: at + IPV4_LEN, end })
     }
 
     fn v6(bytes: &[u8], at: usize) -> Result<Ip, DropReason> {
@@ -202,7 +232,7 @@ impl Ip {
         }
         let tos = (header.version_class_flow.get() >> 20) as u8;
         let end = at + IPV6_LEN + usize::from(header.payload_len.get());
-        Ok(Ip { from: header.src.into(), to: header.dst.into(), tos, udp: at + IPV6_LEN, end })
+        Ok(Ip { tag: None, from: header.src.into(), to: header.dst.into(), tos, udp: at + IPV6_LEN, end })
     }
 }
 
@@ -214,7 +244,7 @@ mod tests {
 
     use super::*;
     use crate::pool::Pool;
-    use crate::port::PortId;
+    use crate::port::{PortId, sample};
 
     const HERE: [&str; 2] = ["10.200.0.1", "fd00::1"];
     const THERE: [&str; 2] = ["10.200.0.2", "fd00::2"];
@@ -234,7 +264,7 @@ mod tests {
     }
 
     fn tunnel() -> Tunnel {
-        Tunnel { addresses: THERE.map(|address| address.parse().unwrap()).to_vec(), port: PORT }
+        Tunnel { addresses: THERE.map(|address| address.parse().unwrap()).to_vec(), port: PORT, vlan: None }
     }
 
     fn open(bytes: &[u8]) -> Result<(Vec<u8>, Outer), DropReason> {
@@ -290,6 +320,38 @@ mod tests {
             assert_eq!(open(&bytes).unwrap().0, long, "it is complete, over more than one buffer");
             *bytes.last_mut().unwrap() ^= 1;
             assert_eq!(open(&bytes), Err(DropReason::Malformed));
+        }
+    }
+
+    #[test]
+    fn an_outer_checksum_that_expects_the_inner_one_to_be_completed_is_right() {
+        let samples = [sample::tcp4(1_000, 0), sample::tcp6(999, 0), sample::udp4(1_001, 0)];
+        for (inner, _) in samples {
+            let tunnelled = sample::tunnelled(&inner).bytes;
+            let mut complete = inner.bytes.clone();
+            inner.offload.partial.unwrap().fill(&mut complete, []).unwrap();
+            let header = tunnelled.len() - complete.len();
+            for family in [0, 1] {
+                let whole = packet(family, None, &[&tunnelled[..header], &complete].concat());
+                let outer = whole.len() - tunnelled.len();
+                let mut left = [&whole[..outer], &tunnelled].concat();
+                assert_eq!(open(&left).unwrap().0, tunnelled);
+                left[outer + header] ^= 1;
+                assert_eq!(open(&left), Err(DropReason::Malformed), "the inner destination is covered");
+            }
+        }
+    }
+
+    #[test]
+    fn of_a_vlan_its_own_frames_are_read_and_those_whose_tag_was_taken_off() {
+        let pool = Pool::new(1, 1).unwrap();
+        for family in [0, 1] {
+            for (vlan, fits) in
+                [(None, true), (Some(0), true), (Some(100), true), (Some(0xf064), true), (Some(101), false)]
+            {
+                let mut frame = Frame::from_bytes(&packet(family, vlan, b"payload"), PortId(0), &pool).unwrap();
+                assert_eq!(read(&mut frame, &Tunnel { vlan: Some(100), ..tunnel() }).is_ok(), fits, "{vlan:?}");
+            }
         }
     }
 

@@ -3,6 +3,8 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use weft_encap::mac::Mac;
+
 use super::channel::{ROOM, XdpDevice};
 use super::port::XdpPort;
 use crate::frame::{Body, Frame};
@@ -30,16 +32,16 @@ pub fn probe(ends: [u32; 2], mtu: u32) -> io::Result<Capabilities> {
     let open = |end: u32, number| XdpPort::new(XdpDevice::open(end, &umem)?, &pool, PortId(number));
     let (mut one, mut two) = (open(ends[0], 1)?, open(ends[1], 2)?);
     for len in [SMALLEST, HEADER + mtu as usize] {
-        let bytes = pattern(len);
+        let bytes = pattern(len, Mac::BROADCAST, Mac([2, 0, 0, 0, 0, 1]));
         pass(&pool, &bytes, &mut one, &mut two)?;
         pass(&pool, &bytes, &mut two, &mut one)?;
     }
     Ok(one.capabilities())
 }
 
-/// A broadcast that is nobody's protocol.
-fn pattern(len: usize) -> Vec<u8> {
-    let header = [&[0xff; 6][..], &[2, 0, 0, 0, 0, 1], &EXPERIMENTAL].concat();
+/// A frame that is nobody's protocol.
+pub(super) fn pattern(len: usize, to: Mac, from: Mac) -> Vec<u8> {
+    let header = [&to.0[..], &from.0, &EXPERIMENTAL].concat();
     header.into_iter().chain((0..=250).cycle()).take(len).collect()
 }
 
@@ -69,7 +71,7 @@ fn pass(pool: &Pool, bytes: &[u8], from: &mut XdpPort, to: &mut XdpPort) -> io::
 }
 
 /// These bytes as a frame that was received from nowhere.
-fn frame(pool: &Pool, bytes: &[u8]) -> Option<Frame> {
+pub(super) fn frame(pool: &Pool, bytes: &[u8]) -> Option<Frame> {
     let (mut chunk, start) = pool.chunk()?;
     let (head, rest) = bytes.split_at(bytes.len().min(ROOM / 2));
     chunk[start..start + head.len()].copy_from_slice(head);

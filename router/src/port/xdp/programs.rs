@@ -27,6 +27,8 @@ pub struct Tunnel {
     pub addresses: Vec<IpAddr>,
     /// The UDP port.
     pub port: u16,
+    /// The VLAN that frames come by; any if it is none. Some devices take the tag off, so a frame may come without.
+    pub vlan: Option<u16>,
 }
 
 /// Every frame goes to the socket of its queue.

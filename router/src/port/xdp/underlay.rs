@@ -1,14 +1,16 @@
 //! The underlay by AF_XDP: tunnel packets to and from an uplink's queue, around the kernel.
 //!
-//! [`XdpUnderlay`] is an uplink's channel and, beside it, the UDP underlay: that one gets what the uplink's program passes to the
-//! kernel (fragments, for example), and takes what goes to a node of which no next hop is known. Sending it that way has the kernel
-//! look for the neighbour, and whoever follows the kernel's tables ([`Hops`]) then tells it here. So there is no time at which a node
-//! cannot be reached, and nothing here asks for neighbours.
+//! [`XdpUnderlay`] is a worker's channels, one for each queue of the uplink that it has, and, beside them, the UDP underlay: that one
+//! gets what the uplink's program passes to the kernel (fragments, for example), and takes what goes to a node of which no next hop is
+//! known. Sending it that way has the kernel look for the neighbour, and whoever follows the kernel's tables ([`Hops`]) then tells it
+//! here. So there is no time at which a node cannot be reached, and nothing here asks for neighbours. When the device goes, the
+//! kernel's way is left.
 
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::ArcSwap;
 use hashbrown::HashMap;
@@ -23,15 +25,44 @@ use crate::frame::{Frame, Outer};
 use crate::pool::Pool;
 use crate::port::software::{self, Cut, HEADERS};
 use crate::port::udp::TUNNEL_HEADER;
-use crate::port::{BATCH, Batch, Capabilities, Port, PortId, Queue, Received};
+use crate::port::{Batch, Capabilities, Port, PortId, Queue, Received};
 use crate::stats::Stats;
 
 /// The next hops of all nodes that are known, by underlay address.
-pub type Hops = HashMap<IpAddr, NextHop, foldhash::quality::RandomState>;
+pub type Hops = HashMap<IpAddr, Hop, foldhash::quality::RandomState>;
+
+/// A next hop, and whether anything went there: for whoever keeps it fresh.
+#[derive(Debug)]
+pub struct Hop {
+    /// Where frames go.
+    pub next: NextHop,
+    used: AtomicBool,
+}
+
+impl Hop {
+    /// Whether it was used since this was asked last.
+    pub fn take_used(&self) -> bool {
+        self.used.swap(false, Ordering::Relaxed)
+    }
+}
+
+impl From<NextHop> for Hop {
+    fn from(next: NextHop) -> Hop {
+        Hop { next, used: AtomicBool::new(false) }
+    }
+}
+
+/// How often the kernel's socket is asked although the queues are never empty, in batches.
+const KERNEL: u32 = 16;
 
 /// An uplink as a port. See the module's essay.
 pub struct XdpUnderlay {
-    channel: Channel,
+    /// The first of them sends.
+    channels: Vec<Channel>,
+    /// Which of them is asked first.
+    turn: usize,
+    /// Batches since the kernel's socket was asked.
+    unasked: u32,
     sender: Sender,
     hops: Arc<ArcSwap<Hops>>,
     kernel: Box<dyn Port>,
@@ -47,68 +78,113 @@ struct Sender {
 }
 
 impl XdpUnderlay {
-    /// The port of that number. `device` has the uplink's program for the same `tunnel`, `kernel` is the UDP underlay with the same
-    /// number.
+    /// The port of that number. `devices` are this worker's queues of an uplink that has the program for the same `tunnel`, `kernel` is
+    /// the UDP underlay with the same number.
     ///
     /// # Errors
     /// `InvalidInput` if the device was opened for another worker's pool, `OutOfMemory` if the pool is empty; the kernel's, for want of descriptors.
     pub fn new(
-        device: XdpDevice,
+        devices: Vec<XdpDevice>,
         tunnel: Tunnel,
         hops: Arc<ArcSwap<Hops>>,
         kernel: Box<dyn Port>,
         pool: &Pool,
         id: PortId,
     ) -> io::Result<XdpUnderlay> {
-        XdpUnderlay::over(Channel::new(device, pool, id)?, tunnel, hops, kernel)
+        let channels = devices.into_iter().map(|device| Channel::new(device, pool, id)).collect::<io::Result<_>>()?;
+        XdpUnderlay::over(channels, tunnel, hops, kernel)
     }
 
     pub(super) fn over(
-        channel: Channel,
+        channels: Vec<Channel>,
         tunnel: Tunnel,
         hops: Arc<ArcSwap<Hops>>,
         kernel: Box<dyn Port>,
     ) -> io::Result<XdpUnderlay> {
         let readable = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        for fd in [Some(channel.as_fd()), kernel.readable()].into_iter().flatten() {
+        for fd in channels.iter().map(|channel| Some(channel.as_fd())).chain([kernel.readable()]).flatten() {
             epoll::add(&readable, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
         }
-        Ok(XdpUnderlay { channel, sender: Sender { tunnel }, hops, kernel, aside: Queue::new(), readable })
+        let (sender, aside) = (Sender { tunnel }, Queue::new());
+        Ok(XdpUnderlay { channels, turn: 0, unasked: 0, sender, hops, kernel, aside, readable })
+    }
+
+    /// Receives from the queues that have something; from all if none seems to, for one may have an error to tell.
+    fn receive_queues(&mut self, pool: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received> {
+        let tunnel = &self.sender.tunnel;
+        let is_any = self.channels.iter_mut().any(Channel::is_waiting);
+        let count = self.channels.len();
+        let mut more = is_any;
+        for index in 0..count {
+            let channel = &mut self.channels[(self.turn + index) % count];
+            if batch.is_full() || is_any && !channel.is_waiting() {
+                continue;
+            }
+            let received = channel.receive(pool, batch, stats, |frame| {
+                outer::read(frame, tunnel)?;
+                frame.offload.partial = frame.head().get(TUNNEL_HEADER..).and_then(partial::recognise);
+                Ok(())
+            })?;
+            more |= received == Received::More;
+        }
+        self.turn = self.turn.wrapping_add(1);
+        Ok(if more { Received::More } else { Received::Drained })
+    }
+
+    /// The device is gone. Its nodes are reached by the kernel, if it has another way.
+    fn leave_device(&mut self) {
+        for channel in self.channels.drain(..) {
+            let _ = epoll::delete(&self.readable, channel.as_fd());
+        }
+    }
+
+    /// Sends by the kernel what is for nodes whose next hop is not known.
+    fn transmit_aside(&mut self, queue: &mut Queue, hops: &Hops, stats: &mut Stats) -> io::Result<()> {
+        let is_known = |frame: &Frame| !self.channels.is_empty() && hop_of(frame, hops).is_some();
+        if queue.iter().all(is_known) {
+            return Ok(());
+        }
+        for _ in 0..queue.len() {
+            let frame = queue.pop_front().expect("it is as long as that");
+            let way = if is_known(&frame) { &mut *queue } else { &mut self.aside };
+            way.push_back(frame);
+        }
+        let result = self.kernel.transmit(&mut self.aside, stats);
+        // What the kernel is too busy for waits.
+        queue.extend(self.aside.drain(..));
+        result
     }
 }
 
 impl Port for XdpUnderlay {
     fn receive(&mut self, pool: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received> {
-        let tunnel = &self.sender.tunnel;
-        let received = self.channel.receive(pool, batch, stats, |frame| {
-            outer::read(frame, tunnel)?;
-            frame.offload.partial = frame.head().get(TUNNEL_HEADER..).and_then(partial::recognise);
-            Ok(())
-        })?;
-        if batch.len() == BATCH {
+        let by_queues = self.receive_queues(pool, batch, stats).unwrap_or_else(|_| {
+            self.leave_device();
+            Received::More
+        });
+        // Most often there is nothing, and asking is a system call: so not with each batch.
+        self.unasked += 1;
+        if by_queues == Received::More && self.unasked < KERNEL || batch.is_full() {
             return Ok(Received::More);
         }
+        self.unasked = 0;
         let by_kernel = self.kernel.receive(pool, batch, stats)?;
-        Ok(if received == Received::More { received } else { by_kernel })
+        Ok(if by_queues == Received::More { by_queues } else { by_kernel })
     }
 
     fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
-        let (sender, hops) = (&self.sender, self.hops.load());
-        if queue.iter().any(|frame| hop_of(frame, &hops).is_none()) {
-            for _ in 0..queue.len() {
-                let frame = queue.pop_front().expect("it is as long as that");
-                let way = if hop_of(&frame, &hops).is_some() { &mut *queue } else { &mut self.aside };
-                way.push_back(frame);
-            }
-            let result = self.kernel.transmit(&mut self.aside, stats);
-            queue.extend(self.aside.drain(..));
-            result?;
-        }
-        self.channel.transmit(queue, stats, |channel, frame| match hop_of(frame, &hops) {
+        let hops = Arc::clone(&self.hops.load());
+        self.transmit_aside(queue, &hops, stats)?;
+        let (sender, Some(channel)) = (&self.sender, self.channels.first_mut()) else { return Ok(()) };
+        let sent = channel.transmit(queue, stats, |channel, frame| match hop_of(frame, &hops) {
             Some((hop, outer)) => sender.put(channel, frame, hop, &outer),
             // Busy with this one: it waits for the kernel's way again.
             None => None,
-        })
+        });
+        if sent.is_err() {
+            self.leave_device();
+        }
+        Ok(())
     }
 
     fn readable(&self) -> Option<BorrowedFd<'_>> {
@@ -124,15 +200,25 @@ impl Port for XdpUnderlay {
         self.kernel.set_tunnel_mtu(mtu);
     }
 
+    /// The node before us has its packets come one by one, unlike the kernel's trains.
+    fn gathers(&self) -> bool {
+        true
+    }
+
     fn kind(&self) -> &'static str {
-        "xdp"
+        if self.channels.is_empty() { self.kernel.kind() } else { "xdp" }
     }
 }
 
 /// How a frame's node is reached.
 fn hop_of<'a>(frame: &Frame, hops: &'a Hops) -> Option<(&'a NextHop, Outer)> {
     let outer = frame.outer?;
-    Some((hops.get(&outer.peer)?, outer))
+    let hop = hops.get(&outer.peer)?;
+    // Written only when it changes: other workers have it in their caches.
+    if !hop.used.load(Ordering::Relaxed) {
+        hop.used.store(true, Ordering::Relaxed);
+    }
+    Some((&hop.next, outer))
 }
 
 impl Sender {

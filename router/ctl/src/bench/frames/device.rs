@@ -103,7 +103,8 @@ impl Napi {
         if device.linkinfo.info_kind != "veth" {
             return Ok(Napi { changed: None });
         }
-        let (other, name) = peer(netns, device)?;
+        // A namespace without a name is weftd's own: its devices have programs. If they had not, nothing would arrive.
+        let Some((other, name)) = peer(netns, device)? else { return Ok(Napi { changed: None }) };
         let peer = Device::look(&other, &name)?;
         if peer.xdp.is_some() || is_gro_on(&other, &name)? {
             return Ok(Napi { changed: None });
@@ -130,27 +131,28 @@ impl Drop for Napi {
     }
 }
 
-/// Namespace and name of a veth's other end.
-fn peer(netns: &str, device: &Device) -> Result<(String, String)> {
+/// Namespace and name of a veth's other end; none if the namespace has no name.
+fn peer(netns: &str, device: &Device) -> Result<Option<(String, String)>> {
     let index = device.link_index.with_context(|| format!("{} in {netns} has no other end", device.ifname))?;
     let other = match device.link_netnsid {
         None => netns.to_owned(),
-        Some(id) => named(netns, id)?,
+        Some(id) => match named(netns, id)? {
+            Some(named) => named,
+            None => return Ok(None),
+        },
     };
     let said = Run::ip(&format!("-n {other} -json -details -statistics link show")).succeed()?;
     let devices: Vec<serde_json::Value> = serde_json::from_slice(&said).with_context(|| strange(&other))?;
     let found = devices.iter().find(|device| device["ifindex"] == index);
     let name = found.and_then(|device| device["ifname"].as_str());
     let name = name.with_context(|| format!("the other end of {} in {netns} is not in {other}", device.ifname))?;
-    Ok((other, name.to_owned()))
+    Ok(Some((other, name.to_owned())))
 }
 
-fn named(netns: &str, id: u32) -> Result<String> {
+fn named(netns: &str, id: u32) -> Result<Option<String>> {
     let said = Run::ip(&format!("-n {netns} -json netns list-id")).succeed()?;
     let all: Vec<NamedNetns> = serde_json::from_slice(&said).with_context(|| strange(netns))?;
-    all.into_iter().find(|known| known.nsid == i64::from(id)).and_then(|known| known.name).with_context(|| {
-        format!("the namespace that {netns} knows as {id} has no name; `ip netns attach` gives it one")
-    })
+    Ok(all.into_iter().find(|known| known.nsid == i64::from(id)).and_then(|known| known.name))
 }
 
 fn is_gro_on(netns: &str, name: &str) -> Result<bool> {

@@ -9,9 +9,12 @@ use weft_encap::mac::Mac;
 use weft_encap::vxlan::Vni;
 use weft_router::tables::{Gateway, Mode};
 
-use super::reader::{At, Place, Problem, Reader};
+use super::reader::{At, Place, Problem, Reader, Switch};
 use super::source::{SourceConfig, check_beside, missing_underlay};
-use super::{Config, DEFAULT_PORT, DEFAULT_STATE_DIR, Draft, DraftPeer, DraftUnderlay, Peer, PortKind, Underlay};
+use super::{
+    Config, DEFAULT_HOST_PORT, DEFAULT_PORT, DEFAULT_STATE_DIR, Draft, DraftPeer, DraftUnderlay, Peer, PortKind,
+    Underlay, UnderlayKind,
+};
 use crate::control::derive;
 use crate::control::host::{Host, Interface};
 
@@ -37,6 +40,7 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
     let source = check_source(reader, &draft, mode);
     let underlay = check_underlay(reader, &draft, host);
     check_paths(reader, &draft);
+    let host_port = check_host_port(reader, &draft);
     check_ranges(reader, &draft, mode);
     check_peers(reader, &draft);
     let gateway = check_gateway(reader, &draft, mode);
@@ -51,6 +55,7 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
             mode,
             workers: draft.workers.as_ref().map(|workers| workers.value),
             port: draft.port.as_ref().map_or(PortKind::Tap, |port| port.value),
+            host_port: host_port.clone(),
             vni: Vni::new(draft.vni.as_ref().map_or(1, |vni| vni.value))?,
             mtu,
             socket: draft.socket.as_ref().map_or(PathBuf::from(weft_api::SOCKET), |path| path.value.clone()),
@@ -76,6 +81,8 @@ fn build_underlay(draft: Option<&DraftUnderlay>, address: IpAddr, mtu: u32) -> U
         address,
         port: draft.and_then(|draft| draft.port.as_ref()).map_or(DEFAULT_PORT, |port| port.value),
         device: draft.and_then(|draft| draft.device.as_ref()).map(|device| device.value.clone()),
+        kind: draft.and_then(|draft| draft.kind.as_ref()).map_or(UnderlayKind::Udp, |kind| kind.value),
+        vlan: draft.and_then(|draft| draft.vlan.as_ref()).map(|vlan| vlan.value),
         mtu,
     }
 }
@@ -153,6 +160,30 @@ fn check_host_address(reader: &mut Reader<'_>, at: &At<IpAddr>) {
     if let Some(kind) = special(at.value) {
         reader.problem(&at.place, format!("{} is {kind}: write an address that the other nodes can reach", at.value));
     }
+}
+
+/// The host port's name must be one that the kernel takes, and nobody else's.
+fn check_host_port(reader: &mut Reader<'_>, draft: &Draft) -> Option<String> {
+    let usual = At { value: Switch::On, place: root("host_port") };
+    let At { value, place } = draft.host_port.as_ref().unwrap_or(&usual);
+    let name = match value {
+        Switch::On => DEFAULT_HOST_PORT,
+        Switch::Off => return None,
+        Switch::Named(name) => name,
+    };
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let dots = matches!(name, "." | "..");
+    // IFNAMSIZ is 16, the terminating zero included.
+    if name.is_empty() || name.len() > 15 || !name.chars().all(fits) || dots || ["lo", "all", "default"].contains(&name)
+    {
+        let what = format!("{name:?} is no name for an interface: use 1 to 15 of letters, digits, '.', '_', '-'");
+        reader.problem(place, what);
+    }
+    let device = draft.underlay.as_ref().and_then(|underlay| underlay.device.as_ref());
+    if device.is_some_and(|device| device.value == name) {
+        reader.problem(place, format!("{name} is the underlay's device: choose another name"));
+    }
+    Some(name.to_owned())
 }
 
 fn check_paths(reader: &mut Reader<'_>, draft: &Draft) {

@@ -20,9 +20,9 @@
 //! Optional: `workers` (by the number of CPUs, see [`default_workers`]), `port` (`"tap"`), `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
 //! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
-//! `underlay.device`, `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`, `metrics.listen` (nothing is
-//! served without it), `[log]`. With `[etcd]` ([`source`]) ranges and peers come from there, and `underlay.address` is the
-//! machine's main one unless given.
+//! `underlay.device`, `underlay.kind` (`"udp"`), `underlay.vlan`, `host_port` (`"weft0"`; another name, or `false` for none),
+//! `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`, `metrics.listen` (nothing is served without it), `[log]`. With
+//! `[etcd]` ([`source`]) ranges and peers come from there, and `underlay.address` is the machine's main one unless given.
 
 pub mod check;
 mod leases;
@@ -42,13 +42,18 @@ use weft_router::tables::{Gateway, Mode};
 
 use super::host::Host;
 pub use leases::Leases;
-use reader::{At, Problem, Reader, Section, TEXT};
+use reader::{At, Problem, Reader, Section, Switch, TEXT};
 use source::{DraftEtcd, SourceConfig};
 
 /// The UDP port of VXLAN as Linux and Flannel use it.
 const DEFAULT_PORT: u16 = 8472;
+/// What the host port is called unless configured.
+const DEFAULT_HOST_PORT: &str = "weft0";
 /// Where leases are kept unless configured.
 const DEFAULT_STATE_DIR: &str = "/var/lib/weft";
+
+/// IEEE 802.1Q: 0 is no VLAN, 4095 is reserved.
+const MAX_VLAN: u16 = 4094;
 
 /// Most workers: more than any node has CPUs to spare.
 const MAX_WORKERS: usize = 64;
@@ -94,6 +99,34 @@ impl std::str::FromStr for PortKind {
     }
 }
 
+/// How the tunnel's packets leave and enter the node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnderlayKind {
+    /// By sockets of the kernel.
+    Udp,
+    /// By AF_XDP sockets on the device.
+    Xdp,
+    /// By what is faster on that device.
+    Auto,
+}
+
+impl UnderlayKind {
+    /// How it is written.
+    pub const FORM: &str = "one of \"udp\", \"xdp\", \"auto\"";
+}
+
+impl std::str::FromStr for UnderlayKind {
+    type Err = ();
+    fn from_str(text: &str) -> Result<UnderlayKind, ()> {
+        match text {
+            "udp" => Ok(UnderlayKind::Udp),
+            "xdp" => Ok(UnderlayKind::Xdp),
+            "auto" => Ok(UnderlayKind::Auto),
+            _ => Err(()),
+        }
+    }
+}
+
 /// A valid configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -105,6 +138,8 @@ pub struct Config {
     pub workers: Option<usize>,
     /// What pods get as devices.
     pub port: PortKind,
+    /// The name of this node's own interface in the pod network; `None` if there shall be none.
+    pub host_port: Option<String>,
     /// VXLAN network identifier.
     pub vni: Vni,
     /// MTU of pods in bytes.
@@ -144,6 +179,10 @@ pub struct Underlay {
     pub address: IpAddr,
     /// UDP port of the tunnel.
     pub port: u16,
+    /// How its packets leave and enter the node.
+    pub kind: UnderlayKind,
+    /// The VLAN tag that frames by AF_XDP have, if the device is not a VLAN of the kernel's itself.
+    pub vlan: Option<u16>,
     /// The device, if it was named.
     pub device: Option<String>,
     /// MTU of the device in bytes; if there is no such device yet, what the pods' MTU needs.
@@ -172,6 +211,8 @@ pub struct Limits {
     pub fdb_age: u64,
     /// Flows in the cache.
     pub flows: usize,
+    /// Conversations that the host port brought.
+    pub host_flows: usize,
     /// Small buffers of each worker; by the kind of the pods' devices unless given.
     pub chunks: Option<u32>,
     /// Broadcast and multicast copies per second and port.
@@ -233,6 +274,7 @@ impl Config {
             ("mode", self.mode != new.mode),
             ("workers", self.workers != new.workers),
             ("port", self.port != new.port),
+            ("host_port", self.host_port != new.host_port),
             ("vni", self.vni != new.vni),
             ("socket", self.socket != new.socket),
             ("state_dir", self.state_dir != new.state_dir),
@@ -244,6 +286,8 @@ impl Config {
             ("underlay.address", self.underlay.address != new.underlay.address),
             ("underlay.port", self.underlay.port != new.underlay.port),
             ("underlay.device", self.underlay.device != new.underlay.device),
+            ("underlay.kind", self.underlay.kind != new.underlay.kind),
+            ("underlay.vlan", self.underlay.vlan != new.underlay.vlan),
             ("limits", self.limits != new.limits),
             ("metrics.listen", self.metrics != new.metrics),
             ("leases.boot_id", self.leases.boot_id != new.leases.boot_id),
@@ -281,6 +325,7 @@ impl From<Limits> for RouterConfig {
             fdb_limit: limits.fdb_limit,
             fdb_age: Duration::from_secs(limits.fdb_age),
             flows: limits.flows,
+            host_flows: limits.host_flows,
             chunks: limits.chunks.unwrap_or(defaults.chunks),
             flood_rate: limits.flood_rate,
             icmp_rate: limits.icmp_rate,
@@ -299,6 +344,7 @@ struct Draft {
     mode: Option<At<String>>,
     workers: Option<At<usize>>,
     port: Option<At<PortKind>>,
+    host_port: Option<At<Switch>>,
     vni: Option<At<u32>>,
     mtu: Option<At<u32>>,
     socket: Option<At<PathBuf>>,
@@ -322,6 +368,8 @@ struct DraftUnderlay {
     address: Option<At<IpAddr>>,
     port: Option<At<u16>>,
     device: Option<At<String>>,
+    kind: Option<At<UnderlayKind>>,
+    vlan: Option<At<u16>>,
 }
 
 struct DraftPeer {
@@ -339,6 +387,7 @@ impl Draft {
             mode: reader.parsed(&mut root, "mode", TEXT),
             workers: reader.number(&mut root, "workers", 1..=MAX_WORKERS),
             port: reader.parsed(&mut root, "port", PortKind::FORM),
+            host_port: reader.switch(&mut root, "host_port", "the name of an interface, or false"),
             vni: reader.number(&mut root, "vni", 0..=Vni::MAX.get()),
             mtu: reader.number(&mut root, "mtu", 0..=u32::from(u16::MAX)),
             socket: reader.parsed(&mut root, "socket", "a path"),
@@ -376,6 +425,8 @@ impl DraftUnderlay {
             address: reader.parsed(&mut section, "address", ADDRESS),
             port: reader.number(&mut section, "port", 1..=u16::MAX),
             device: reader.parsed(&mut section, "device", TEXT),
+            kind: reader.parsed(&mut section, "kind", UnderlayKind::FORM),
+            vlan: reader.number(&mut section, "vlan", 1..=MAX_VLAN),
         };
         reader.finish(section);
         Some(draft)
@@ -407,6 +458,7 @@ impl Default for Limits {
             fdb_limit: defaults.fdb_limit,
             fdb_age: defaults.fdb_age.as_secs(),
             flows: defaults.flows,
+            host_flows: defaults.host_flows,
             chunks: None,
             flood_rate: defaults.flood_rate,
             icmp_rate: defaults.icmp_rate,
@@ -424,6 +476,7 @@ impl Limits {
         limits.fdb_age =
             reader.number(&mut section, "fdb_age", 1..=86_400).map_or(limits.fdb_age, |found: At<u64>| found.value);
         limits.flows = size(reader.number(&mut section, "flows", 64..=1 << 24), limits.flows);
+        limits.host_flows = size(reader.number(&mut section, "host_flows", 64..=1 << 24), limits.host_flows);
         limits.chunks = reader.number(&mut section, "chunks", 1024..=MAX_CHUNKS).map(|found: At<u32>| found.value);
         limits.flood_rate = number(reader.number(&mut section, "flood_rate", 0..=u32::MAX), limits.flood_rate);
         limits.icmp_rate = number(reader.number(&mut section, "icmp_rate", 0..=u32::MAX), limits.icmp_rate);

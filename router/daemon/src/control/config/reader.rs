@@ -48,6 +48,17 @@ pub struct At<T> {
     pub place: Place,
 }
 
+/// Something that can be named or left out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Switch {
+    /// By its usual name.
+    On,
+    /// Not at all.
+    Off,
+    /// By this name.
+    Named(String),
+}
+
 /// The document while it is read: its text for line numbers, and what was found wrong.
 pub struct Reader<'t> {
     text: &'t str,
@@ -169,6 +180,20 @@ impl<'t> Reader<'t> {
             None => {
                 let what = format!("must be a whole number from {} to {}", bounds.start(), bounds.end());
                 self.problem(&place, what);
+                None
+            }
+        }
+    }
+
+    /// A name, or whether there is to be one at all. `expected` says so.
+    pub fn switch(&mut self, section: &mut Section<'t>, key: &'static str, expected: &str) -> Option<At<Switch>> {
+        let (place, value) = section.take(key)?;
+        match value {
+            DeValue::Boolean(true) => Some(At { value: Switch::On, place }),
+            DeValue::Boolean(false) => Some(At { value: Switch::Off, place }),
+            DeValue::String(name) => Some(At { value: Switch::Named(name.into_owned()), place }),
+            _ => {
+                self.problem(&place, format!("must be {expected}"));
                 None
             }
         }

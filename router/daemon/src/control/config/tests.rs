@@ -48,6 +48,22 @@ fn with(old: &str, new: &str) -> String {
 }
 
 #[test]
+fn the_host_port_has_a_name_or_is_left_out() {
+    let named = |switch: &str| with("mode = \"routed\"", &format!("mode = \"routed\"\nhost_port = {switch}"));
+    let read = |switch: &str| Config::read(&named(switch), &host()).unwrap().config.host_port;
+    assert_eq!(Config::read(GOOD, &host()).unwrap().config.host_port.as_deref(), Some("weft0"));
+    assert_eq!(read("true").as_deref(), Some("weft0"));
+    assert_eq!(read("\"pods\"").as_deref(), Some("pods"));
+    assert_eq!(read("false"), None);
+    for wrong in ["\"\"", "\"a/b\"", "\"lo\"", "\"sixteencharacter\"", "\"..\"", "7"] {
+        let found = problems(&named(wrong));
+        assert!(found.len() == 1 && found[0].starts_with("line 3: host_port: "), "{wrong}: {found:?}");
+    }
+    let device = with("address = \"10.200.0.1\"", "address = \"10.200.0.1\"\ndevice = \"weft0\"");
+    assert!(problems(&device).iter().any(|problem| problem.contains("weft0 is the underlay's device")));
+}
+
+#[test]
 fn a_small_file_gets_sensible_defaults() {
     let Checked { config, warnings } = Config::read(GOOD, &host()).unwrap();
     assert_eq!(warnings, []);

@@ -1,0 +1,71 @@
+//! The interface itself: name, MAC, MTU, addresses, and how the kernel behaves there.
+
+use std::fs;
+use std::io;
+
+use rustix::io::Errno;
+
+use super::{Made, Wanted};
+use crate::attach::pod;
+use crate::netlink::{Link, LinkChange, Netlink};
+
+/// Makes the device what is wanted. Addresses that somebody else has given it stay.
+pub fn set(netlink: &mut Netlink, device: &mut Made, wanted: &Wanted) -> io::Result<()> {
+    let link = netlink.links()?.into_iter().find(|link| link.index == device.index).ok_or(io::ErrorKind::NotFound)?;
+    if link.name != wanted.name {
+        rename(netlink, &link, &wanted.name)?;
+    }
+    let change = LinkChange {
+        mac: (link.mac != Some(wanted.mac)).then_some(wanted.mac),
+        mtu: (link.mtu != wanted.mtu).then_some(wanted.mtu),
+        ..LinkChange::default()
+    };
+    if change.mac.is_some() || change.mtu.is_some() {
+        let queue = Some(pod::QUEUE);
+        let gso_max_segments = Some(pod::gso_max_segments(wanted.mtu));
+        netlink.change_link(device.index, LinkChange { queue, gso_max_segments, ..change })?;
+    }
+    set_behaviour(wanted)?;
+    if !link.up {
+        netlink.change_link(device.index, LinkChange { up: true, ..LinkChange::default() })?;
+    }
+    set_addresses(netlink, device, wanted)
+}
+
+/// Older kernels rename an interface only while it is down.
+fn rename(netlink: &mut Netlink, link: &Link, name: &str) -> io::Result<()> {
+    tracing::warn!("{} was renamed to {}: it gets its name back", name, link.name);
+    let change = LinkChange { name: Some(name), ..LinkChange::default() };
+    match netlink.change_link(link.index, change) {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::BUSY) => {
+            netlink.change_link(link.index, LinkChange { down: true, ..LinkChange::default() })?;
+            netlink.change_link(link.index, change)?;
+            netlink.change_link(link.index, LinkChange { up: true, ..LinkChange::default() })
+        }
+        result => result,
+    }
+}
+
+fn set_addresses(netlink: &mut Netlink, device: &mut Made, wanted: &Wanted) -> io::Result<()> {
+    let there: Vec<_> = netlink.addresses()?.into_iter().filter(|(at, _)| *at == device.index).collect();
+    for address in wanted.addresses.iter().filter(|address| !there.contains(&(device.index, **address))) {
+        netlink.add_bare_address(device.index, *address)?;
+    }
+    for address in device.addresses.iter().filter(|address| !wanted.addresses.contains(address)) {
+        netlink.delete_address(device.index, *address)?;
+    }
+    device.addresses.clone_from(&wanted.addresses);
+    Ok(())
+}
+
+/// As for a pod: no router advertisement changes anything, the link-local address is made of the MAC, and addresses can be used
+/// at once. And no redirects: what comes by this interface and leaves by it again has been translated on the way, so
+/// there is no shorter way.
+fn set_behaviour(wanted: &Wanted) -> io::Result<()> {
+    let has_ipv6 = wanted.addresses.iter().any(|address| address.addr().is_ipv6());
+    pod::set_ipv6(&wanted.name, has_ipv6)?;
+    pod::announce_when_up(&wanted.name);
+    // Where /proc/sys is read-only the router still drops what redirects there are.
+    let _ = fs::write(format!("/proc/sys/net/ipv4/conf/{}/send_redirects", wanted.name), "0");
+    Ok(())
+}

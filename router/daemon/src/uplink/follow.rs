@@ -1,0 +1,278 @@
+//! Following the kernel's routes and neighbours, live: a thread of its own, with sockets of the node's namespace.
+//!
+//! Told by notices, it asks the kernel how each node is reached and gives the data plane the next hops. A next hop that is in use and
+//! of which nobody has heard for a while is looked for, as the kernel would do for its own packets: so it stays known, and one that is
+//! gone is noticed. Hops that are not known are not looked for here; what is sent there takes the kernel's way, and has it look.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use arc_swap::ArcSwap;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use weft_router::port::xdp::Hops;
+
+use super::hops::{Device, Known, Way};
+use crate::netlink::Netlink;
+use crate::netlink::paths::Change;
+
+/// How often hops in use are looked at.
+const TICK: Duration = Duration::from_secs(1);
+/// How long routes are left alone after they were asked for: a router may announce thousands at once.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// What is to be followed.
+#[derive(Debug, Clone)]
+pub struct Followed {
+    /// This node's underlay address.
+    pub address: IpAddr,
+    /// The tunnel's UDP port.
+    pub port: u16,
+    /// The device by which routes leave.
+    pub device: u32,
+    /// The device that the program is on; the same, but for a VLAN.
+    pub uplink: u32,
+    /// The tag of frames.
+    pub vlan: Option<u16>,
+}
+
+/// The thread, as others see it.
+#[derive(Debug)]
+pub struct Follower {
+    hops: Arc<ArcSwap<Hops>>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    nodes: Mutex<Vec<IpAddr>>,
+    ways: Mutex<BTreeMap<IpAddr, Way>>,
+    /// Told when the nodes changed, and when nobody wants to know any more.
+    wake: OwnedFd,
+}
+
+impl Follower {
+    /// Starts it, in the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// There are no descriptors or threads left, or netlink is not allowed.
+    pub fn start(followed: Followed) -> anyhow::Result<Follower> {
+        let notices = Netlink::follow_paths().context("cannot follow the kernel's routes and neighbours")?;
+        let asking = Netlink::open().context("cannot open a netlink socket")?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an eventfd")?;
+        let shared = Arc::new(Shared { nodes: Mutex::default(), ways: Mutex::default(), wake });
+        let hops = Arc::new(ArcSwap::from_pointee(Hops::default()));
+        let (known, stale) = (Known::default(), true);
+        let mut thread = Thread {
+            followed,
+            notices,
+            asking,
+            known,
+            stale,
+            asked: None,
+            hops: Arc::clone(&hops),
+            shared: Arc::clone(&shared),
+        };
+        let builder = thread::Builder::new().name("weft-hops".into()).stack_size(512 << 10);
+        builder.spawn(move || thread.run()).context("cannot start a thread (ulimit -u)")?;
+        Ok(Follower { hops, shared })
+    }
+
+    /// The next hops that are known, kept up to date.
+    pub fn hops(&self) -> Arc<ArcSwap<Hops>> {
+        Arc::clone(&self.hops)
+    }
+
+    /// Follows the ways to these nodes from now on.
+    pub fn set_nodes(&self, nodes: impl Iterator<Item = IpAddr>) {
+        let mut nodes: Vec<IpAddr> = nodes.collect();
+        nodes.sort_unstable();
+        let mut known = lock(&self.shared.nodes);
+        if *known != nodes {
+            *known = nodes;
+            drop(known);
+            self.shared.wake();
+        }
+    }
+
+    /// How frames to a node leave; none if that is not known yet.
+    pub fn way(&self, node: IpAddr) -> Option<Way> {
+        lock(&self.shared.ways).get(&node).copied()
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        // The thread has the only other reference, and ends when it sees that.
+        self.shared.wake();
+    }
+}
+
+impl Shared {
+    fn wake(&self) {
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Thread {
+    followed: Followed,
+    notices: Netlink,
+    asking: Netlink,
+    known: Known,
+    /// Whether routes have to be asked for.
+    stale: bool,
+    /// When they were.
+    asked: Option<Instant>,
+    hops: Arc<ArcSwap<Hops>>,
+    shared: Arc<Shared>,
+}
+
+impl Thread {
+    fn run(&mut self) {
+        let mut ticked = Instant::now();
+        if let Err(error) = self.learn_neighbours() {
+            tracing::error!(%error, "the kernel's neighbours cannot be read: other nodes are reached by UDP");
+        }
+        loop {
+            if self.stale && self.asked.is_none_or(|asked| asked.elapsed() >= PAUSE) {
+                self.learn_routes();
+            }
+            if ticked.elapsed() >= TICK {
+                ticked = Instant::now();
+                self.look_for_silent();
+            }
+            if let Err(error) = self.wait(ticked) {
+                tracing::error!(%error, "the kernel's notices cannot be read: ways to other nodes are no longer followed");
+                self.hops.store(Arc::default());
+                return;
+            }
+            // The follower has the other one.
+            if Arc::strong_count(&self.shared) == 1 {
+                return;
+            }
+        }
+    }
+
+    /// Sleeps until there is something to do.
+    fn wait(&mut self, ticked: Instant) -> io::Result<()> {
+        let until = |since: Instant, pause: Duration| pause.saturating_sub(since.elapsed());
+        let tick = until(ticked, TICK);
+        let patience = match self.asked.filter(|_| self.stale) {
+            Some(asked) => tick.min(until(asked, PAUSE)),
+            None => tick,
+        };
+        let patience = Timespec { tv_sec: 0, tv_nsec: patience.as_nanos().min(999_999_999) as _ };
+        let mut ready = [
+            PollFd::new(&self.shared.wake, PollFlags::IN),
+            PollFd::from_borrowed_fd(self.notices.readable(), PollFlags::IN),
+        ];
+        match poll(&mut ready, Some(&patience)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let [woken, told] = ready.map(|fd| !fd.revents().is_empty());
+        if woken {
+            let _ = rustix::io::read(&self.shared.wake, &mut [0_u8; 8]);
+            self.stale = true;
+        }
+        if told {
+            let changes = self.notices.changes()?;
+            self.take(&changes)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, changes: &[Change]) -> io::Result<()> {
+        let (routes, hops) = self.known.take_all(changes);
+        self.stale |= routes;
+        if changes.contains(&Change::Everything) {
+            self.learn_neighbours()?;
+        }
+        if hops && !self.stale {
+            self.publish();
+        }
+        Ok(())
+    }
+
+    fn learn_neighbours(&mut self) -> io::Result<()> {
+        let all = self.asking.neighbours()?;
+        self.known.neighbours.clear();
+        for neighbour in all {
+            self.known.take(neighbour);
+        }
+        Ok(())
+    }
+
+    /// Asks for the device and all routes.
+    fn learn_routes(&mut self) {
+        (self.stale, self.asked) = (false, Some(Instant::now()));
+        self.known.device = self.device().unwrap_or(None);
+        let Followed { address, port, .. } = self.followed;
+        let nodes = lock(&self.shared.nodes).clone();
+        self.known.routes = nodes.iter().map(|node| (*node, self.asking.route(address, *node, port).ok())).collect();
+        self.publish();
+    }
+
+    fn device(&mut self) -> io::Result<Option<Device>> {
+        let Followed { device, uplink, vlan, .. } = self.followed;
+        let (Some(way), Some(under)) = (self.asking.detailed(device)?, self.asking.detailed(uplink)?) else {
+            return Ok(None);
+        };
+        let up = [&way, &under].iter().all(|found| found.link.up && found.link.carrier);
+        let mtu = way.link.mtu.min(under.link.mtu);
+        Ok(way.link.mac.filter(|_| up).map(|mac| Device { index: device, mac, mtu, vlan }))
+    }
+
+    fn publish(&mut self) {
+        let ways = self.known.ways();
+        let before = std::mem::replace(&mut *lock(&self.shared.ways), ways.clone());
+        self.hops.store(Arc::new(self.known.hops()));
+        for (node, way) in &ways {
+            if before.get(node) != Some(way) {
+                self.tell(*node, *way);
+            }
+        }
+    }
+
+    /// Logs what has become of a way, unless it is a matter of milliseconds.
+    fn tell(&mut self, node: IpAddr, way: Way) {
+        match way {
+            Way::Uplink => tracing::debug!(%node, "reached by AF_XDP"),
+            Way::Unresolved(next) => tracing::debug!(%node, %next, "reached by UDP: the next hop's MAC is not known"),
+            Way::Elsewhere(device) => {
+                let device =
+                    self.asking.detailed(device).ok().flatten().map_or_else(String::new, |found| found.link.name);
+                tracing::warn!(%node, device, "reached by UDP: its route does not leave by the uplink");
+            }
+            Way::NoRoute => tracing::warn!(%node, "there is no route to this node"),
+            Way::NoUplink => tracing::warn!(%node, "reached by UDP: the uplink is down or gone"),
+        }
+    }
+
+    /// Has the kernel look for next hops that are in use and have been silent.
+    fn look_for_silent(&mut self) {
+        let hops = self.hops.load_full();
+        let used = hops.iter().filter(|(_, hop)| hop.take_used()).map(|(node, _)| *node);
+        let mut silent: Vec<(u32, IpAddr)> = used
+            .filter_map(|node| self.known.neighbour_of(node))
+            .filter(|(_, is_stale)| *is_stale)
+            .map(|(key, _)| key)
+            .collect();
+        silent.sort_unstable();
+        silent.dedup();
+        for (device, address) in silent {
+            if let Err(error) = self.asking.use_neighbour(device, address) {
+                tracing::debug!(%address, %error, "the kernel does not look for this neighbour");
+            }
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! The underlay's device: whether the tunnel goes by AF_XDP or by UDP, and why.
+//!
+//! [`UnderlayKind::Udp`] is a socket of the kernel's, which works everywhere. [`UnderlayKind::Xdp`] puts a program on the device that has the
+//! underlay's address: it takes the tunnel's packets and leaves all others to the kernel. [`UnderlayKind::Auto`] is the latter where it is
+//! faster, which is where the device's driver hands frames over without copying them; elsewhere the kernel's trains of
+//! datagrams are. AF_XDP is tried before it is relied upon, first on a veth of its own (does the kernel do it?), then on the
+//! device itself. Whatever is in its way, the tunnel goes by UDP then, and `weft status` says what it was. The UDP socket is there
+//! in either case: see [`XdpUnderlay`](weft_router::port::xdp::XdpUnderlay).
+
+mod follow;
+mod hops;
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+
+use anyhow::{Context, bail};
+use weft_encap::mac::Mac;
+use weft_router::port::sys::namespace::new_network;
+use weft_router::port::udp::Underlay;
+use weft_router::port::xdp::programs::Tunnel;
+use weft_router::port::xdp::{self, OpenUplink};
+use weft_router::{Device, Router};
+
+use crate::attach::namespace::enter;
+use crate::attach::veth;
+use crate::control::config::{self, UnderlayKind};
+use crate::control::desired::UNDERLAY;
+use crate::netlink::Netlink;
+use crate::netlink::paths::Detailed;
+use follow::{Followed, Follower};
+use hops::Way;
+
+/// Sockets of each worker that send to other nodes, each from a source port of its own, so that flows spread over paths, queues and
+/// the other node's workers.
+const TRANSMIT_SOCKETS: usize = 16;
+/// What of AF_XDP is used came with this version.
+const NEEDED: (u32, u32) = (5, 10);
+
+/// The underlay as it was opened.
+#[derive(Debug)]
+pub struct Uplink {
+    configured: UnderlayKind,
+    /// What it is; if it is not what was asked for, why.
+    outcome: Result<Chosen, String>,
+}
+
+/// An uplink in use.
+#[derive(Debug)]
+struct Chosen {
+    name: String,
+    shown: String,
+    follower: Follower,
+}
+
+impl Uplink {
+    /// Opens the underlay and gives it to the workers.
+    ///
+    /// # Errors
+    /// Not even the UDP sockets could be opened, or the data plane takes nothing.
+    pub fn open(config: &config::Underlay, router: &Router) -> anyhow::Result<Uplink> {
+        let local = SocketAddr::new(config.address, config.port);
+        let open = || Underlay::open_for(router.workers(), local, TRANSMIT_SOCKETS);
+        let mut underlay = open().with_context(|| {
+            format!(
+                "cannot open the underlay at {local}: the address must be this machine's (underlay.address), and no \
+                 VXLAN device or other program may use the port (ss -ulnp; underlay.port)"
+            )
+        })?;
+        let mut outcome = Err(String::new());
+        if config.kind != UnderlayKind::Udp {
+            match prepare(config, router) {
+                Ok((uplink, chosen)) => {
+                    let hops = chosen.follower.hops();
+                    match router.add_port(UNDERLAY, Device::Uplink { underlay, uplink, hops }) {
+                        Ok(()) => {
+                            tracing::info!("underlay: {}", chosen.shown);
+                            return Ok(Uplink { configured: config.kind, outcome: Ok(chosen) });
+                        }
+                        Err(error) => outcome = Err(error.to_string()),
+                    }
+                    underlay = open().with_context(|| format!("cannot open the underlay at {local} again"))?;
+                }
+                Err(error) => outcome = Err(format!("{error:#}")),
+            }
+        }
+        router.add_port(UNDERLAY, Device::Underlay(underlay)).context("the data plane cannot use the underlay")?;
+        let uplink = Uplink { configured: config.kind, outcome };
+        match (uplink.problem(), &uplink.outcome) {
+            (Some(problem), _) => tracing::warn!("{problem}"),
+            (None, Err(why)) if !why.is_empty() => tracing::info!("underlay: udp (auto: {why})"),
+            _ => {}
+        }
+        Ok(uplink)
+    }
+
+    /// Follows the ways to these nodes from now on.
+    pub fn set_nodes(&self, nodes: impl Iterator<Item = IpAddr>) {
+        if let Ok(chosen) = &self.outcome {
+            chosen.follower.set_nodes(nodes);
+        }
+    }
+
+    /// What is to be known beside the kind of the port that the workers have, `kind`.
+    pub fn shown(&self, kind: &str) -> String {
+        match &self.outcome {
+            Ok(chosen) if kind == "xdp" => chosen.shown.clone(),
+            Ok(_) => kind.to_owned(),
+            Err(why) if self.configured == UnderlayKind::Auto => format!("{kind} (auto: {why})"),
+            Err(_) => kind.to_owned(),
+        }
+    }
+
+    /// Why the tunnel does not go by what was configured.
+    pub fn problem(&self) -> Option<String> {
+        match &self.outcome {
+            Err(why) if self.configured == UnderlayKind::Xdp => Some(format!(
+                "the tunnel goes by UDP, for AF_XDP cannot be used on the underlay's device: {why}; put that right and restart weftd, \
+                 or write underlay.kind = \"udp\""
+            )),
+            _ => None,
+        }
+    }
+
+    /// The same for an uplink that broke since: then the workers' port is of another kind.
+    pub fn problem_of(&self, kind: &str) -> Option<String> {
+        match &self.outcome {
+            Ok(chosen) if kind != "xdp" => Some(format!(
+                "the uplink {} has gone: the tunnel goes by UDP until weftd is restarted, which does not interrupt other traffic",
+                chosen.name
+            )),
+            _ => self.problem(),
+        }
+    }
+
+    /// How frames to a node leave.
+    pub fn way(&self, node: IpAddr) -> String {
+        let Ok(chosen) = &self.outcome else { return "udp".into() };
+        match chosen.follower.way(node) {
+            Some(Way::Uplink) => "xdp".into(),
+            Some(Way::Unresolved(next)) => format!("udp: the MAC of {next} is not known"),
+            Some(Way::Elsewhere(device)) => format!("udp: its route leaves by {}", name_of(device)),
+            Some(Way::NoRoute) => "udp: there is no route".into(),
+            Some(Way::NoUplink) => format!("udp: {} is down", chosen.name),
+            None => "udp".into(),
+        }
+    }
+}
+
+fn name_of(device: u32) -> String {
+    let found = Netlink::open().and_then(|mut netlink| netlink.detailed(device));
+    found.ok().flatten().map_or_else(|| format!("device {device}"), |found| found.link.name)
+}
+
+/// The device with the underlay's address, and the one that its frames enter by.
+struct Found {
+    way: Detailed,
+    under: Detailed,
+    vlan: Option<u16>,
+}
+
+/// Opens the uplink, or says why not.
+fn prepare(config: &config::Underlay, router: &Router) -> anyhow::Result<(OpenUplink, Chosen)> {
+    check_kernel()?;
+    let mut netlink = Netlink::open().context("cannot open a netlink socket")?;
+    let found = find(config, &mut netlink)?;
+    let (name, link) = (found.under.link.name.clone(), &found.under.link);
+    check_device(config.kind, &found)?;
+    let namespace = new_network().context("cannot make a network namespace to try AF_XDP in (CAP_SYS_ADMIN)")?;
+    enter(namespace.as_fd(), || Ok(veth::probe(link.mtu.min(veth::MAX_PROBED))))
+        .context("cannot enter a network namespace")??;
+    let uplink = xdp::Uplink {
+        interface: link.index,
+        mac: link.mac.unwrap_or(Mac::ZERO),
+        mtu: link.mtu,
+        carrier: link.up && link.carrier,
+    };
+    let tunnel = Tunnel { addresses: vec![config.address], port: config.port, vlan: found.vlan };
+    let opened = router.open_uplink(&uplink, tunnel).with_context(|| name.clone())?;
+    if config.kind == UnderlayKind::Auto && !opened.zero_copy {
+        bail!("the driver of {name} copies frames for AF_XDP, and then UDP is faster");
+    }
+    let followed = Followed {
+        address: config.address,
+        port: config.port,
+        device: found.way.link.index,
+        uplink: link.index,
+        vlan: found.vlan,
+    };
+    let follower = Follower::start(followed)?;
+    let shown = shown(&name, found.vlan, &opened, router.workers());
+    Ok((opened, Chosen { name, shown, follower }))
+}
+
+fn shown(name: &str, vlan: Option<u16>, opened: &OpenUplink, workers: usize) -> String {
+    let copy = if opened.zero_copy { "zero copy" } else { "copied" };
+    let tag = vlan.map(|vlan| format!(", VLAN {vlan}")).unwrap_or_default();
+    let queues = match opened.queues {
+        1 => "1 queue".to_owned(),
+        count => format!("{count} queues"),
+    };
+    let served = opened.workers();
+    let without = if served < workers { format!(" for {workers} workers, the others by UDP") } else { String::new() };
+    format!("xdp on {name}{tag}, {queues}{without}, {copy}")
+}
+
+fn check_kernel() -> anyhow::Result<()> {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy().into_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    let (major, minor) = NEEDED;
+    anyhow::ensure!(
+        version >= NEEDED,
+        "the kernel is {release}; AF_XDP as it is used here takes Linux {major}.{minor}"
+    );
+    Ok(())
+}
+
+fn find(config: &config::Underlay, netlink: &mut Netlink) -> anyhow::Result<Found> {
+    let address = config.address;
+    let addresses = netlink.addresses().context("cannot list this machine's addresses")?;
+    let holder = addresses.iter().find(|(_, net)| net.addr() == address);
+    let (index, _) = holder.with_context(|| format!("no device has the address {address}"))?;
+    let mut detailed = |index: u32| -> anyhow::Result<Detailed> {
+        let found = netlink.detailed(index).context("cannot ask for a device")?;
+        found.with_context(|| format!("the device with the address {address} is gone"))
+    };
+    let way = detailed(*index)?;
+    let (under, tag) = match way.vlan {
+        Some((under, tag)) => (detailed(under)?, Some(tag)),
+        None => (way.clone(), None),
+    };
+    Ok(Found { way, under, vlan: tag.or(config.vlan) })
+}
+
+/// Refuses devices whose frames enter elsewhere, or where AF_XDP gains nothing.
+fn check_device(kind: UnderlayKind, found: &Found) -> anyhow::Result<()> {
+    let (name, under) = (&found.under.link.name, found.under.kind.as_deref());
+    if found.under.link.mac.is_none() || found.under.link.mac == Some(Mac::ZERO) {
+        bail!("{name} is no Ethernet device");
+    }
+    match under {
+        None => Ok(()),
+        Some("veth") if kind == UnderlayKind::Auto => bail!("{name} is a veth, where UDP is faster"),
+        Some("veth") => Ok(()),
+        Some(other) => bail!("{name} is a {other}, whose frames do not enter by queues of its own"),
+    }
+}
