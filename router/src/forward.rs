@@ -302,7 +302,7 @@ impl Forwarder {
             (Sender::Port(_), Mode::Routed) => Err(DropReason::UnknownMac),
             (Sender::Port(_), Mode::Bridged) => match self.fdb.find(mac, now) {
                 Some(learned) if tables.node(learned.node).is_some() => {
-                    Ok((Hop::Node(learned.node), bridged(tables.tunnel_mtu), Some(learned)))
+                    Ok((Hop::Node(learned.node), bridged(tables.mtu_to(learned.node)), Some(learned)))
                 }
                 _ if tables.members.is_empty() => Err(DropReason::UnknownMac),
                 _ => Ok((Hop::Flood { ports: false, nodes: true }, bridged(tables.tunnel_mtu), None)),
@@ -559,7 +559,7 @@ fn route_to(ip: &Ip, packet: &Packet, tables: &Tables) -> Result<Way, DropReason
         Ok(Via::Node(_)) if matches!(packet.sender, Sender::Node(_)) => Err(DropReason::NotForUs),
         Ok(Via::Node(id)) => {
             let node = tables.node(id).ok_or(DropReason::NoRoute)?;
-            Ok((Hop::Node(id), routed(node.vtep_mac, tables.vtep_mac, tables.tunnel_mtu), None))
+            Ok((Hop::Node(id), routed(node.vtep_mac, tables.vtep_mac, tables.mtu_to(id)), None))
         }
     }
 }

@@ -132,6 +132,8 @@ pub struct Tables {
     pub host: Option<Neighbour>,
     /// MTU of packets inside the tunnel in bytes: underlay MTU less the encapsulation.
     pub tunnel_mtu: u32,
+    /// The same towards nodes that less can be sent to at once: a router on the way said so.
+    pub path_mtus: ExactMap<NodeId, u32>,
     /// Who is behind each port, indexed by [`PortId`].
     pub ports: Vec<Option<Role>>,
     /// The other nodes, indexed by [`NodeId`]; a hole is a node that left.
@@ -162,6 +164,7 @@ impl Tables {
             underlay: None,
             host: None,
             tunnel_mtu: 1450,
+            path_mtus: ExactMap::default(),
             ports: Vec::new(),
             nodes: Vec::new(),
             members: ExactMap::default(),
@@ -226,6 +229,11 @@ impl Tables {
     /// Who is behind a port.
     pub fn role(&self, port: PortId) -> Option<&Role> {
         self.ports.get(port.index()).and_then(Option::as_ref)
+    }
+
+    /// How long a packet to a node may be, inside the tunnel.
+    pub fn mtu_to(&self, id: NodeId) -> u32 {
+        self.path_mtus.get(&id).map_or(self.tunnel_mtu, |mtu| self.tunnel_mtu.min(*mtu))
     }
 
     /// A node by number.

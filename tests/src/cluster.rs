@@ -13,7 +13,7 @@ use weft_api::{Empty, Request};
 
 use crate::command::{Background, eventually};
 use crate::daemon::Daemon;
-use crate::machine::{binary, port, underlay, unique};
+use crate::machine::{binary, port, underlay_kind, unique};
 use crate::netns::OwnNetns;
 use crate::plugin::Runtime;
 
@@ -24,6 +24,7 @@ pub struct Cluster {
     /// Its folder; it goes when this goes.
     pub folder: tempfile::TempDir,
     underlay: OwnNetns,
+    kind: Option<String>,
 }
 
 /// A node with a weftd.
@@ -47,7 +48,15 @@ impl Cluster {
         let underlay = OwnNetns::new(&format!("{name}-underlay"));
         underlay.ip("link add br0 type bridge");
         underlay.ip("link set br0 up");
-        Cluster { name, folder: tempfile::tempdir().expect("there is a folder for temporary files"), underlay }
+        let folder = tempfile::tempdir().expect("there is a folder for temporary files");
+        Cluster { name, folder, underlay, kind: underlay_kind() }
+    }
+
+    /// With this kind of underlay, whatever the tests' environment says.
+    #[must_use]
+    pub fn by(mut self, kind: &str) -> Cluster {
+        self.kind = Some(kind.to_owned());
+        self
     }
 
     /// The underlay's own namespace.
@@ -122,7 +131,7 @@ impl Cluster {
             ""
         };
         let port = port().map(|port| format!("port = \"{port}\"\n")).unwrap_or_default();
-        let kind = underlay().map(|kind| format!("kind = \"{kind}\"\n")).unwrap_or_default();
+        let kind = self.kind.as_ref().map(|kind| format!("kind = \"{kind}\"\n")).unwrap_or_default();
         format!(
             "{port}node = \"n{number}\"\nmode = \"{mode}\"\nvni = 1\nmtu = 1450\n\
              socket = \"{folder}/n{number}.sock\"\nstate_dir = \"{folder}/n{number}.state\"\n\

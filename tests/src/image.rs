@@ -50,6 +50,14 @@ pub fn write(archive: &Path) {
     tar(folder.path(), archive, &["manifest.json", "config.json", "layer.tar"]);
 }
 
+/// Makes a folder of one page for a web server.
+#[track_caller]
+pub fn write_page(folder: &Path, text: &str) {
+    std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::write(folder.join("index.html"), text))
+        .expect("the folder is writable");
+}
+
 #[track_caller]
 fn tar(folder: &Path, archive: &Path, files: &[&str]) {
     let mut command = Command::new("tar");

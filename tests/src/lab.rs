@@ -8,8 +8,9 @@ use serde::Deserialize;
 
 use crate::command::{Said, run_with};
 use crate::daemon::Daemon;
-use crate::machine::{binaries, binary, port, underlay, unique};
+use crate::machine::{binaries, binary, port, underlay_kind, unique};
 use crate::netns::Netns;
+use crate::wire::Wire;
 
 const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -104,7 +105,7 @@ impl Lab {
         let (nodes, pods) = (nodes.to_string(), pods.to_string());
         let port = port().filter(|_| !rest.contains(&"--port"));
         let port: Vec<&str> = port.iter().flat_map(|port| ["--port", port]).collect();
-        let underlay = underlay().filter(|_| !rest.contains(&"--underlay"));
+        let underlay = underlay_kind().filter(|_| !rest.contains(&"--underlay"));
         let underlay: Vec<&str> = underlay.iter().flat_map(|underlay| ["--underlay", underlay]).collect();
         let said = lab.weft(
             &[
@@ -141,6 +142,12 @@ impl Lab {
     /// The daemon of a node, counted from 1.
     pub fn daemon(&self, node: usize) -> Daemon {
         self.nodes[node - 1].daemon()
+    }
+
+    /// What passes a node's uplink, seen from its other end: whatever the node's kernel is told of it.
+    #[track_caller]
+    pub fn wire(&self, node: usize) -> Wire {
+        Wire::open(&Netns(format!("weft-{}-underlay", self.name)), &self.nodes[node - 1].name)
     }
 
     /// Checks on all nodes that frames were conserved.

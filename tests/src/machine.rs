@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 static TURN: Mutex<()> = Mutex::new(());
 
@@ -43,6 +44,18 @@ pub fn turn() -> Turn {
     let machine = File::create(&path).unwrap_or_else(|error| panic!("cannot make {}: {error}", path.display()));
     flock(&machine, FlockOperation::LockExclusive).expect("a lock on a local file can be waited for");
     Turn { _process: process, _machine: machine }
+}
+
+/// Lets this process have so many descriptors open.
+#[track_caller]
+pub fn raise_descriptor_limit(count: u64) {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_none_or(|current| current >= count) {
+        return;
+    }
+    assert!(limit.maximum.is_none_or(|most| most >= count), "{count} descriptors are needed: raise `ulimit -Hn`");
+    setrlimit(Resource::Nofile, Rlimit { current: Some(count), ..limit })
+        .expect("a limit under the hard one can be set");
 }
 
 /// Fails unless these programs are there; with each comes its Debian package.
@@ -89,7 +102,7 @@ pub fn port() -> Option<String> {
 }
 
 /// The same for how the tunnel's packets leave and enter nodes: `WEFT_TEST_UNDERLAY`.
-pub fn underlay() -> Option<String> {
+pub fn underlay_kind() -> Option<String> {
     std::env::var("WEFT_TEST_UNDERLAY").ok()
 }
 

@@ -1,7 +1,7 @@
 //! Network namespaces: making them, running programs and code inside, removing them whatever happens.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -9,6 +9,7 @@ use std::thread;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::command::{Said, run};
+use weft_router::port::sys::namespace::new_network;
 
 /// A namespace by name; it may belong to somebody else, e.g. to a lab.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,5 +106,36 @@ impl std::ops::Deref for OwnNetns {
 impl Drop for OwnNetns {
     fn drop(&mut self) {
         let _ = Command::new("ip").args(["netns", "del", &self.0.0]).output();
+    }
+}
+
+/// A namespace without a name, as some runtimes have them; it goes when this goes.
+#[derive(Debug)]
+pub struct Nameless(OwnedFd);
+
+impl Nameless {
+    /// Makes one.
+    #[track_caller]
+    pub fn new() -> Nameless {
+        Nameless(new_network().expect("root may make a namespace"))
+    }
+
+    /// A path to it for other processes, while this one lives.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()))
+    }
+
+    /// Runs a command line inside; words are separated by white space.
+    #[track_caller]
+    pub fn exec(&self, line: &str) -> Said {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", self.path().display())).args(line.split_whitespace());
+        run(command)
+    }
+}
+
+impl Default for Nameless {
+    fn default() -> Nameless {
+        Nameless::new()
     }
 }

@@ -4,8 +4,10 @@
 //! reverse one, each with the result of the last ADD. What the runtime knows of a pod goes to those plugins that have the capability.
 //! Plugins are executed in the network namespace of a node, for some of them work there.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
@@ -125,8 +127,24 @@ impl Network {
         Answer { success: true, json: Value::Null }
     }
 
+    /// Starts the first plugin's ADD, and kills the plugin after a while, if it still runs.
+    pub fn add_and_kill(&self, attachment: &Attachment, after: Duration) {
+        let (mut call, config) = self.prepare("ADD", &self.plugins[0], attachment, &Value::Null);
+        call.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut plugin = call.spawn().expect("the plugin can be started");
+        let _ = plugin.stdin.take().expect("it is piped").write_all(config.as_bytes());
+        std::thread::sleep(after);
+        let _ = plugin.kill();
+        plugin.wait().expect("it was started here");
+    }
+
     #[track_caller]
     fn execute(&self, command: &str, plugin: &Value, attachment: &Attachment, keys: &Value) -> Answer {
+        let (call, config) = self.prepare(command, plugin, attachment, keys);
+        Answer::of(&run_with(call, config.as_bytes(), PATIENCE))
+    }
+
+    fn prepare(&self, command: &str, plugin: &Value, attachment: &Attachment, keys: &Value) -> (Command, String) {
         let mut config = plugin.clone();
         config["cniVersion"] = self.version.clone().into();
         config["name"] = self.name.clone().into();
@@ -152,6 +170,6 @@ impl Network {
         ];
         call.envs(texts.into_iter().filter(|(_, text)| !text.is_empty()));
         call.envs(attachment.netns.as_ref().map(|netns| ("CNI_NETNS", netns)));
-        Answer::of(&run_with(call, config.to_string().as_bytes(), PATIENCE))
+        (call, config.to_string())
     }
 }

@@ -175,6 +175,9 @@ struct State {
     rng: Option<Rng>,
     /// What a sync takes.
     delay: Duration,
+    /// Whether syncs wait, and whether one does.
+    held: bool,
+    waits: bool,
 }
 
 fn slot(which: Which) -> usize {
@@ -209,6 +212,22 @@ impl Sim {
         let sim = Self::default();
         sim.state().delay = delay;
         sim
+    }
+
+    /// Lets syncs wait, or go on.
+    pub fn hold_syncs(&self, hold: bool) {
+        self.state().held = hold;
+    }
+
+    /// Whether a sync waits.
+    pub fn syncs_are_held(&self) -> bool {
+        self.state().waits
+    }
+
+    fn wait_if_held(&self) -> bool {
+        let mut state = self.state();
+        state.waits = state.held;
+        state.held
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -363,6 +382,9 @@ impl Disk for Sim {
     }
 
     fn sync(&mut self, which: Which) -> io::Result<()> {
+        while self.wait_if_held() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let delay = self.state().delay;
         if !delay.is_zero() {
             std::thread::sleep(delay);

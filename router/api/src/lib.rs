@@ -15,6 +15,8 @@
 
 mod client;
 mod connection;
+#[cfg(feature = "folders")]
+pub mod folders;
 mod message;
 
 pub use client::{Client, ClientError};

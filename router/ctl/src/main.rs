@@ -9,6 +9,7 @@
 
 mod bench;
 mod doctor;
+mod install_cni;
 mod interrupt;
 mod ipam;
 mod lab;
@@ -68,6 +69,8 @@ enum Command {
     Reload,
     /// Give this node's ranges back to the cluster's engine, before the node goes for good. Refused while pods are attached.
     Leave,
+    /// Put the plugin where this node's container runtime looks for it.
+    InstallCni(install_cni::Install),
     /// Is this node fit for Weft? What is not, and what to change. Exits with 3 if there is a problem.
     Doctor(doctor::Doctor),
     /// A cluster on this machine, from network namespaces.
@@ -119,6 +122,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             return doctor::run(&arguments, &cli.socket)
                 .map(|found_problems| if found_problems { EXIT_PROBLEMS } else { 0 });
         }
+        Command::InstallCni(args) => return install_cni::install(&args).map(|()| 0),
         Command::Ipam(command) => return ipam::run(command, &cli.socket),
         Command::Lab(command) => return lab::run(command).map(|()| 0),
         Command::LabPeer(command) => return lab::run_peer(command).map(|()| 0),

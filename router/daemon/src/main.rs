@@ -6,6 +6,7 @@
 
 mod api;
 mod attach;
+mod conflist;
 mod control;
 mod hostport;
 mod log;
@@ -182,6 +183,12 @@ async fn begin(mut signals: Signals, config: Config, path: PathBuf, level: LogLe
     let node = Arc::new(node);
     watch_veths(&node, removals)?;
     hostport::watch::start(&node, kicked)?;
+    let listener = Arc::downgrade(&node);
+    node.uplink.on_path_mtu(move || {
+        if let Some(node) = listener.upgrade() {
+            node.path_mtus_changed();
+        }
+    });
     if first.is_some_and(|first| known.as_ref() != Some(&*first)) {
         node.keep_cluster();
     }
@@ -253,6 +260,8 @@ async fn serve(node: &Arc<Node>, mut signals: Signals, socket: api::socket::Boun
     housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut keeping: Option<JoinHandle<()>> = None;
     tracing::info!(socket = %path.display(), pid = std::process::id(), "ready");
+    let config = Arc::clone(&node.state().desired.config);
+    drop(tokio::task::spawn_blocking(move || conflist::tell_runtime(&config)));
     loop {
         tokio::select! {
             _ = signals.terminate.recv() => break,

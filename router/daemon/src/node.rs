@@ -193,6 +193,13 @@ impl Node {
         Ok((node, removals))
     }
 
+    /// Routers between nodes said how long packets may be.
+    pub fn path_mtus_changed(&self) {
+        let mut state = self.state();
+        let desired = DesiredState { path_mtus: self.uplink.path_mtus(), ..state.desired.clone() };
+        self.put_in_force(&mut state, desired);
+    }
+
     /// What requests change. Never hold it while working on devices or inside namespaces.
     pub fn state(&self) -> MutexGuard<'_, State> {
         // A request that panicked leaves consistent state behind: it is changed in single steps.
@@ -481,7 +488,7 @@ fn cpus() -> usize {
 }
 
 /// What keeps outsiders from choosing buckets and sequence numbers: unknown to them, and another one after each start.
-fn random_seed() -> anyhow::Result<u64> {
+pub fn random_seed() -> anyhow::Result<u64> {
     let mut bytes = [0; 8];
     let filled = rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty());
     // Requests of up to 256 bytes are answered whole (getrandom(2)).

@@ -18,7 +18,7 @@ use super::{
 use crate::port::PortId;
 use crate::port::sys::xsk::Umem;
 use crate::port::udp::{Sockets, Underlay};
-use crate::port::xdp::{OpenUplink, XdpDevice};
+use crate::port::xdp::{OpenUplink, PodProgram, XdpDevice};
 use crate::stats::PortStats;
 use crate::worker::{self, Spawned};
 
@@ -27,6 +27,8 @@ pub(super) struct Workers {
     all: Vec<Handle>,
     /// Who receives from each port that one worker alone receives from.
     owners: Mutex<BTreeMap<PortId, Owner>>,
+    /// What leads frames from veths to their sockets; loaded for the first.
+    pods: Mutex<Option<Arc<PodProgram>>>,
 }
 
 /// Who receives from a port.
@@ -58,7 +60,8 @@ impl Workers {
                 worker::spawn(number, each, shared.clone(), inbox, Arc::clone(&ended))?;
             Ok(Handle { commands, waker, umem, ended, thread: Some(thread) })
         };
-        Ok(Workers { all: (0..count).map(start).collect::<io::Result<_>>()?, owners: Mutex::default() })
+        let all = (0..count).map(start).collect::<io::Result<_>>()?;
+        Ok(Workers { all, owners: Mutex::default(), pods: Mutex::default() })
     }
 
     pub(super) fn count(&self) -> usize {
@@ -163,9 +166,18 @@ impl Workers {
             let device = XdpDevice::open_sender(interface, queue, &self.all[worker].umem)?;
             halves.push((worker, Half::Xdp { device: Box::new(device), receives: false }));
         }
-        let device = XdpDevice::open(interface, &self.all[owner].umem)?;
+        let device = XdpDevice::open_with(interface, &self.all[owner].umem, &self.pod_program()?)?;
         halves.push((owner, Half::Xdp { device: Box::new(device), receives: true }));
         Ok(halves)
+    }
+
+    fn pod_program(&self) -> io::Result<Arc<PodProgram>> {
+        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(program) = &*pods {
+            return Ok(Arc::clone(program));
+        }
+        let program = Arc::new(PodProgram::load().map_err(io::Error::other)?);
+        Ok(Arc::clone(pods.insert(program)))
     }
 
     /// Chooses who receives from a port.

@@ -24,7 +24,7 @@ use weft_router::port::tap::{Tap, TapPort};
 use weft_router::port::udp::{UdpPort, Underlay};
 use weft_router::port::xdp::outer::NextHop;
 use weft_router::port::xdp::programs::Tunnel;
-use weft_router::port::xdp::{Attachment, Hops, Verdict, XdpDevice, XdpPort, XdpUnderlay, programs};
+use weft_router::port::xdp::{Attachment, Hops, PodProgram, Verdict, XdpDevice, XdpPort, XdpUnderlay, programs};
 use weft_router::port::{Batch, Port, Queue};
 use weft_router::stats::Stats;
 use weft_router::{DropReason, PortId};
@@ -264,6 +264,28 @@ fn a_second_worker_sends_to_a_pod_that_the_first_receives_from() {
 }
 
 #[test]
+fn pods_that_share_a_program_are_told_apart_and_come_and_go_one_by_one() {
+    let _alone = exclusively();
+    let pods = Pods::new(3);
+    let program = Arc::new(PodProgram::load().unwrap());
+    let make = |pool: &Pool, umem: &Umem| {
+        let [one, two, gone] = [1, 2, 3].map(|number| {
+            let device = XdpDevice::open_with(interface(number), umem, &program).unwrap();
+            XdpPort::new(device, pool, PortId(number as u16)).unwrap()
+        });
+        drop(gone);
+        pods.expect_no_program(3);
+        // A pod that comes back finds its place free.
+        let _again = XdpDevice::open_with(interface(3), umem, &program).unwrap();
+        (one.into(), two.into())
+    };
+    between(&pods, make, || exercise(&pods.pods[0], &pods.pods[1]));
+    for number in 1..=3 {
+        pods.expect_no_program(number);
+    }
+}
+
+#[test]
 fn a_device_that_goes_away_breaks_its_port_and_no_other() {
     let _alone = exclusively();
     let mut pods = Pods::new(2);
@@ -456,7 +478,7 @@ fn packet(tags: &[u16], to: IpAddr, port: u16) -> Vec<u8> {
 fn the_uplinks_program_takes_our_tunnels_packets_and_nothing_else() {
     let _alone = exclusively();
     let sockets = Map::create(MapKind::Xsk, "none", 4, 4, 1).unwrap();
-    let tunnel = Tunnel { addresses: OURS.to_vec(), port: PORT, vlan: None };
+    let tunnel = Tunnel { addresses: OURS.to_vec(), port: PORT, vlan: None, secret: 7 };
     // Where there is no socket, what would have been taken is dropped here, so that it can be told apart.
     let program = Program::load("uplink", &programs::uplink(&sockets, &tunnel, Verdict::Drop)).unwrap();
     let judge = |bytes: &[u8]| {
@@ -515,7 +537,7 @@ fn an_uplink_in_use_leaves_the_nodes_own_traffic_alone() {
         let umem = Umem::of(pool.arena());
         let binding = Binding { interface: interface(1), queue: 0, ring: 2048, zero_copy: false };
         let socket = Socket::open(&umem, binding).unwrap();
-        let tunnel = Tunnel { addresses: vec![own.parse().unwrap()], port: PORT, vlan: None };
+        let tunnel = Tunnel { addresses: vec![own.parse().unwrap()], port: PORT, vlan: None, secret: 7 };
         let attachment = Attachment::uplink(interface(1), &[&socket], &tunnel, Mode::Native).unwrap();
         let mut port = XdpPort::new(XdpDevice::new(attachment, socket), &pool, PortId(1)).unwrap();
         let mut receive = || {
@@ -612,7 +634,7 @@ fn an_xdp_underlay_and_the_kernels_udp_understand_each_other() {
         let nodes = underlays();
         let pool = Pool::new(CHUNKS, 64).unwrap();
         let umem = Umem::of(pool.arena());
-        let tunnel = Tunnel { addresses: vec![here], port: PORT, vlan: None };
+        let tunnel = Tunnel { addresses: vec![here], port: PORT, vlan: None, secret: 7 };
         let udp = |node: &Netns, address| {
             let sockets = node.inside(|| Underlay::open((address, PORT).into(), 4).unwrap()).into_sockets().remove(0);
             UdpPort::new(sockets, ONE, 1450)

@@ -127,7 +127,7 @@ fn a_packet_over_the_mtu_is_told_the_mtu_and_never_reaches_the_wire() {
     let lab = Lab::up("m", 2, 1, "routed", &[]);
     let (pod, far, daemon) = (lab.pod(1, 1), lab.pod(2, 1), lab.daemon(1));
     let gateway: Mac = daemon.status().gateway_mac.parse().unwrap();
-    let underlay = Wire::open(&lab.nodes[0].netns(), "uplink");
+    let underlay = lab.wire(1);
     // The pod takes its interface to be wider than the way on is.
     pod.netns().ip(&format!("link set {} mtu 9000", pod.ifname));
     let l2 = L2 { src: pod.mac(), dst: gateway };

@@ -63,7 +63,7 @@ fn the_gateways_mac_never_crosses_the_tunnel() {
     let lab = Lab::up("w", 2, 2, "bridged", &[]);
     let (pod, far) = (lab.pod(1, 1), lab.pod(2, 1));
     let gateway: Mac = lab.daemon(1).status().gateway_mac.parse().unwrap();
-    let underlay = Wire::open(&lab.nodes[0].netns(), "uplink");
+    let underlay = lab.wire(1);
     for line in [
         format!("ping -n -c 3 -i 0.1 -W 1 {}", pod.gateway4),
         format!("ping -n -c 3 -i 0.1 -W 1 {}", pod.gateway6()),

@@ -197,8 +197,8 @@ fn honest(a: &Attacked, mode: &str) -> Vec<u8> {
 #[test]
 fn the_underlay_lets_nothing_in_that_is_not_a_members_own() {
     let _turn = turn();
-    for mode in ["routed", "bridged"] {
-        let cluster = Cluster::new("atk");
+    for (mode, kind) in [("routed", "udp"), ("bridged", "udp"), ("routed", "xdp"), ("bridged", "xdp")] {
+        let cluster = Cluster::new("atk").by(kind);
         let a = attacked(&cluster, mode);
         let daemon = a.node.daemon();
         let listener = Wire::open(&a.pod, "eth0");

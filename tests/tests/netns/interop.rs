@@ -30,8 +30,7 @@ struct Mixed {
 }
 
 /// `ports` are the kinds of our pods' ports; null is the node's own choice.
-fn mixed(suffix: &str, mode: &str, ports: [Value; 2]) -> Mixed {
-    let cluster = Cluster::new(suffix);
+fn mixed(cluster: Cluster, mode: &str, ports: [Value; 2]) -> Mixed {
     let peers = |others: [u8; 1]| others.map(|number| peer(number, None)).concat() + &peer(2, Some(KERNEL_MAC));
     let nodes = vec![cluster.weft_node(1, mode, &peers([3])), cluster.weft_node(3, mode, &peers([1]))];
     let kernel = cluster.machine(2);
@@ -173,7 +172,11 @@ const CHOSEN: [Value; 2] = [Value::Null, Value::Null];
 
 fn interoperates(suffix: &str, mode: &str, offloads: bool, ports: [Value; 2]) {
     let _turn = turn();
-    let mixed = mixed(suffix, mode, ports);
+    interoperate(Cluster::new(suffix), mode, offloads, ports);
+}
+
+fn interoperate(cluster: Cluster, mode: &str, offloads: bool, ports: [Value; 2]) {
+    let mixed = mixed(cluster, mode, ports);
     if !offloads {
         mixed.without_offloads();
     }
@@ -221,10 +224,18 @@ fn pods_by_xdp_a_pod_by_tap_and_a_learning_linux_bridge_reach_each_other_without
 }
 
 #[test]
+fn the_kernels_nodes_cannot_tell_an_underlay_by_xdp_from_one_by_udp() {
+    let _turn = turn();
+    for (suffix, mode, offloads) in [("iu", "routed", true), ("iuo", "bridged", false)] {
+        interoperate(Cluster::new(suffix).by("xdp"), mode, offloads, CHOSEN);
+    }
+}
+
+#[test]
 fn a_wrong_checksum_is_refused_by_the_receiver_and_never_repaired_on_the_way() {
     let _turn = turn();
     for mode in ["routed", "bridged"] {
-        let mixed = mixed("ic", mode, CHOSEN);
+        let mixed = mixed(Cluster::new("ic"), mode, CHOSEN);
         let (ours, kernels) = (&mixed.pods[0], &mixed.pods[2]);
         for ((from, source), (to, target)) in [(ours, kernels), (kernels, ours)] {
             for family in 0..2 {

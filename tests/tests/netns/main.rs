@@ -6,14 +6,17 @@
 #![allow(clippy::unwrap_used)]
 
 mod answers;
+mod attach;
 mod bench;
 mod bridged;
 mod chains;
 mod cni;
+mod conformance;
 mod etcd;
 mod footprint;
 mod hostile;
 mod hostport;
+mod installing;
 mod interop;
 mod ipam_plugins;
 mod labs;

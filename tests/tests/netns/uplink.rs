@@ -5,13 +5,16 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use weft_encap::mac::Mac;
 use weft_router::port::sys::bpf::{Map, MapKind, Mode, Program};
 use weft_router::port::xdp::programs;
 use weft_tests::cluster::{Cluster, WeftNode, peer};
 use weft_tests::command::eventually;
+use weft_tests::frames::{self, L2};
 use weft_tests::lab::Lab;
 use weft_tests::machine::turn;
 use weft_tests::netns::{Netns, OwnNetns};
+use weft_tests::wire::Wire;
 use weft_tests::{plugin, traffic};
 
 use super::reach::{every_size_passes, everyone_reaches_everyone, pings};
@@ -147,7 +150,7 @@ fn a_program_of_somebody_else_is_left_alone_and_named() {
     let other = node_by(&cluster, 2, "kind = \"xdp\"", &peers[1]);
     // Like any program that has nothing to do with us, it passes what it does not know.
     let map = Map::create(MapKind::Xsk, "theirs", 4, 4, 1).unwrap();
-    let tunnel = programs::Tunnel { addresses: vec![[192, 0, 2, 1].into()], port: 1, vlan: None };
+    let tunnel = programs::Tunnel { addresses: vec![[192, 0, 2, 1].into()], port: 1, vlan: None, secret: 7 };
     let program = programs::uplink(&map, &tunnel, weft_router::port::xdp::Verdict::Pass);
     let index = interface(&node.netns);
     let theirs = Program::load("theirs", &program).unwrap();
@@ -362,5 +365,59 @@ fn an_uplink_that_is_removed_leaves_the_tunnel_to_the_kernel() {
         status.problems
     );
     traffic::transfer(&pods[0].0, &pods[1].0, far, 4 << 20);
+    one.daemon().assert_conserved();
+}
+
+/// A router's word that this packet of a node's was longer than what is possible on the way.
+fn too_big(to: Mac, packet: &[u8], mtu: u16) -> Vec<u8> {
+    let mut icmp = [&[3, 4, 0, 0, 0, 0][..], &mtu.to_be_bytes(), &packet[..28]].concat();
+    let sum = frames::internet_checksum(&icmp);
+    icmp[2..4].copy_from_slice(&sum.to_be_bytes());
+    let len = (20 + icmp.len() as u16).to_be_bytes();
+    let mut ip = [&[0x45, 0][..], &len, &[0, 0, 0, 0, 64, 1, 0, 0, 10, 200, 0, 9, 10, 200, 0, 1]].concat();
+    let sum = frames::internet_checksum(&ip);
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    frames::ethernet(L2 { src: Mac([2, 0, 0, 0, 0, 9]), dst: to }, 0x0800, &[ip, icmp].concat())
+}
+
+#[test]
+fn a_routers_word_about_a_packet_of_ours_narrows_the_way_and_others_do_not() {
+    let _turn = turn();
+    let cluster = Cluster::new("ui");
+    let one = node_by(&cluster, 1, "kind = \"xdp\"", &peer(2, None));
+    let two = node_by(&cluster, 2, "kind = \"xdp\"", &peer(1, None));
+    let pods = [pod(&cluster, &one), pod(&cluster, &two)];
+    let far = pods[1].1[0];
+    let ping = |size: u32| pods[0].0.exec(&format!("ping -n -c 1 -W 1 -M do -s {size} {far}"));
+    traffic::await_answer(&pods[0].0, far);
+    eventually("n2 is reached by xdp", Duration::from_secs(5), || way(&one, "n2") == "xdp");
+    let (wire, attacker) = (Wire::open(cluster.underlay(), "n1"), cluster.machine(9));
+    assert!(ping(1400).success);
+    let is_ours =
+        |frame: &[u8]| frame.len() > 1400 && frame[26..30] == [10, 200, 0, 1] && frame[36..38] == [0x21, 0x18];
+    let sent = wire.find(Duration::from_secs(3), is_ours).expect("the ping is on the wire");
+    let (packet, mac) = (&sent[14..], Mac(sent[6..12].try_into().unwrap()));
+    let attacks = Wire::open(&attacker, "uplink");
+    for number in 1..200_u16 {
+        let mut guess = packet.to_vec();
+        // Another identification, which stands in bytes 4 and 5, or another source port.
+        let at = if number % 2 == 0 { 4 } else { 20 };
+        let value = u16::from_be_bytes([guess[at], guess[at + 1]]) ^ number;
+        guess[at..at + 2].copy_from_slice(&value.to_be_bytes());
+        assert!(attacks.send(&too_big(mac, &guess, 1300)));
+        if number % 40 == 0 {
+            // Only so many are looked at in a second.
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(ping(1400).success, "what was guessed changed something: {}", one.log());
+    assert!(attacks.send(&too_big(mac, packet, 1400)));
+    eventually("the pod is told", Duration::from_secs(3), || ping(1400).out.contains("mtu = 1350"));
+    assert!(ping(1300).success);
+    traffic::transfer(&pods[0].0, &pods[1].0, far, 4 << 20);
+    // No path is narrower than what every host can be sent.
+    assert!(attacks.send(&too_big(mac, packet, 68)));
+    eventually("the pod is told", Duration::from_secs(3), || ping(1000).out.contains("mtu = 526"));
     one.daemon().assert_conserved();
 }

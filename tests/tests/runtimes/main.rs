@@ -7,6 +7,7 @@
 
 mod containerd;
 mod podman;
+mod published;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

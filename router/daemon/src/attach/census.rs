@@ -203,7 +203,7 @@ mod tests {
         assert_eq!(number(fd.as_fd()).unwrap(), numbered.netns.unwrap().number.unwrap().id, "it keeps its number");
         drop(fd);
         let gone = || census.look().fate(&facts) == Fate::Gone && by_number(&numbered) == Fate::Gone;
-        assert!((0..500).any(|_| {
+        assert!((0..6000).any(|_| {
             std::thread::sleep(Duration::from_millis(10));
             gone()
         }));

@@ -15,6 +15,7 @@ use ipnet::IpNet;
 use weft_router::Tables;
 use weft_router::tables::{Node, Pod, Via};
 
+use super::config::Underlay;
 use super::desired::{DesiredState, HOST, UNDERLAY};
 
 /// The tables for `state`.
@@ -31,6 +32,9 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
         let Some(id) = state.nodes.of(&peer.name) else { continue };
         let node = Node { underlay: peer.underlay, vtep_mac: peer.vtep_mac, ranges: peer.ranges.clone() };
         tables.add_node(id, node);
+        if let Some(mtu) = state.path_mtus.get(&peer.underlay) {
+            tables.path_mtus.insert(id, mtu.saturating_sub(Underlay::overhead(peer.underlay)));
+        }
     }
     for range in &config.ranges {
         tables.add_route(*range, Via::Local);

@@ -1,6 +1,7 @@
 //! What should be: the configuration and the pods that are attached, with the numbers they go by.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use weft_router::PortId;
@@ -24,6 +25,8 @@ pub struct DesiredState {
     pub host: Option<Pod>,
     /// Who is behind each pod port.
     pub pods: BTreeMap<PortId, Pod>,
+    /// How long packets to an underlay address may be, where routers on the way said so; in bytes, with the outer IP header.
+    pub path_mtus: BTreeMap<IpAddr, u32>,
 }
 
 impl DesiredState {
@@ -31,14 +34,20 @@ impl DesiredState {
     pub fn new(config: Arc<Config>) -> DesiredState {
         let mut nodes = NodeNumbers::default();
         nodes.follow(&config.peers);
-        DesiredState { config, nodes, host: None, pods: BTreeMap::new() }
+        DesiredState { config, nodes, host: None, pods: BTreeMap::new(), path_mtus: BTreeMap::new() }
     }
 
     /// The same pods and interface under another configuration.
     pub fn reconfigured(&self, config: Arc<Config>) -> DesiredState {
         let mut nodes = self.nodes.clone();
         nodes.follow(&config.peers);
-        DesiredState { config, nodes, host: self.host.clone(), pods: self.pods.clone() }
+        DesiredState {
+            config,
+            nodes,
+            host: self.host.clone(),
+            pods: self.pods.clone(),
+            path_mtus: self.path_mtus.clone(),
+        }
     }
 
     /// The lowest port number that no pod has; `None` when all are in use.

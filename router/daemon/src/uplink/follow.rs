@@ -5,17 +5,21 @@
 //! gone is noticed. Hops that are not known are not looked for here; what is sent there takes the kernel's way, and has it look.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::net::RecvFlags;
 use weft_router::port::xdp::Hops;
+use weft_router::port::xdp::programs::Tunnel;
+use weft_router::port::xdp::too_big::{self, TooBig};
 
 use super::hops::{Device, Known, Way};
 use crate::netlink::Netlink;
@@ -26,13 +30,18 @@ const TICK: Duration = Duration::from_secs(1);
 /// How long routes are left alone after they were asked for: a router may announce thousands at once.
 const PAUSE: Duration = Duration::from_millis(50);
 
+/// How many ICMP messages are looked at within a tick: what is guessed shall take long.
+const HEARD: u32 = 50;
+/// How long a path is taken to be as narrow as a router said (RFC 1191 section 6.3, RFC 8201 section 4).
+const FORGET: Duration = Duration::from_secs(600);
+
 /// What is to be followed.
 #[derive(Debug, Clone)]
 pub struct Followed {
+    /// The tunnel as its packets are written.
+    pub tunnel: Tunnel,
     /// This node's underlay address.
     pub address: IpAddr,
-    /// The tunnel's UDP port.
-    pub port: u16,
     /// The device by which routes leave.
     pub device: u32,
     /// The device that the program is on; the same, but for a VLAN.
@@ -42,16 +51,25 @@ pub struct Followed {
 }
 
 /// The thread, as others see it.
-#[derive(Debug)]
 pub struct Follower {
     hops: Arc<ArcSwap<Hops>>,
     shared: Arc<Shared>,
 }
 
-#[derive(Debug)]
+impl fmt::Debug for Follower {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Follower").field("ways", &lock(&self.shared.ways)).finish_non_exhaustive()
+    }
+}
+
+/// Told when path MTUs change.
+type Listener = Box<dyn Fn() + Send + Sync>;
+
 struct Shared {
     nodes: Mutex<Vec<IpAddr>>,
     ways: Mutex<BTreeMap<IpAddr, Way>>,
+    path_mtus: Mutex<BTreeMap<IpAddr, u32>>,
+    listener: OnceLock<Listener>,
     /// Told when the nodes changed, and when nobody wants to know any more.
     wake: OwnedFd,
 }
@@ -64,17 +82,28 @@ impl Follower {
     pub fn start(followed: Followed) -> anyhow::Result<Follower> {
         let notices = Netlink::follow_paths().context("cannot follow the kernel's routes and neighbours")?;
         let asking = Netlink::open().context("cannot open a netlink socket")?;
+        let complaints =
+            too_big::open(followed.address.is_ipv4()).context("cannot open a socket for ICMP (CAP_NET_RAW)")?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an eventfd")?;
-        let shared = Arc::new(Shared { nodes: Mutex::default(), ways: Mutex::default(), wake });
+        let shared = Arc::new(Shared {
+            nodes: Mutex::default(),
+            ways: Mutex::default(),
+            path_mtus: Mutex::default(),
+            listener: OnceLock::new(),
+            wake,
+        });
         let hops = Arc::new(ArcSwap::from_pointee(Hops::default()));
         let (known, stale) = (Known::default(), true);
         let mut thread = Thread {
             followed,
             notices,
+            complaints,
             asking,
             known,
             stale,
             asked: None,
+            heard: 0,
+            believed: BTreeMap::new(),
             hops: Arc::clone(&hops),
             shared: Arc::clone(&shared),
         };
@@ -98,6 +127,16 @@ impl Follower {
             drop(known);
             self.shared.wake();
         }
+    }
+
+    /// How long packets to a node may be, where a router on the way said so.
+    pub fn path_mtus(&self) -> BTreeMap<IpAddr, u32> {
+        lock(&self.shared.path_mtus).clone()
+    }
+
+    /// Who is told, on the thread that follows, when that changes. The first one stays.
+    pub fn on_path_mtu(&self, listener: Listener) {
+        let _ = self.shared.listener.set(listener);
     }
 
     /// How frames to a node leave; none if that is not known yet.
@@ -126,12 +165,18 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Thread {
     followed: Followed,
     notices: Netlink,
+    /// ICMP messages.
+    complaints: OwnedFd,
     asking: Netlink,
     known: Known,
     /// Whether routes have to be asked for.
     stale: bool,
     /// When they were.
     asked: Option<Instant>,
+    /// How many messages were looked at since the last tick.
+    heard: u32,
+    /// When a path's MTU was believed.
+    believed: BTreeMap<IpAddr, Instant>,
     hops: Arc<ArcSwap<Hops>>,
     shared: Arc<Shared>,
 }
@@ -148,7 +193,9 @@ impl Thread {
             }
             if ticked.elapsed() >= TICK {
                 ticked = Instant::now();
+                self.heard = 0;
                 self.look_for_silent();
+                self.forget_path_mtus();
             }
             if let Err(error) = self.wait(ticked) {
                 tracing::error!(%error, "the kernel's notices cannot be read: ways to other nodes are no longer followed");
@@ -171,15 +218,18 @@ impl Thread {
             None => tick,
         };
         let patience = Timespec { tv_sec: 0, tv_nsec: patience.as_nanos().min(999_999_999) as _ };
+        // What is beyond the limit waits for the next tick, or is lost.
+        let listening = if self.heard < HEARD { PollFlags::IN } else { PollFlags::empty() };
         let mut ready = [
             PollFd::new(&self.shared.wake, PollFlags::IN),
             PollFd::from_borrowed_fd(self.notices.readable(), PollFlags::IN),
+            PollFd::new(&self.complaints, listening),
         ];
         match poll(&mut ready, Some(&patience)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let [woken, told] = ready.map(|fd| !fd.revents().is_empty());
+        let [woken, told, complained] = ready.map(|fd| !fd.revents().is_empty());
         if woken {
             let _ = rustix::io::read(&self.shared.wake, &mut [0_u8; 8]);
             self.stale = true;
@@ -188,7 +238,55 @@ impl Thread {
             let changes = self.notices.changes()?;
             self.take(&changes)?;
         }
+        if complained {
+            self.hear();
+        }
         Ok(())
+    }
+
+    /// Reads what routers say.
+    fn hear(&mut self) {
+        let mut bytes = [0; 1500];
+        while self.heard < HEARD {
+            let Ok((_, len)) = rustix::net::recv(&self.complaints, &mut bytes[..], RecvFlags::DONTWAIT) else { return };
+            self.heard += 1;
+            let (message, tunnel) = (&bytes[..len.min(bytes.len())], &self.followed.tunnel);
+            let v4 = self.followed.address.is_ipv4();
+            let read = if v4 { too_big::read_v4(message, tunnel) } else { too_big::read_v6(message, tunnel) };
+            if let Some(told) = read {
+                self.believe(told);
+            }
+        }
+    }
+
+    /// Sends no more to this node at once. A path does not become wider by what somebody says, but by time.
+    fn believe(&mut self, told: TooBig) {
+        let TooBig { node, mtu } = told;
+        let now = self.hops.load().get(&node).map(|hop| hop.next.mtu);
+        if now.is_some_and(|now| mtu < now) {
+            tracing::info!(%node, mtu, "a router on the way to this node says how long packets may be");
+            self.believed.insert(node, Instant::now());
+            self.known.path_mtu.insert(node, mtu);
+            self.path_mtus_changed();
+        }
+    }
+
+    /// Tries again what once was too big, for paths become wider, too.
+    fn forget_path_mtus(&mut self) {
+        let before = self.believed.len();
+        self.believed.retain(|_, since| since.elapsed() < FORGET);
+        if self.believed.len() < before {
+            self.known.path_mtu.retain(|node, _| self.believed.contains_key(node));
+            self.path_mtus_changed();
+        }
+    }
+
+    fn path_mtus_changed(&mut self) {
+        self.publish();
+        *lock(&self.shared.path_mtus) = self.known.path_mtu.iter().map(|(node, mtu)| (*node, *mtu)).collect();
+        if let Some(listener) = self.shared.listener.get() {
+            listener();
+        }
     }
 
     fn take(&mut self, changes: &[Change]) -> io::Result<()> {
@@ -216,7 +314,7 @@ impl Thread {
     fn learn_routes(&mut self) {
         (self.stale, self.asked) = (false, Some(Instant::now()));
         self.known.device = self.device().unwrap_or(None);
-        let Followed { address, port, .. } = self.followed;
+        let (address, port) = (self.followed.address, self.followed.tunnel.port);
         let nodes = lock(&self.shared.nodes).clone();
         self.known.routes = nodes.iter().map(|node| (*node, self.asking.route(address, *node, port).ok())).collect();
         self.publish();

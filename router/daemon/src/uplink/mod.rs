@@ -10,6 +10,7 @@
 mod follow;
 mod hops;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 
@@ -27,6 +28,7 @@ use crate::control::config::{self, UnderlayKind};
 use crate::control::desired::UNDERLAY;
 use crate::netlink::Netlink;
 use crate::netlink::paths::Detailed;
+use crate::node;
 use follow::{Followed, Follower};
 use hops::Way;
 
@@ -97,6 +99,18 @@ impl Uplink {
     pub fn set_nodes(&self, nodes: impl Iterator<Item = IpAddr>) {
         if let Ok(chosen) = &self.outcome {
             chosen.follower.set_nodes(nodes);
+        }
+    }
+
+    /// How long packets to nodes may be, where routers on the way said so.
+    pub fn path_mtus(&self) -> BTreeMap<IpAddr, u32> {
+        self.outcome.as_ref().map(|chosen| chosen.follower.path_mtus()).unwrap_or_default()
+    }
+
+    /// Has that be told of, once.
+    pub fn on_path_mtu(&self, listener: impl Fn() + Send + Sync + 'static) {
+        if let Ok(chosen) = &self.outcome {
+            chosen.follower.on_path_mtu(Box::new(listener));
         }
     }
 
@@ -174,14 +188,15 @@ fn prepare(config: &config::Underlay, router: &Router) -> anyhow::Result<(OpenUp
         mtu: link.mtu,
         carrier: link.up && link.carrier,
     };
-    let tunnel = Tunnel { addresses: vec![config.address], port: config.port, vlan: found.vlan };
-    let opened = router.open_uplink(&uplink, tunnel).with_context(|| name.clone())?;
+    let tunnel =
+        Tunnel { addresses: vec![config.address], port: config.port, vlan: found.vlan, secret: node::random_seed()? };
+    let opened = router.open_uplink(&uplink, tunnel.clone()).with_context(|| name.clone())?;
     if config.kind == UnderlayKind::Auto && !opened.zero_copy {
         bail!("the driver of {name} copies frames for AF_XDP, and then UDP is faster");
     }
     let followed = Followed {
+        tunnel,
         address: config.address,
-        port: config.port,
         device: found.way.link.index,
         uplink: link.index,
         vlan: found.vlan,

@@ -36,7 +36,7 @@ fn the_lease_of_a_pod_that_is_gone_is_freed_without_a_del_and_that_of_a_living_o
     // A living namespace whose device was removed is no namespace that is gone.
     run(&["ip", "-n", &pods[1], "link", "del", "eth0"]);
     delete(&mut lab, &pods[0]);
-    assert!(until_seconds(40, || containers(&lab) == ["lives"]), "{:?}", containers(&lab));
+    assert!(until_seconds(120, || containers(&lab) == ["lives"]), "{:?}", containers(&lab));
     // The inode of the one that is gone may be another's by now; its lease is gone all the same.
     let next = lab.namespace("p3");
     lab.add(&next, attach("gone")).unwrap();

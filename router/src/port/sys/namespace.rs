@@ -118,7 +118,7 @@ mod tests {
         if lives(own().0, own().1).is_ok() {
             assert!(!lives(own().0 ^ 1 << 62, own().1).unwrap());
             let gone = || !lives(first.0.0, first.0.1).unwrap();
-            assert!((0..500).any(|_| gone() || {
+            assert!((0..6000).any(|_| gone() || {
                 thread::sleep(std::time::Duration::from_millis(10));
                 false
             }));

@@ -14,6 +14,7 @@ use weft_encap::offload::Partial;
 
 use super::Verdict;
 use super::endpoint::Endpoint;
+use super::pod_program::{PodLead, PodProgram};
 use super::programs::{self, Tunnel};
 use crate::drop_reason::DropReason;
 use crate::frame::{Body, Frame};
@@ -130,6 +131,8 @@ enum Lead {
     None,
     /// A program for it alone.
     Own { _attachment: Attachment },
+    /// That of many pods.
+    Pod { _lead: PodLead },
     /// The program of an uplink, for this queue.
     Shared(Arc<Steering>, u32),
 }
@@ -176,6 +179,22 @@ impl XdpDevice {
         let socket = Socket::open(umem, Binding { interface, queue: 0, ring: RING, zero_copy: false })?;
         let attachment = Attachment::pod(interface, &socket, Mode::Native).map_err(io::Error::other)?;
         Ok(XdpDevice::new(attachment, socket))
+    }
+
+    /// The same with a program that other devices of this namespace have as well, which takes the kernel far less time.
+    ///
+    /// # Errors
+    /// As for [`XdpDevice::open`].
+    pub fn open_with(interface: u32, umem: &Umem, program: &Arc<PodProgram>) -> io::Result<XdpDevice> {
+        let socket = Socket::open(umem, Binding { interface, queue: 0, ring: RING, zero_copy: false })?;
+        let lead = match program.lead(interface, &socket).map_err(io::Error::other)? {
+            Some(lead) => Lead::Pod { _lead: lead },
+            None => {
+                let attachment = Attachment::pod(interface, &socket, Mode::Native).map_err(io::Error::other)?;
+                Lead::Own { _attachment: attachment }
+            }
+        };
+        Ok(XdpDevice { lead, socket })
     }
 
     /// Opens it for a worker that only sends. `queue` is not 0, and not another such worker's.

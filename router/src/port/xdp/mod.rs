@@ -10,16 +10,19 @@ mod channel;
 mod endpoint;
 pub mod outer;
 mod partial;
+mod pod_program;
 mod port;
 mod probe;
 pub mod programs;
 #[cfg(test)]
 mod tests;
+pub mod too_big;
 mod underlay;
 mod uplink;
 
 pub use assembler::{Assembler, Helper, Label, Operation, Register, Size, Verdict, When};
 pub use channel::{Attachment, IN_ONE, UPLINK_PROGRAM, XdpDevice};
+pub use pod_program::PodProgram;
 pub use port::XdpPort;
 pub use probe::probe;
 pub use underlay::{Hop, Hops, XdpUnderlay};

@@ -23,6 +23,7 @@ use weft_encap::vxlan::VXLAN_LEN;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::programs::Tunnel;
+use super::too_big::{self, FLOW_LABEL};
 use crate::drop_reason::DropReason;
 use crate::frame::{Frame, Outer};
 
@@ -54,9 +55,11 @@ pub fn write(
     hop: &NextHop,
     from: IpAddr,
     outer: &Outer,
-    port: u16,
+    tunnel: &Tunnel,
     len: usize,
 ) -> Result<(Prefix, Partial), DropReason> {
+    let src_port = FIRST_PORT | outer.entropy & !FIRST_PORT;
+    let cookie = too_big::cookie(tunnel, outer.peer, src_port);
     let udp_len = u16::try_from(UDP_LEN + len).map_err(|_| DropReason::UnderlayMtu)?;
     let mut prefix = Prefix::new();
     let mut put = |bytes: &[u8]| prefix.try_extend_from_slice(bytes).expect("it has room for all of them");
@@ -70,6 +73,7 @@ pub fn write(
         (IpAddr::V4(from), IpAddr::V4(to)) => {
             let mut header = Ipv4Header::new(from, to, UDP, TTL, udp_len);
             header.tos = outer.tos;
+            header.id = (cookie as u16).into();
             header.checksum = weft_encap::checksum::ipv4_header(header.as_bytes()).into();
             put(&ETHERTYPE_IPV4.to_be_bytes());
             put(header.as_bytes());
@@ -77,7 +81,7 @@ pub fn write(
         }
         (IpAddr::V6(from), IpAddr::V6(to)) => {
             let mut header = Ipv6Header::new(from, to, UDP, TTL, udp_len);
-            header.version_class_flow = (0x6000_0000 | u32::from(outer.tos) << 20).into();
+            header.version_class_flow = (0x6000_0000 | u32::from(outer.tos) << 20 | cookie & FLOW_LABEL).into();
             put(&ETHERTYPE_IPV6.to_be_bytes());
             put(header.as_bytes());
             (pseudo_v6(from, to, UDP, udp_len.into()), IPV6_LEN)
@@ -87,10 +91,9 @@ pub fn write(
     if ip_len + usize::from(udp_len) > hop.mtu as usize {
         return Err(DropReason::UnderlayMtu);
     }
-    let src_port = FIRST_PORT | outer.entropy & !FIRST_PORT;
     let udp = UdpHeader {
         src_port: src_port.into(),
-        dst_port: port.into(),
+        dst_port: tunnel.port.into(),
         len: udp_len.into(),
         checksum: pseudo.fold().into(),
     };
@@ -258,13 +261,13 @@ mod tests {
     fn packet(family: usize, vlan: Option<u16>, payload: &[u8]) -> Vec<u8> {
         let outer = Outer { peer: THERE[family].parse().unwrap(), entropy: 0x1234, tos: 0xb8 };
         let from = HERE[family].parse().unwrap();
-        let (mut prefix, partial) = write(&hop(vlan), from, &outer, PORT, payload.len()).unwrap();
+        let (mut prefix, partial) = write(&hop(vlan), from, &outer, &tunnel(), payload.len()).unwrap();
         complete(&mut prefix, partial, [payload].into_iter());
         [&prefix[..], payload].concat()
     }
 
     fn tunnel() -> Tunnel {
-        Tunnel { addresses: THERE.map(|address| address.parse().unwrap()).to_vec(), port: PORT, vlan: None }
+        Tunnel { addresses: THERE.map(|address| address.parse().unwrap()).to_vec(), port: PORT, vlan: None, secret: 7 }
     }
 
     fn open(bytes: &[u8]) -> Result<(Vec<u8>, Outer), DropReason> {
@@ -312,7 +315,7 @@ mod tests {
             let long = vec![7; 3_000];
             let outer = Outer { peer: THERE[family].parse().unwrap(), entropy: 0, tos: 0 };
             let far = NextHop { mtu: 9_000, ..hop(vlan) };
-            let (mut prefix, partial) = write(&far, expected.peer, &outer, PORT, long.len()).unwrap();
+            let (mut prefix, partial) = write(&far, expected.peer, &outer, &tunnel(), long.len()).unwrap();
             let raw = [&prefix[..], &long].concat();
             assert_eq!(open(&raw).unwrap().0, long, "the checksum is partial");
             complete(&mut prefix, partial, [&long[..]].into_iter());
@@ -379,7 +382,7 @@ mod tests {
     #[test]
     fn what_is_too_long_or_of_another_family_is_not_written() {
         let outer = Outer { peer: THERE[0].parse().unwrap(), entropy: 0, tos: 0 };
-        let write = |from: &str, len| write(&hop(None), from.parse().unwrap(), &outer, PORT, len).err();
+        let write = |from: &str, len| write(&hop(None), from.parse().unwrap(), &outer, &tunnel(), len).err();
         assert_eq!((write(HERE[0], 1_472), write(HERE[0], 1_473)), (None, Some(DropReason::UnderlayMtu)));
         assert_eq!(write(HERE[0], 70_000), Some(DropReason::UnderlayMtu));
         assert_eq!(write(HERE[1], 100), Some(DropReason::UnderlayUnreachable));

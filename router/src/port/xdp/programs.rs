@@ -18,6 +18,7 @@ use crate::port::xdp::Operation;
 /// Context: <https://elixir.bootlin.com/linux/v6.18/A/ident/xdp_md>.
 const DATA: i16 = 0;
 const DATA_END: i16 = 4;
+const INTERFACE: i16 = 12;
 const QUEUE: i16 = 16;
 
 /// Addresses and port of our tunnel.
@@ -29,6 +30,8 @@ pub struct Tunnel {
     pub port: u16,
     /// The VLAN that frames come by; any if it is none. Some devices take the tag off, so a frame may come without.
     pub vlan: Option<u16>,
+    /// What [`cookie`](super::too_big::cookie) is made with; unknown to others.
+    pub secret: u64,
 }
 
 /// Every frame goes to the socket of its queue.
@@ -36,6 +39,14 @@ pub fn pod(sockets: &Map) -> Vec<Instruction> {
     let mut a = Assembler::new();
     // R2 = the queue's number.
     a.load(Size::Word, R2, R1, QUEUE);
+    redirect(&mut a, sockets, Verdict::Drop);
+    a.finish()
+}
+
+/// Every frame goes to the socket that its interface's number has, less what exceeds the size of the map, a power of two.
+pub fn pods(sockets: &Map, size: u32) -> Vec<Instruction> {
+    let mut a = Assembler::new();
+    a.load(Size::Word, R2, R1, INTERFACE).compute(Operation::And, R2, size as i32 - 1);
     redirect(&mut a, sockets, Verdict::Drop);
     a.finish()
 }

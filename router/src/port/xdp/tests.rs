@@ -296,7 +296,7 @@ fn underlay(pool: &Pool, checksum: bool) -> (XdpUnderlay, Arc<ArcSwap<Hops>>, Ke
     let channel = Channel::over(ours, fd, Abilities { checksum, pieces: true }, pool, ID);
     let aside = MemoryPort::new(ID);
     let (wire, hops) = (aside.outbox(), Arc::new(ArcSwap::from_pointee(Hops::default())));
-    let tunnel = Tunnel { addresses: vec!["127.0.0.1".parse().unwrap()], port: 8472, vlan: None };
+    let tunnel = Tunnel { addresses: vec!["127.0.0.1".parse().unwrap()], port: 8472, vlan: None, secret: 7 };
     let port = XdpUnderlay::over(vec![channel], tunnel, Arc::clone(&hops), Box::new(aside)).unwrap();
     (port, hops, kernel, wire)
 }
@@ -326,7 +326,7 @@ fn a_node_without_next_hop_is_reached_by_the_kernel_until_there_is_one() {
         send(&mut port);
         assert_eq!(aside.borrow().len(), 1);
         // The other node: what was sent is what it gets.
-        let there = Tunnel { addresses: vec![peer], port: 8472, vlan: None };
+        let there = Tunnel { addresses: vec![peer], port: 8472, vlan: None, secret: 7 };
         let mut received = Vec::new();
         while let Some((bytes, told)) = kernel.send(&pool) {
             assert_eq!(told.is_some(), checksum, "the outer checksum is the kernel's where it can");

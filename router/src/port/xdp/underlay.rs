@@ -249,7 +249,7 @@ impl Sender {
         // One checksum can be left to others, and that is the outer one: it covers more.
         software::fill_checksum(frame, TUNNEL_HEADER)?;
         let len = frame.len();
-        let (mut prefix, partial) = outer::write(hop, self.source(outer)?, outer, self.tunnel.port, len)?;
+        let (mut prefix, partial) = outer::write(hop, self.source(outer)?, outer, &self.tunnel, len)?;
         let partial = channel.abilities().checksum.then_some(partial).or_else(|| {
             outer::complete(&mut prefix, partial, frame.slices(0..len));
             None
@@ -298,7 +298,7 @@ impl Sender {
         let mut headers = [0; TUNNEL_HEADER + HEADERS];
         let header = cut.write(index, &mut headers);
         let slices = || std::iter::once(&headers[..header]).chain(cut.payload(index));
-        let (mut prefix, partial) = outer::write(hop, self.source(outer)?, outer, self.tunnel.port, cut.len(index))?;
+        let (mut prefix, partial) = outer::write(hop, self.source(outer)?, outer, &self.tunnel, cut.len(index))?;
         let partial = channel.abilities().checksum.then_some(partial).or_else(|| {
             outer::complete(&mut prefix, partial, slices());
             None

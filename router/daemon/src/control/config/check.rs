@@ -70,6 +70,7 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
             limits: draft.limits,
             metrics: draft.metrics.as_ref().map(|metrics| metrics.value),
             leases: draft.leases,
+            cni: draft.cni,
             log: draft.log,
         })
     })();

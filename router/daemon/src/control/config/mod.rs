@@ -21,10 +21,11 @@
 //! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
 //! `underlay.device`, `underlay.kind` (`"udp"`), `underlay.vlan`, `host_port` (`"weft0"`; another name, or `false` for none),
-//! `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`, `metrics.listen` (nothing is served without it), `[log]`. With
-//! `[etcd]` ([`source`]) ranges and peers come from there, and `underlay.address` is the machine's main one unless given.
+//! `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`, `[cni]`, `metrics.listen` (nothing is served without it), `[log]`.
+//! With `[etcd]` ([`source`]) ranges and peers come from there, and `underlay.address` is the machine's main one unless given.
 
 pub mod check;
+mod cni;
 mod leases;
 pub mod reader;
 pub mod source;
@@ -41,6 +42,7 @@ use weft_router::RouterConfig;
 use weft_router::tables::{Gateway, Mode};
 
 use super::host::Host;
+pub use cni::Cni;
 pub use leases::Leases;
 use reader::{At, Problem, Reader, Section, Switch, TEXT};
 use source::{DraftEtcd, SourceConfig};
@@ -168,6 +170,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// What holds for the addresses that this node gives.
     pub leases: Leases,
+    /// What the container runtime is told.
+    pub cni: Cni,
     /// What is logged.
     pub log: Log,
 }
@@ -291,6 +295,7 @@ impl Config {
             ("limits", self.limits != new.limits),
             ("metrics.listen", self.metrics != new.metrics),
             ("leases.boot_id", self.leases.boot_id != new.leases.boot_id),
+            ("cni", self.cni != new.cni),
             ("log.format", self.log.json != new.log.json),
         ];
         fixed.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect()
@@ -360,6 +365,7 @@ struct Draft {
     limits: Limits,
     metrics: Option<At<SocketAddr>>,
     leases: Leases,
+    cni: Cni,
     log: Log,
 }
 
@@ -403,6 +409,7 @@ impl Draft {
             limits: Limits::read(reader, &mut root),
             metrics: read_metrics(reader, &mut root),
             leases: Leases::read(reader, &mut root),
+            cni: Cni::read(reader, &mut root),
             log: Log::read(reader, &mut root),
         };
         reader.finish(root);

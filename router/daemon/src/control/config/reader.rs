@@ -185,6 +185,16 @@ impl<'t> Reader<'t> {
         }
     }
 
+    /// Yes or no.
+    pub fn boolean(&mut self, section: &mut Section<'t>, key: &'static str) -> Option<At<bool>> {
+        let (place, value) = section.take(key)?;
+        let DeValue::Boolean(value) = value else {
+            self.problem(&place, "must be true or false");
+            return None;
+        };
+        Some(At { value, place })
+    }
+
     /// A name, or whether there is to be one at all. `expected` says so.
     pub fn switch(&mut self, section: &mut Section<'t>, key: &'static str, expected: &str) -> Option<At<Switch>> {
         let (place, value) = section.take(key)?;
