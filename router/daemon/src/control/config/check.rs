@@ -146,6 +146,15 @@ fn check_underlay(reader: &mut Reader<'_>, draft: &Draft, host: &Host) -> Option
         if found.is_none() {
             reader.problem(&missing_underlay(), format!("is missing, and this machine has no main address: {advice}"));
         }
+        // What stands in the file is compared with all that is for pods later on.
+        let network = draft.etcd.iter().flat_map(|etcd| &etcd.network);
+        for (range, address) in
+            network.filter_map(|range| Some((range, found.filter(|own| range.value.contains(own))?)))
+        {
+            let what =
+                format!("{} has this machine's address {address} in it: pods need a network of their own", range.value);
+            reader.problem(&range.place, what);
+        }
         return found;
     }
     let place = underlay.map_or(root("underlay.address"), |underlay| underlay.section.clone());

@@ -240,7 +240,11 @@ fn each_fault_in_what_is_said_about_etcd_is_named() {
         ("\"10.244.0.0/16\", \"fd00:10:244::/48\"", "", "line 3: etcd.network: is missing"),
         ("fd00:10:244::/48", "10.245.0.0/16", "line 5: etcd.network: is the second prefix of its family"),
         ("10.244.0.0/16", "10.244.0.0/24", "line 5: etcd.network: 10.244.0.0/24 cannot be cut into parts of /24"),
-        ("10.244.0.0/16", "10.200.0.0/16", "10.200.0.1 lies in 10.200.0.0/16 (line 5)"),
+        (
+            "10.244.0.0/16",
+            "10.200.0.0/16",
+            "line 5: etcd.network: 10.200.0.0/16 has this machine's address 10.200.0.1 in it",
+        ),
         ("[etcd]", "ranges = [\"10.9.0.0/24\"]\n[etcd]", "line 3: ranges: stands here, but etcd says who has what"),
         ("[etcd]", "gateway = [\"10.244.0.1\"]\n[etcd]", "line 3: gateway: stands here, but etcd says who has what"),
         ("[etcd]", "[etcd]\nuser = \"weft\"", "line 3: etcd.user: and password_file come together"),
