@@ -39,7 +39,7 @@ check: ## Format, lints, documentation, dependencies, sizes, counts
 	@.ci/check
 
 bench: ## The core alone, then Weft beside other data paths: 25 minutes; BENCH=short: 5 (root)
-	@.ci/setup root lab bench
+	@.ci/setup root lab bench yardstick
 	@.ci/build
 	@cargo bench --locked -p weft-benches $(if $(filter short,$(BENCH)),-- --warm-up-time 0.3 --measurement-time 0.7)
 	@cargo bench --locked -p weft-benches --bench ratios

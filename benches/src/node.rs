@@ -11,6 +11,7 @@ use weft_encap::zerocopy::IntoBytes;
 use weft_router::bridge::Fdb;
 use weft_router::forward::Forwarder;
 use weft_router::frame::{Body, Frame, Outer};
+use weft_router::pace::Limits;
 use weft_router::pool::Pool;
 use weft_router::port::sys::arena::Super;
 use weft_router::port::{Batch, Outbox, PortId};
@@ -163,7 +164,13 @@ pub fn tables(mode: Mode, nodes: u16) -> Tables {
     (tables.epoch, tables.mode, tables.vtep_mac) = (1, mode, VTEP);
     tables.add_underlay(UNDERLAY);
     for number in 1..=PODS {
-        let pod = Pod { mac: pod_mac(number), ipv4: vec![pod_v4(number)], ipv6: vec![pod_v6(number)], mtu: 1450 };
+        let pod = Pod {
+            mac: pod_mac(number),
+            ipv4: vec![pod_v4(number)],
+            ipv6: vec![pod_v6(number)],
+            mtu: 1450,
+            limits: Limits::default(),
+        };
         tables.add_pod(PortId(number), pod);
     }
     for range in ["10.1.0.0/24", "fd00:1::/64"] {

@@ -42,6 +42,7 @@ reasons! {
     #[fine] Answered = "the frame was for the gateway, which answered or took it",
     #[fine] NoReceiver = "a broadcast or multicast frame with nobody else in its segment to hear it",
     #[fine] Hairpin = "the destination is behind the port the frame came in on",
+    #[fine] Bandwidth = "the pod is sent more than its limit of bandwidth lets through",
     #[fine] PortAbsent = "the port has no device yet or no longer: its pod is being attached or removed",
 
     // Reading the frame.

@@ -29,6 +29,7 @@ pub mod glimpse;
 pub mod icmp;
 pub mod nat;
 pub mod neigh;
+pub mod pace;
 pub mod packet;
 pub mod path;
 pub mod policy;

@@ -13,6 +13,7 @@ use prefix_trie::PrefixMap;
 use weft_encap::mac::Mac;
 use weft_encap::vxlan::Vni;
 
+use crate::pace::Limits;
 use crate::port::PortId;
 
 /// Number of a node in [`Tables::nodes`]. Stable for a peer as long as the daemon runs, so that counters stay with it.
@@ -68,6 +69,8 @@ pub struct Pod {
     pub ipv6: Vec<Ipv6Addr>,
     /// MTU of its interface in bytes, L2 header not included.
     pub mtu: u32,
+    /// What it may send and receive.
+    pub limits: Limits,
 }
 
 /// Who is behind a port.
@@ -236,12 +239,20 @@ impl Tables {
         self.path_mtus.get(&id).map_or(self.tunnel_mtu, |mtu| self.tunnel_mtu.min(*mtu))
     }
 
+    /// What whoever is behind a port may send and receive.
+    pub fn limits(&self, port: PortId) -> Option<&Limits> {
+        match self.role(port)? {
+            Role::Pod(pod) | Role::Host(pod) => Some(&pod.limits),
+            Role::Underlay => None,
+        }
+    }
+
     /// A node by number.
     pub fn node(&self, id: NodeId) -> Option<&Node> {
         self.nodes.get(id.index()).and_then(Option::as_ref)
     }
 
-    fn set_port(&mut self, port: PortId, role: Role) {
+    pub(crate) fn set_port(&mut self, port: PortId, role: Role) {
         if self.ports.len() <= port.index() {
             self.ports.resize_with(port.index() + 1, || None);
         }

@@ -5,6 +5,9 @@
 //! not wait. Otherwise the thread sleeps until a device, a command or a timer wakes it, and timers run only
 //! while something can age.
 //!
+//! A port whose pod has a limit of bandwidth ([`crate::pace`]) rests when it has sent too much: it is not read from until
+//! that is paid for. What is too much for it waits in its queue, within limits.
+//!
 //! A port whose device is gone leaves the poller at once, so that it cannot keep the thread awake; what waited for it
 //! is dropped by name, and the daemon hears of it as an [`Event`]. All workers have a port of each device, and notice its end each by
 //! itself; the first one tells.
@@ -20,6 +23,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, Cache};
+use arrayvec::ArrayVec;
 use crossbeam::channel::{self, Receiver, Sender, TryRecvError};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -34,13 +38,15 @@ use crate::control::{
 };
 use crate::drop_reason::DropReason;
 use crate::forward::Forwarder;
+use crate::frame::Frame;
 use crate::gather::gather;
+use crate::pace::{self, Bucket};
 use crate::pool::Pool;
 use crate::port::sys::xsk::Umem;
 use crate::port::tap::TapPort;
 use crate::port::udp::UdpPort;
 use crate::port::xdp::{XdpPort, XdpUnderlay};
-use crate::port::{Batch, Capabilities, Outbox, Port, PortId, Received};
+use crate::port::{BATCH, Batch, Capabilities, Outbox, Port, PortId, QUEUE, Queue, Received};
 use crate::returns::{Returns, ReturnsUse};
 use crate::tables::Tables;
 use crate::time::Instant;
@@ -136,6 +142,12 @@ struct Worker {
     ready: VecDeque<PortId>,
     /// Ports that did not take all of their queues.
     busy: Vec<PortId>,
+    /// Ports that are not received from before some time.
+    resting: Vec<(PortId, Instant)>,
+    /// Frames that may pass now, of a port with a limit.
+    passing: Queue,
+    /// Free buffers below which nothing is kept waiting for a port with a limit.
+    scarce: (usize, usize),
     pool: Pool,
     forwarder: Forwarder,
     outbox: Outbox,
@@ -153,6 +165,9 @@ impl Worker {
             ports: Vec::new(),
             ready: VecDeque::new(),
             busy: Vec::new(),
+            resting: Vec::new(),
+            passing: Queue::new(),
+            scarce: (config.chunks as usize / 4, config.supers as usize / 4),
             pool: Pool::new(config.chunks, config.supers)?,
             forwarder: Forwarder::sharing(shared.fdb, shared.returns, config),
             outbox: Outbox::new(),
@@ -189,8 +204,9 @@ impl Worker {
         if !self.ready.is_empty() {
             return Some(Duration::ZERO);
         }
-        let tick = self.next_tick.map(|tick| tick.since(Instant::boottime()));
-        if self.busy.is_empty() { tick } else { Some(tick.unwrap_or(BUSY_RETRY).min(BUSY_RETRY)) }
+        let woken = self.resting.iter().map(|(_, until)| *until).chain(self.next_tick).min();
+        let wait = woken.map(|woken| woken.since(Instant::boottime()));
+        if self.busy.is_empty() { wait } else { Some(wait.unwrap_or(BUSY_RETRY).min(BUSY_RETRY)) }
     }
 
     fn mark_ready(&mut self, id: PortId) {
@@ -210,8 +226,9 @@ impl Worker {
             if let Some(Some(slot)) = self.ports.get_mut(id.index()) {
                 slot.busy = false;
             }
-            self.transmit(id);
+            self.transmit(id, &tables);
         }
+        self.rouse();
         let mut worked = false;
         for _ in 0..self.ready.len() {
             let Some(id) = self.ready.pop_front() else { break };
@@ -225,6 +242,15 @@ impl Worker {
         let Some(Some(slot)) = self.ports.get_mut(id.index()) else { return false };
         slot.ready = false;
         let Some(port) = &mut slot.port else { return false };
+        let limit =
+            tables.limits(id).and_then(|limits| limits.from.as_deref()).map(|limit| (limit, Instant::boottime()));
+        match limit {
+            Some((limit, now)) if !limit.allows(now) => {
+                self.rest(id, limit.due());
+                return false;
+            }
+            limit => self.batch.limit(limit.map_or(usize::MAX, |(limit, now)| limit.room(now))),
+        }
         let received = guarded(|| {
             let received = port.receive(&self.pool, &mut self.batch, self.forwarder.stats());
             if port.gathers() {
@@ -233,13 +259,16 @@ impl Worker {
             received
         });
         let worked = !self.batch.is_empty();
+        if let Some((limit, now)) = limit {
+            limit.charge(self.batch.iter().map(pace::cost).sum(), now);
+        }
         self.forward(tables);
         match received {
             Ok(Received::Drained) => {}
             Ok(Received::More) => self.mark_ready(id),
             Err(why) => self.gone(id, why),
         }
-        self.flush();
+        self.flush(tables);
         worked
     }
 
@@ -260,13 +289,78 @@ impl Worker {
     }
 
     /// Has all ports send that were given frames.
-    fn flush(&mut self) {
+    fn flush(&mut self, tables: &Tables) {
         while let Some(id) = self.outbox.touched() {
-            self.transmit(id);
+            self.transmit(id, tables);
         }
     }
 
-    fn transmit(&mut self, id: PortId) {
+    /// A port is not received from before `until`.
+    fn rest(&mut self, id: PortId, until: Instant) {
+        if !self.resting.iter().any(|(resting, _)| *resting == id) {
+            self.resting.push((id, until));
+        }
+    }
+
+    /// Ports that have rested long enough are asked again.
+    fn rouse(&mut self) {
+        if self.resting.is_empty() {
+            return;
+        }
+        let now = Instant::boottime();
+        let due: ArrayVec<PortId, BATCH> =
+            self.resting.iter().filter(|(_, until)| *until <= now).map(|(id, _)| *id).take(BATCH).collect();
+        self.resting.retain(|(id, _)| !due.contains(id));
+        due.into_iter().for_each(|id| self.mark_ready(id));
+    }
+
+    /// Sends what a limit lets through now, and drops what is too much to wait.
+    fn transmit_within(&mut self, id: PortId, limit: &Bucket) {
+        let now = Instant::boottime();
+        let queue = self.outbox.queue(id);
+        let slot = self.ports.get_mut(id.index()).and_then(Option::as_mut);
+        let Some((port, busy)) = slot.and_then(|slot| Some((slot.port.as_mut()?, &mut slot.busy))) else {
+            return self.empty_queue(id);
+        };
+        while limit.allows(now)
+            && let Some(frame) = queue.pop_front()
+        {
+            limit.charge(pace::cost(&frame), now);
+            self.passing.push_back(frame);
+        }
+        let sent = guarded(|| port.transmit(&mut self.passing, self.forwarder.stats()));
+        // What a busy device did not take comes first the next time, and has been paid for.
+        while let Some(frame) = self.passing.pop_back() {
+            queue.push_front(frame);
+        }
+        let (chunks, supers) = self.pool.free();
+        let is_scarce = chunks < self.scarce.0 || supers < self.scarce.1;
+        let mut bytes = 0;
+        let fits = |frame: &&Frame| {
+            let before = bytes;
+            bytes += pace::cost(frame);
+            before < limit.queue()
+        };
+        let most = if is_scarce { 1 } else { QUEUE };
+        let waits = queue.iter().take(most).take_while(fits).count();
+        for frame in queue.drain(waits..) {
+            self.forwarder.stats().drop(frame, DropReason::Bandwidth);
+        }
+        match sent {
+            Ok(()) if queue.is_empty() => {}
+            Ok(()) => {
+                if !std::mem::replace(busy, true) {
+                    self.busy.push(id);
+                }
+            }
+            Err(why) => self.gone(id, why),
+        }
+    }
+
+    fn transmit(&mut self, id: PortId, tables: &Tables) {
+        if let Some(limit) = tables.limits(id).and_then(|limits| limits.to.as_deref()) {
+            return self.transmit_within(id, limit);
+        }
         let queue = self.outbox.queue(id);
         let slot = self.ports.get_mut(id.index()).and_then(Option::as_mut);
         let Some((port, busy)) = slot.and_then(|slot| Some((slot.port.as_mut()?, &mut slot.busy))) else {
@@ -317,6 +411,7 @@ impl Worker {
         }
         self.ready.retain(|ready| *ready != id);
         self.busy.retain(|busy| *busy != id);
+        self.resting.retain(|(resting, _)| *resting != id);
         self.empty_queue(id);
         device
     }
@@ -454,10 +549,11 @@ fn guarded<T>(call: impl FnOnce() -> io::Result<T>) -> Result<T, PortEnd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pace::{Limit, Limits};
     use crate::port::memory::{MemoryPort, Wire};
-    use crate::port::{BATCH, Queue, sample};
+    use crate::port::sample;
     use crate::stats::Stats;
-    use crate::tables::{Gateway, Pod};
+    use crate::tables::{Gateway, Pod, Role};
     use std::os::fd::BorrowedFd;
     use weft_encap::mac::Mac;
 
@@ -469,7 +565,16 @@ mod tests {
         tables.epoch = 1;
         for (port, number) in [(A, 1), (B, 2)] {
             let mac = Mac([2, 0, 0, 0, 0, number]);
-            tables.add_pod(port, Pod { mac, ipv4: vec![[10, 0, 0, number].into()], ipv6: Vec::new(), mtu: 1450 });
+            tables.add_pod(
+                port,
+                Pod {
+                    mac,
+                    ipv4: vec![[10, 0, 0, number].into()],
+                    ipv6: Vec::new(),
+                    mtu: 1450,
+                    limits: Limits::default(),
+                },
+            );
         }
         tables
     }
@@ -583,6 +688,62 @@ mod tests {
         assert_eq!(worker.remove(A).unwrap().stats.received, 1);
         worker.plug(MemoryPort::new(A), A);
         assert_eq!(worker.forwarder.stats().of(A).received, 0);
+    }
+
+    /// A worker whose pod A may send, and whose pod B may receive, that much.
+    fn limited(from_a: Option<u64>, to_b: Option<u64>) -> Worker {
+        let (shared, _) = shared();
+        let limit = |rate: Option<u64>| rate.map(|rate| Limit { rate, burst: 1 });
+        let mut tables = tables();
+        for (port, number, limits) in [(A, 1, Limits::new(None, limit(from_a))), (B, 2, Limits::new(limit(to_b), None))]
+        {
+            let mac = Mac([2, 0, 0, 0, 0, number]);
+            let ipv4 = vec![[10, 0, 0, number].into()];
+            tables.set_port(port, Role::Pod(Pod { mac, ipv4, ipv6: Vec::new(), mtu: 1450, limits }));
+        }
+        shared.tables.store(Arc::new(tables));
+        let config = RouterConfig { chunks: 2048, supers: 16, ..RouterConfig::default() };
+        Worker::new(&config, Poll::new().unwrap(), shared).unwrap()
+    }
+
+    #[test]
+    fn a_pod_that_has_sent_too_much_is_not_read_from_until_that_is_paid_for() {
+        let mut worker = limited(Some(1_000_000), None);
+        let (inbox, _) = worker.plug(MemoryPort::new(A), A);
+        let (_, outbox) = worker.plug(MemoryPort::new(B), B);
+        inbox.borrow_mut().extend((0..200).map(|_| sample::udp4(1000, 0).0));
+        worker.run_dry();
+        // 20 ms at that rate are 2500 bytes.
+        let (passed, left) = (outbox.borrow().len(), inbox.borrow().len());
+        assert!((1..=10).contains(&passed) && passed + left == 200, "{passed} {left}");
+        let patience = worker.patience().expect("it wakes by itself");
+        assert!(patience > Duration::ZERO && patience < Duration::from_millis(50), "{patience:?}");
+        std::thread::sleep(patience + Duration::from_millis(1));
+        worker.rouse();
+        worker.run_dry();
+        assert!(outbox.borrow().len() > passed);
+        assert_eq!(worker.in_flight(), 0, "what was not read is not here");
+    }
+
+    #[test]
+    fn what_is_too_much_for_a_pod_waits_and_what_is_too_much_to_wait_ends_by_name() {
+        let mut worker = limited(None, Some(1_000_000));
+        let (inbox, _) = worker.plug(MemoryPort::new(A), A);
+        let (_, outbox) = worker.plug(MemoryPort::new(B), B);
+        inbox.borrow_mut().extend((0..400).map(|_| sample::udp4(1000, 0).0));
+        worker.run_dry();
+        let (passed, waiting) = (outbox.borrow().len(), worker.in_flight());
+        assert!((1..=10).contains(&passed), "{passed}");
+        // 128 KiB of packets of 1028 bytes.
+        assert_eq!(waiting, 128);
+        let counted = worker.forwarder.stats().of(A);
+        assert_eq!(counted.dropped[DropReason::Bandwidth as usize] as usize, 400 - passed - 128);
+        assert_eq!(worker.patience(), Some(BUSY_RETRY));
+        std::thread::sleep(Duration::from_millis(30));
+        worker.round();
+        assert!(outbox.borrow().len() > passed && worker.in_flight() < waiting);
+        assert!(worker.remove(B).is_some());
+        assert_eq!(worker.in_flight(), 0, "a port that goes takes what waits along");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use weft_encap::vxlan::Vni;
 use weft_router::forward::Forwarder;
 use weft_router::frame::{Body, Frame, Outer};
 use weft_router::gather::gather;
+use weft_router::pace::Limits;
 use weft_router::pool::Pool;
 use weft_router::port::memory::Packet;
 use weft_router::port::{Batch, Outbox};
@@ -90,7 +91,13 @@ pub fn tables(mode: Mode) -> Tables {
     tables.add_route("10.244.1.0/24".parse().expect("a prefix"), Via::Local);
     tables.add_route("fd00:10:244:1::/64".parse().expect("a prefix"), Via::Local);
     for port in 1..=PODS {
-        let pod = Pod { mac: pod_mac(port), ipv4: vec![pod4(port)], ipv6: vec![pod6(port)], mtu: 1450 };
+        let pod = Pod {
+            mac: pod_mac(port),
+            ipv4: vec![pod4(port)],
+            ipv6: vec![pod6(port)],
+            mtu: 1450,
+            limits: Limits::default(),
+        };
         tables.add_pod(PortId(port), pod);
     }
     tables

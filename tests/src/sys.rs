@@ -28,6 +28,17 @@ pub fn packet_socket(index: u32) -> io::Result<OwnedFd> {
     if bound < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
 }
 
+/// Has virtio's header, of ten bytes, stand before each frame of a raw socket: PACKET_VNET_HDR of packet(7).
+pub fn virtio_headers(socket: &OwnedFd) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    let len = size_of_val(&on) as libc::socklen_t;
+    // SAFETY: the pointer and the length describe `on`, which lives beyond the call; setsockopt(2) only reads it.
+    let set = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_PACKET, libc::PACKET_VNET_HDR, (&raw const on).cast(), len)
+    };
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Has the kernel cut what is sent by this socket into datagrams of so many bytes: UDP_SEGMENT of udp(7), for which `rustix` has no call.
 pub fn segment(socket: &std::net::UdpSocket, size: usize) -> io::Result<()> {
     let size = size as libc::c_int;

@@ -33,6 +33,19 @@ impl Wire {
         Wire { socket }
     }
 
+    /// Opens it so that virtio's header stands before each frame, in both directions.
+    #[track_caller]
+    pub fn with_virtio_headers(netns: &Netns, ifname: &str) -> Wire {
+        let wire = Wire::open(netns, ifname);
+        sys::virtio_headers(&wire.socket).expect("packet sockets of this kernel can have virtio's header");
+        wire
+    }
+
+    /// Sends a frame, once; `false` if the kernel refuses it.
+    pub fn offer(&self, frame: &[u8]) -> bool {
+        rustix::net::send(&self.socket, frame, SendFlags::empty()).is_ok()
+    }
+
     /// Sends a frame; `false` if the interface would not take it (it is shorter than an Ethernet header, or longer than the MTU allows).
     #[track_caller]
     pub fn send(&self, frame: &[u8]) -> bool {

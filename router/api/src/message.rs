@@ -483,6 +483,9 @@ pub struct PortInfo {
     pub mac: String,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
+    /// What the pod may send and receive; absent if that is not limited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<Bandwidth>,
     /// Offloads in use, e.g. `csum tso4 tso6 uso`.
     pub offloads: String,
     /// The worker that receives from it, counted from 0; absent if all do.

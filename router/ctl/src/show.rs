@@ -13,8 +13,8 @@ use anyhow::Result;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use weft_api::{
-    Client, Counters, DropInfo, Empty, FdbInfo, FlowInfo, HostPortInfo, LeaseInfo, NeighbourInfo, NodeInfo, PortInfo,
-    Request, RouteInfo, Status,
+    Bandwidth, Client, Counters, DropInfo, Empty, FdbInfo, FlowInfo, HostPortInfo, LeaseInfo, NeighbourInfo, NodeInfo,
+    PortInfo, Request, RouteInfo, Status,
 };
 
 use crate::output::{self, Style, plain};
@@ -179,6 +179,7 @@ fn ports(mut list: Vec<PortInfo>, style: Style) -> String {
         ">out",
         ">bytes out",
         ">dropped",
+        "limit to / from",
         "offloads",
     ]);
     for port in list {
@@ -199,6 +200,7 @@ fn ports(mut list: Vec<PortInfo>, style: Style) -> String {
             port.out.to_string(),
             bytes(port.out_bytes),
             port.counters.dropped.to_string(),
+            port.bandwidth.as_ref().map(limits).unwrap_or_default(),
             port.offloads,
         ];
         table.push(cells, !up);
@@ -309,6 +311,18 @@ pub fn losses(list: &[DropInfo]) -> BTreeMap<&str, u64> {
 
 fn addresses(list: &[IpAddr]) -> String {
     list.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" ")
+}
+
+/// Rates towards and from a pod.
+fn limits(bandwidth: &Bandwidth) -> String {
+    let rate = |rate: u64| match rate {
+        0 => "-".to_owned(),
+        rate if rate % 1_000_000_000 == 0 => format!("{} Gb/s", rate / 1_000_000_000),
+        rate if rate % 1_000_000 == 0 => format!("{} Mb/s", rate / 1_000_000),
+        rate if rate % 1000 == 0 => format!("{} kb/s", rate / 1000),
+        rate => format!("{rate} b/s"),
+    };
+    format!("{} / {}", rate(bandwidth.ingress_rate), rate(bandwidth.egress_rate))
 }
 
 fn host_port(info: Option<&HostPortInfo>) -> String {
@@ -450,6 +464,7 @@ mod tests {
             ifname: "eth0".into(),
             mac: String::new(),
             addresses: vec![],
+            bandwidth: None,
             offloads: String::new(),
             worker: Some(0),
             counters: Counters::default(),

@@ -292,6 +292,7 @@ mod tests {
     use super::*;
     use crate::control::Event;
     use crate::control::{PortSnapshot, Router};
+    use crate::pace::Limits;
     use crate::port::memory::Packet;
     use crate::port::sample;
     use crate::port::tap::tests::{ALL, give, take, tap};
@@ -312,6 +313,7 @@ mod tests {
                 ipv4: vec![[10, 0, 0, number].into()],
                 ipv6: Vec::new(),
                 mtu: 1450,
+                limits: Limits::default(),
             };
             tables.add_pod(PortId(number.into()), pod);
         }

@@ -54,15 +54,36 @@ pub const BATCH: usize = 64;
 pub const BATCH_BYTES: usize = 1024 * 1024;
 
 /// Frames received together, at most [`BATCH`]. Its memory is made once and used again.
-#[derive(Default)]
 pub struct Batch {
     frames: Vec<Frame>,
+    most_frames: usize,
+    most_bytes: usize,
+}
+
+/// What a frame has at least, where bytes are counted and frames are to be limited.
+const USUAL_FRAME: usize = 1500;
+
+impl Default for Batch {
+    fn default() -> Batch {
+        Batch { frames: Vec::new(), most_frames: BATCH, most_bytes: BATCH_BYTES }
+    }
 }
 
 impl Batch {
     /// An empty one.
     pub fn new() -> Batch {
-        Batch { frames: Vec::with_capacity(BATCH) }
+        Batch { frames: Vec::with_capacity(BATCH), ..Batch::default() }
+    }
+
+    /// Is to take about so many bytes at most, instead of [`BATCH_BYTES`].
+    pub fn limit(&mut self, bytes: usize) {
+        self.most_bytes = bytes.clamp(1, BATCH_BYTES);
+        self.most_frames = bytes.div_ceil(USUAL_FRAME).clamp(1, BATCH);
+    }
+
+    /// How many bytes it is to take, about.
+    pub fn most_bytes(&self) -> usize {
+        self.most_bytes
     }
 
     /// Appends a frame. Whoever fills a batch asks [`Batch::is_full`] before.
@@ -73,7 +94,7 @@ impl Batch {
 
     /// Whether no more frames shall be added.
     pub fn is_full(&self) -> bool {
-        self.frames.len() >= BATCH
+        self.frames.len() >= self.most_frames
     }
 
     /// Takes all frames out, first to last.

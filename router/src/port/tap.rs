@@ -23,7 +23,7 @@ use crate::pool::{CHUNK, Pool};
 use crate::port::software::{self, Cut, HEADERS};
 use crate::port::sys::arena::Super;
 use crate::port::sys::tun;
-use crate::port::{BATCH, BATCH_BYTES, Batch, Capabilities, Port, PortId, Queue, Received, is_broken};
+use crate::port::{BATCH, Batch, Capabilities, Port, PortId, Queue, Received, is_broken};
 use crate::stats::Stats;
 
 /// A TAP with offloads negotiated. See the module's essay.
@@ -107,7 +107,7 @@ impl TapPort {
         let mut bytes = 0;
         // Frames that could not be taken count against the batch as well, so that they cannot keep us here.
         for _ in 0..BATCH {
-            if batch.is_full() || bytes >= BATCH_BYTES {
+            if batch.is_full() || bytes >= batch.most_bytes() {
                 break;
             }
             match self.read(pool) {
@@ -301,7 +301,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::pool::Pool;
     use crate::port::memory::Packet;
-    use crate::port::sample;
+    use crate::port::{BATCH_BYTES, sample};
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
 
     pub(crate) const ALL: Capabilities = Capabilities { partial_checksum: true, tcp4: true, tcp6: true, udp: true };

@@ -11,6 +11,7 @@ use weft_encap::vxlan::{Vni, VxlanHeader};
 use weft_encap::zerocopy::IntoBytes;
 use weft_router::forward::Forwarder;
 use weft_router::frame::{Frame, Outer};
+use weft_router::pace::Limits;
 use weft_router::pool::Pool;
 use weft_router::port::{Outbox, PortId};
 use weft_router::tables::{Gateway, Mode, Node, NodeId, Pod, Tables, Via};
@@ -56,7 +57,13 @@ impl Bed {
         tables.vtep_mac = VTEP;
         tables.add_underlay(UNDERLAY);
         for number in 1..=pods {
-            let pod = Pod { mac: pod_mac(number), ipv4: vec![pod_v4(number)], ipv6: vec![pod_v6(number)], mtu: 1450 };
+            let pod = Pod {
+                mac: pod_mac(number),
+                ipv4: vec![pod_v4(number)],
+                ipv6: vec![pod_v6(number)],
+                mtu: 1450,
+                limits: Limits::default(),
+            };
             tables.add_pod(PortId(number.into()), pod);
         }
         for range in ["10.244.1.0/24", "fd00:10:244:1::/64"] {

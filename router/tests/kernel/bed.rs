@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use weft_encap::mac::Mac;
 use weft_router::PortSnapshot;
+use weft_router::pace::Limits;
 use weft_router::port::sys::message::{self, Message};
 use weft_router::port::tap::Tap;
 use weft_router::port::udp::Underlay;
@@ -127,7 +128,7 @@ impl Node {
         ip(&["-6", "route", "add", "default", "via", &format!("fd00:10:244:{}::1", self.number)]);
         let port = PortId(number.into());
         self.router().add_port(port, Device::Tap(tap)).unwrap();
-        self.pods.push((port, Pod { mac, ipv4: vec![ipv4], ipv6: vec![ipv6], mtu: 1450 }));
+        self.pods.push((port, Pod { mac, ipv4: vec![ipv4], ipv6: vec![ipv6], mtu: 1450, limits: Limits::default() }));
         pod
     }
 

@@ -7,6 +7,7 @@
 
 mod answers;
 mod attach;
+mod bandwidth;
 mod bench;
 mod bridged;
 mod chains;
@@ -27,5 +28,6 @@ mod reach;
 mod scale;
 mod throughput;
 mod uplink;
+mod virtio;
 mod workers;
 mod xdp;

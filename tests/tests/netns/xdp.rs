@@ -18,8 +18,10 @@ fn with_port(cluster: &Cluster, port: &str, node: &mut WeftNode) {
     let config = cluster.config(node.number, "routed", "");
     let config: String =
         config.lines().filter(|line| !line.starts_with("port = \"")).map(|l| format!("{l}\n")).collect();
-    let error = node.reload(&format!("port = \"{port}\"\n{config}")).unwrap_err().to_string();
-    assert!(error.contains("cannot change while weftd runs: port"), "{error}");
+    match node.reload(&format!("port = \"{port}\"\n{config}")) {
+        Ok(_) => assert_eq!(weft_tests::machine::port().as_deref(), Some(port), "it cannot change while weftd runs"),
+        Err(error) => assert!(error.to_string().contains("cannot change while weftd runs: port"), "{error}"),
+    }
     node.stop();
     node.start_again();
 }
@@ -124,6 +126,9 @@ fn a_killed_daemon_leaves_no_device_and_a_stopped_one_neither() {
     with_port(&cluster, "xdp", &mut node);
     let (one, two) = (cluster.sandbox("one"), cluster.sandbox("two"));
     let links = node.netns.ip("-br link show");
+    // The node's own port goes with weftd as well.
+    let links: String =
+        links.lines().filter(|link| !link.starts_with("weft0")).map(|link| format!("{link}\n")).collect();
     for round in 0..4 {
         let address = plugin::addresses(&node.attach("one", &one))[0];
         node.attach("two", &two);
@@ -245,6 +250,27 @@ fn auto_is_a_tap_and_xdp_where_no_tap_can_be_made() {
     let lab = Lab::up("xb", 1, 1, "routed", &["--port", "auto"]);
     assert_eq!(lab.daemon(1).status().port, "tap (auto)");
     assert_eq!(lab.daemon(1).port_of(lab.pod(1, 1).ipv4.into()).kind, "tap");
+}
+
+#[test]
+fn auto_gives_a_veth_to_a_pod_for_which_no_tap_can_be_made_any_more() {
+    let _turn = turn();
+    let cluster = Cluster::new("xf");
+    let node = cluster.weft_node_by(1, "routed", "", "unshare -m");
+    let names = ["before", "hidden", "refused"];
+    let pods = names.map(|name| cluster.sandbox(name));
+    let auto = json!({ "port": "auto" });
+    let first = plugin::addresses(&node.attach_with(names[0], &pods[0], &auto))[0];
+    run(shell(&format!("nsenter -t {} -m mount --bind /dev/null /dev/net/tun", node.daemon().pid))).must();
+    let second = plugin::addresses(&node.attach_with(names[1], &pods[1], &auto))[0];
+    assert_eq!(kinds(&node), ["tap", "xdp"]);
+    assert!(node.log().contains("no TAP could be made for it"), "{}", node.log());
+    traffic::transfer(&pods[0], &pods[1], second, 4 << 20);
+    traffic::transfer(&pods[1], &pods[0], first, 4 << 20);
+    // Who asks for a TAP gets nothing else.
+    let refused = node.runtime.call("ADD", names[2], Some(&pods[2].path()), &json!({ "port": "tap" }));
+    assert!(!refused.success && kinds(&node).len() == 2, "{refused:?}");
+    node.daemon().assert_conserved();
 }
 
 /// What the systemd unit leaves weftd, as arguments of setpriv.

@@ -22,7 +22,7 @@ use crate::lab::record::{self, Cluster, Kind, Record};
 use crate::lab::{daemon, net, up};
 
 const PROGRAM: &str = "dpdk-testpmd";
-const INSTALL: &str = "`apt-get install dpdk-dev librte-net-af-xdp23`";
+const INSTALL: &str = "`apt-get install dpdk-dev`";
 /// Where a distribution puts the driver; without it, testpmd starts and knows no such device.
 const DRIVERS: &str = "/usr/lib/*-linux-gnu/dpdk/pmds-*/librte_net_af_xdp.so";
 /// How long it may take until it forwards.

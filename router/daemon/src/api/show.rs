@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use weft_api::{DropInfo, Failure, FdbInfo, FlowInfo, LeaseInfo, NeighbourInfo, NodeInfo, PortInfo, RouteInfo, code};
+use weft_api::{
+    Bandwidth, DropInfo, Failure, FdbInfo, FlowInfo, LeaseInfo, NeighbourInfo, NodeInfo, PortInfo, RouteInfo, code,
+};
 use weft_router::path::{Hop, Sender};
 use weft_router::tables::{Pod, Tables, Via};
 use weft_router::{DropReason, PortId, RouterError, Snapshot};
@@ -54,6 +56,7 @@ pub fn ports(node: &Node) -> Result<Vec<PortInfo>, Failure> {
             ifname: interface.map(|interface| interface.name.clone()).or(host_name).unwrap_or_default(),
             mac,
             addresses,
+            bandwidth: interface.map(|interface| interface.bandwidth).filter(|limits| *limits != Bandwidth::default()),
             offloads: port.capabilities.to_string(),
             worker: port.worker,
             counters: counters(&port.stats),

@@ -78,6 +78,14 @@ impl Devices {
         })
     }
 
+    /// What a pod that asks for `asked` may have after no TAP could be made for it.
+    pub fn instead_of_tap(&self, asked: Option<PortKind>) -> Option<Arc<Veths>> {
+        match asked.unwrap_or(self.configured) {
+            PortKind::Auto => self.veths().ok().map(Arc::clone),
+            PortKind::Tap | PortKind::Xdp => None,
+        }
+    }
+
     /// What pods get unless they ask for something, and why.
     pub fn shown(&self) -> String {
         match (self.configured, self.choose(None)) {

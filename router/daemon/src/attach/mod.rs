@@ -32,10 +32,12 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use weft_api::{
-    Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Check, Collected, Failure, Found, Gc, code,
+    Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Bandwidth, Check, Collected, Failure, Found, Gc,
+    code,
 };
 use weft_encap::mac::Mac;
 use weft_ipam::{Facts, LeaseError, Owner, Store};
+use weft_router::pace::{Limit, Limits};
 use weft_router::tables::Pod;
 use weft_router::{Device, PortId, RouterError};
 
@@ -65,10 +67,7 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
     let _turn = node.turns.take(&request.key);
     let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
     let mut interface = attempt.lease(request, mac, &namespace)?;
-    match node.devices.choose(kind)? {
-        Chosen::Tap => attempt.open_tap(&namespace, &mut interface)?,
-        Chosen::Veth(veths) => attempt.open_veth(&veths, &namespace, &mut interface)?,
-    }
+    attempt.open(kind, &namespace, &mut interface)?;
     attempt.finish();
     tracing::info!(
         network = request.key.network, container = request.key.container, ifname = request.key.ifname,
@@ -237,9 +236,42 @@ impl Attempt<'_> {
         self.leased = true;
         let leased = record.leases.iter().map(|lease| (lease.cidr(), lease.gateway));
         let addresses = if given.is_empty() { leased.collect() } else { given };
-        let mut interface = Interface { name: self.key.ifname.clone(), mac, mtu, addresses, routes: Vec::new() };
+        let mut interface = Interface {
+            name: self.key.ifname.clone(),
+            mac,
+            mtu,
+            addresses,
+            routes: Vec::new(),
+            bandwidth: request.bandwidth.unwrap_or_default(),
+        };
         interface.routes = given::routes(request.routes.as_deref(), &interface)?;
         Ok(interface)
+    }
+
+    /// Makes the pod's device. Where any kind will do and the chosen one fails, though it worked when it was tried, the other one is made;
+    /// if that fails too, the first failure is the one to be told.
+    fn open(
+        &mut self,
+        kind: Option<PortKind>,
+        namespace: &Namespace,
+        interface: &mut Interface,
+    ) -> Result<(), Failure> {
+        let devices = &self.node.devices;
+        if let Chosen::Veth(veths) = devices.choose(kind)? {
+            return self.open_veth(&veths, namespace, interface);
+        }
+        let Err(failure) = self.open_tap(namespace, interface) else { return Ok(()) };
+        let Some(veths) = devices.instead_of_tap(kind) else { return Err(failure) };
+        self.undo_port();
+        self.open_veth(&veths, namespace, interface).map_err(|_| failure.clone())?;
+        tracing::warn!(%failure, "a pod has an AF_XDP port, since no TAP could be made for it");
+        Ok(())
+    }
+
+    fn undo_port(&mut self) {
+        if self.port.take().is_some() {
+            self.node.detach(self.key);
+        }
     }
 
     fn open_tap(&mut self, namespace: &Namespace, interface: &mut Interface) -> Result<(), Failure> {
@@ -284,9 +316,7 @@ impl Attempt<'_> {
 
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
-        if self.port.is_some() {
-            self.node.detach(self.key);
-        }
+        self.undo_port();
         if self.leased {
             self.node.store.release(&owner(self.key), since_boot());
         }
@@ -422,7 +452,13 @@ fn attached(interface: &Interface) -> Attached {
 impl Attachment {
     /// What the data plane needs to know.
     pub fn pod(interface: &Interface) -> Pod {
-        let mut pod = Pod { mac: interface.mac, ipv4: Vec::new(), ipv6: Vec::new(), mtu: interface.mtu };
+        let mut pod = Pod {
+            mac: interface.mac,
+            ipv4: Vec::new(),
+            ipv6: Vec::new(),
+            mtu: interface.mtu,
+            limits: limits(&interface.bandwidth),
+        };
         for (net, _) in &interface.addresses {
             match net.addr() {
                 IpAddr::V4(address) => pod.ipv4.push(address),
@@ -431,6 +467,15 @@ impl Attachment {
         }
         pod
     }
+}
+
+/// Full buckets. A rate of zero is no limit.
+fn limits(bandwidth: &Bandwidth) -> Limits {
+    let limit = |rate, burst| (rate > 0).then_some(Limit { rate, burst });
+    Limits::new(
+        limit(bandwidth.ingress_rate, bandwidth.ingress_burst),
+        limit(bandwidth.egress_rate, bandwidth.egress_burst),
+    )
 }
 
 /// The store's word for an attachment.

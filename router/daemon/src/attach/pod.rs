@@ -8,6 +8,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use rustix::io::Errno;
+use weft_api::Bandwidth;
 use weft_encap::mac::Mac;
 
 use crate::netlink::{Link, LinkChange, Netlink, Route};
@@ -32,6 +33,8 @@ pub struct Interface {
     pub addresses: Vec<(IpNet, IpAddr)>,
     /// The routes through it: those wanted, and after [`set_up`] those made.
     pub routes: Vec<Route>,
+    /// What the pod may send and receive by it.
+    pub bandwidth: Bandwidth,
 }
 
 /// Why the interface could not be made.
@@ -234,6 +237,7 @@ mod tests {
                 address("10.9.0.2/24", "10.9.0.1"),
             ],
             routes: Vec::new(),
+            bandwidth: Bandwidth::default(),
         }
     }
 

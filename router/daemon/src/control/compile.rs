@@ -62,6 +62,7 @@ mod tests {
     use std::sync::Arc;
 
     use weft_router::PortId;
+    use weft_router::pace::Limits;
     use weft_router::tables::Role;
 
     use super::*;
@@ -78,6 +79,7 @@ mod tests {
             ipv4: vec![ipv4.parse().unwrap()],
             ipv6: vec![ipv6.parse().unwrap()],
             mtu: 1400,
+            limits: Limits::default(),
         }
     }
 

@@ -26,6 +26,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ipnet::IpNet;
 use weft_encap::mac::Mac;
+use weft_router::pace::Limits;
 use weft_router::port::tap::Tap;
 use weft_router::tables::Pod;
 use weft_router::{Device, RouterError};
@@ -198,7 +199,8 @@ impl HostPort {
 impl Wanted {
     /// As the router sees it.
     fn interface(&self) -> Pod {
-        let mut pod = Pod { mac: self.mac, ipv4: Vec::new(), ipv6: Vec::new(), mtu: self.mtu };
+        let mut pod =
+            Pod { mac: self.mac, ipv4: Vec::new(), ipv6: Vec::new(), mtu: self.mtu, limits: Limits::default() };
         for net in &self.addresses {
             match net.addr() {
                 IpAddr::V4(address) => pod.ipv4.push(address),
