@@ -100,14 +100,26 @@ impl Cluster {
     /// The same with any configuration.
     #[track_caller]
     pub fn weft_node_of(&self, number: u8, text: &str, wrapper: &str) -> WeftNode {
+        let node = self.weft_node_unready(number, text, wrapper);
+        node.await_ready();
+        node
+    }
+
+    /// A node with a weftd that has this configuration, and need not be ready.
+    #[track_caller]
+    pub fn weft_node_unready(&self, number: u8, text: &str, wrapper: &str) -> WeftNode {
         let netns = self.machine(number);
         let file = |end: &str| self.folder.path().join(format!("n{number}.{end}"));
         let (config, log, socket, state) = (file("toml"), file("log"), file("sock"), file("state"));
         std::fs::write(&config, text).expect("the folder is writable");
         let process = start(wrapper, &netns, &config, &log);
-        let node = WeftNode { netns, number, runtime: Runtime::new(&socket, &state), config, log, process };
-        node.await_ready();
-        node
+        WeftNode { netns, number, runtime: Runtime::new(&socket, &state), config, log, process }
+    }
+
+    /// The configuration of a node that knows ranges and peers from an engine; `engine` is that table.
+    pub fn config_by(&self, number: u8, mode: &str, engine: &str) -> String {
+        let text = self.config(number, mode, engine);
+        text.lines().filter(|line| !line.starts_with("ranges = ")).map(|line| format!("{line}\n")).collect()
     }
 
     /// The configuration of a node.
@@ -199,8 +211,13 @@ impl WeftNode {
     /// Starts the daemon again.
     #[track_caller]
     pub fn start_again(&mut self) {
-        self.process = start("", &self.netns, &self.config, &self.log);
+        self.start_unready();
         self.await_ready();
+    }
+
+    /// Starts the daemon again; it need not be ready.
+    pub fn start_unready(&mut self) {
+        self.process = start("", &self.netns, &self.config, &self.log);
     }
 
     /// What the daemon has logged.
@@ -208,8 +225,9 @@ impl WeftNode {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Waits until its daemon can attach pods.
     #[track_caller]
-    fn await_ready(&self) {
+    pub fn await_ready(&self) {
         let ready = || self.daemon().try_ask::<Empty>(&Request::Ready).is_ok();
         let patience = Duration::from_secs(10);
         let started = std::time::Instant::now();

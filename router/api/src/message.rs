@@ -58,6 +58,8 @@ pub enum Request {
     Drops,
     /// Answer: a list of [`NodeInfo`].
     Nodes,
+    /// Gives this node's ranges back, for it goes for good; refused while pods are attached. Answer: [`Empty`].
+    Leave,
     /// Keeps an address from being given. Answer: [`Empty`]. What undoes it is [`Request::Del`] of its record.
     Reserve(Reserve),
     /// Reads the configuration file again. Answer: [`Empty`], or an error with line and key; the old one stays in force.

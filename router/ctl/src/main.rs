@@ -67,6 +67,8 @@ enum Command {
     Ipam(ipam::Command),
     /// Make weftd read its configuration again.
     Reload,
+    /// Give this node's ranges back to the cluster's engine, before the node goes for good. Refused while pods are attached.
+    Leave,
     /// Put the plugin where this node's container runtime looks for it.
     InstallCni(install_cni::Install),
     /// Is this node fit for Weft? What is not, and what to change. Exits with 3 if there is a problem.
@@ -115,6 +117,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Drops(format) => (View::Drops, format),
         Command::Nodes(format) => (View::Nodes, format),
         Command::Reload => return show::reload(&cli.socket).map(|()| 0),
+        Command::Leave => return show::leave(&cli.socket).map(|()| 0),
         Command::Doctor(arguments) => {
             return doctor::run(&arguments, &cli.socket)
                 .map(|found_problems| if found_problems { EXIT_PROBLEMS } else { 0 });

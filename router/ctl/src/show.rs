@@ -71,6 +71,15 @@ pub fn show(view: View, socket: &Path, json: bool) -> Result<bool> {
     Ok(false)
 }
 
+/// Gives the node's ranges back.
+pub fn leave(socket: &Path) -> Result<()> {
+    let Empty {} = ask(socket, &Request::Leave)?;
+    output::progress(
+        "this node's ranges are given back; the node is no part of the cluster until weftd is started again",
+    );
+    Ok(())
+}
+
 /// Makes the daemon read its configuration again.
 pub fn reload(socket: &Path) -> Result<()> {
     let Empty {} = ask(socket, &Request::Reload)?;
@@ -114,7 +123,7 @@ fn status(status: &Status, style: Style) -> String {
         ("weftd", format!("version {}, pid {}, up {}", status.version, status.pid, duration(status.uptime))),
         ("workers", status.workers.to_string()),
         ("pods", format!("{} attached, MTU {}, ports: {}", status.pods, status.mtu, status.port)),
-        ("peers", status.peers.to_string()),
+        ("peers", format!("{}{}", status.peers, source(status))),
         ("ranges", status.ranges.join(" ")),
         ("gateway", format!("{} at {}", addresses(&status.gateways), status.gateway_mac)),
         ("itself", host_port(status.host_port.as_ref())),
@@ -138,6 +147,10 @@ fn status(status: &Status, style: Style) -> String {
         text.push('\n');
     }
     text
+}
+
+fn source(status: &Status) -> String {
+    if status.source.is_empty() { String::new() } else { format!(", known from: {}", status.source) }
 }
 
 /// Frames that came in or were made and have not been accounted for.
@@ -375,6 +388,7 @@ mod tests {
             underlay_kind: "udp".into(),
             workers: 2,
             port: "tap".into(),
+            source: "file".into(),
             host_port: None,
             vni: 1,
             mtu: 1450,

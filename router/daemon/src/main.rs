@@ -26,16 +26,24 @@ use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior, sleep_until};
 use weft_router::Event;
 
-use control::config::{Checked, Log};
+use control::cluster::Cluster;
+use control::config::source::SourceConfig;
+use control::config::{Checked, Config, Log};
+use control::saved;
+use control::source::{self, Following, View};
+use log::LogLevel;
 use node::Node;
 
 /// How often [`keep_house`] is due.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
+
+/// How long after a change of the cluster it is kept on disk.
+const KEEP_AFTER: Duration = Duration::from_secs(1);
 
 const FAILED: u8 = 1;
 const MISCONFIGURED: u8 = 2;
@@ -86,10 +94,7 @@ fn main() -> ExitCode {
     if let Err(error) = raise_descriptor_limit() {
         tracing::warn!(%error, "cannot raise the limit of open files (ulimit -n); each pod takes one");
     }
-    let (kicks, kicked) = std::sync::mpsc::channel();
-    let started = Node::start(config, arguments.config, level, kicks);
-    let result = started.and_then(|(node, removals)| run(runtime, signals, node, removals, kicked));
-    match result {
+    match run(runtime, signals, config, arguments.config, level) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -147,13 +152,34 @@ fn raise_descriptor_limit() -> rustix::io::Result<()> {
 }
 
 /// Serves until a signal or the end of the data plane.
-fn run(
-    runtime: Runtime,
-    signals: Signals,
-    node: Node,
-    removals: Receiver<()>,
-    kicked: Receiver<()>,
-) -> anyhow::Result<()> {
+fn run(runtime: Runtime, signals: Signals, config: Config, path: PathBuf, level: LogLevel) -> anyhow::Result<()> {
+    let stopped = runtime.block_on(begin(signals, config, path, level));
+    // Requests under way have until their deadline; silent clients are cut off.
+    runtime.shutdown_timeout(api::GRACE);
+    stopped
+}
+
+/// Makes the node, as soon as it is known what it is, and serves.
+async fn begin(mut signals: Signals, config: Config, path: PathBuf, level: LogLevel) -> anyhow::Result<()> {
+    let known = known_before(&config);
+    let mut following = source::follow(&config, known.clone());
+    let mut early = None;
+    let view = match &mut following {
+        None => View::default(),
+        Some(following) => {
+            let socket = api::socket::Bound::new(&config.socket)?;
+            let Some(view) = await_ranges(&socket, &mut signals, &mut following.views).await else {
+                tracing::info!("stopping");
+                return Ok(());
+            };
+            early = Some(socket);
+            view
+        }
+    };
+    let (socket_path, first) = (config.socket.clone(), view.cluster.clone());
+    let (kicks, kicked) = std::sync::mpsc::channel();
+    let (mut node, removals) = Node::start(config, view, path, level, kicks)?;
+    node.orders = following.as_ref().map(|following| following.orders.clone());
     let node = Arc::new(node);
     watch_veths(&node, removals)?;
     hostport::watch::start(&node, kicked)?;
@@ -163,15 +189,64 @@ fn run(
             node.path_mtus_changed();
         }
     });
-    let stopped = runtime.block_on(serve(&node, signals));
-    // Requests under way have until their deadline; silent clients are cut off.
-    runtime.shutdown_timeout(api::GRACE);
-    stopped
+    if first.is_some_and(|first| known.as_ref() != Some(&*first)) {
+        node.keep_cluster();
+    }
+    let socket = early.map_or_else(|| api::socket::Bound::new(&socket_path), Ok)?;
+    if let Some(Following { views, .. }) = following {
+        drop(tokio::spawn(put_in_force(Arc::clone(&node), views)));
+    }
+    serve(&node, signals, socket).await
 }
 
-async fn serve(node: &Arc<Node>, mut signals: Signals) -> anyhow::Result<()> {
+/// What was known of the cluster when weftd last ran.
+fn known_before(config: &Config) -> Option<Cluster> {
+    if config.source == SourceConfig::File {
+        return None;
+    }
+    match saved::load(&config.state_dir, config) {
+        Ok(known) => known.filter(|known| !known.ranges.is_empty()),
+        Err(why) => {
+            tracing::warn!("{why}; the source has to say everything anew");
+            None
+        }
+    }
+}
+
+/// Waits until the source has said what this node's ranges are; `None` if a signal came first.
+async fn await_ranges(
+    socket: &api::socket::Bound,
+    signals: &mut Signals,
+    views: &mut watch::Receiver<View>,
+) -> Option<View> {
+    let waiting = api::waiting::Waiting::new(views.clone());
+    loop {
+        let view = views.borrow_and_update().clone();
+        if view.cluster.as_ref().is_some_and(|cluster| !cluster.ranges.is_empty()) {
+            return Some(view);
+        }
+        match &view.trouble {
+            Some(why) => tracing::warn!("waiting for this node's ranges: {why}"),
+            None => tracing::info!("waiting for this node's ranges"),
+        }
+        loop {
+            tokio::select! {
+                _ = signals.terminate.recv() => return None,
+                _ = signals.interrupt.recv() => return None,
+                _ = signals.hangup.recv() => tracing::warn!("nothing is read again before this node's ranges are known"),
+                changed = views.changed() => match changed {
+                    Ok(()) => break,
+                    // The source's task ends with a panic only.
+                    Err(_) => return None,
+                },
+                Ok(stream) = socket.accept() => waiting.serve(stream),
+            }
+        }
+    }
+}
+
+async fn serve(node: &Arc<Node>, mut signals: Signals, socket: api::socket::Bound) -> anyhow::Result<()> {
     let path = node.state().desired.config.socket.clone();
-    let socket = api::socket::Bound::new(&path)?;
     // After the socket is bound and before anyone is served: a shim that still gave up finds the socket on its second try.
     attach::tombstone::honour_all(node);
     attach::reconcile::at_start(node);
@@ -206,6 +281,37 @@ async fn serve(node: &Arc<Node>, mut signals: Signals) -> anyhow::Result<()> {
     }
     tracing::info!("stopping");
     Ok(())
+}
+
+/// Puts what a source says in force, one view after the other. What is kept on disk follows after a while, for in a cluster that forms
+/// one change comes after the other.
+async fn put_in_force(node: Arc<Node>, mut views: watch::Receiver<View>) {
+    let mut keep_at: Option<Instant> = None;
+    loop {
+        let keeping = sleep_until(keep_at.unwrap_or_else(Instant::now));
+        let view = tokio::select! {
+            changed = views.changed() => match changed {
+                Ok(()) => Some(views.borrow_and_update().clone()),
+                Err(_) => return,
+            },
+            () = keeping, if keep_at.is_some() => None,
+        };
+        let is_keeping = view.is_none();
+        let acting = Arc::clone(&node);
+        let done = tokio::task::spawn_blocking(move || match view {
+            Some(view) => acting.follow(view),
+            None => {
+                acting.keep_cluster();
+                false
+            }
+        });
+        match done.await {
+            Ok(_) if is_keeping => keep_at = None,
+            Ok(true) => drop(keep_at.get_or_insert_with(|| Instant::now() + KEEP_AFTER)),
+            Ok(false) => {}
+            Err(_) => tracing::error!("news of the cluster could not be put in force, see above: report this as a bug"),
+        }
+    }
 }
 
 /// Releases that the disk did not take are tried again, what shims left while weftd did not answer and what pods left that are gone is

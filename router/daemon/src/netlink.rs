@@ -310,7 +310,16 @@ impl Netlink {
         Ok(all)
     }
 
-    /// The interfaces and addresses of this namespace.
+    /// The numbers of the interfaces that default routes of the main table lead to, the preferred one first.
+    pub fn default_devices(&mut self) -> io::Result<Vec<u32>> {
+        let mut all = self.routes()?;
+        let main = u32::from(RouteHeader::RT_TABLE_MAIN);
+        all.retain(|(_, route)| route.destination.prefix_len() == 0 && route.table == main);
+        all.sort_by_key(|(_, route)| route.priority.unwrap_or(0));
+        Ok(all.into_iter().map(|(index, _)| index).collect())
+    }
+
+    /// The interfaces and addresses of this namespace, but not where default routes lead.
     pub fn host(&mut self) -> io::Result<Host> {
         let addresses = self.addresses()?;
         let interface = |link: Link| Interface {
@@ -320,7 +329,8 @@ impl Netlink {
             up: link.up && link.carrier,
             addresses: addresses.iter().filter(|(at, _)| *at == link.index).map(|(_, net)| net.addr()).collect(),
         };
-        Ok(Host { interfaces: self.links()?.into_iter().map(interface).collect() })
+        let interfaces = self.links()?.into_iter().map(interface).collect();
+        Ok(Host { interfaces, defaults: Vec::new() })
     }
 
     /// Gives a namespace a number here.

@@ -25,11 +25,14 @@ use crate::attach::pod::Interface;
 use crate::attach::reconcile::Suspects;
 use crate::attach::turn::Turns;
 use crate::attach::veth::Veth;
+use crate::control::cluster::Cluster;
 use crate::control::compile::compile;
 use crate::control::config::reader::{Problem, decode};
 use crate::control::config::{Checked, Config, default_workers};
 use crate::control::desired::{DesiredState, HOST, UNDERLAY};
 use crate::control::host::Host;
+use crate::control::saved;
+use crate::control::source::{Order, View};
 use crate::hostport::HostPort;
 use crate::log::LogLevel;
 use crate::metrics::Requests;
@@ -61,20 +64,26 @@ pub struct Node {
     pub suspects: Suspects,
     /// One request at a time for each attachment.
     pub turns: Turns,
+    /// Where the source takes orders, if it is not the file.
+    pub orders: Option<tokio::sync::mpsc::Sender<Order>>,
     /// This node's own interface in the pod network.
     pub host: HostPort,
     /// Counts of the runtime's requests.
     pub requests: Requests,
     log_level: LogLevel,
-    /// Held over a whole reload, so that the file that was read last is the one in force.
+    /// Held over a whole reload, so that the file that was read last is the one in force; and while a source's news are put in force.
     reloading: Mutex<()>,
     state: Mutex<State>,
 }
 
 /// What requests change.
 pub struct State {
-    /// What the tables in force were made of.
+    /// What the tables in force were made of; its configuration has what the source knows.
     pub desired: DesiredState,
+    /// The configuration as it stands in the file.
+    local: Arc<Config>,
+    /// What the source said last.
+    pub view: View,
     /// Attachments that have a port.
     pub attachments: BTreeMap<AttachmentKey, Attachment>,
     /// Sums of ports that are gone.
@@ -99,8 +108,8 @@ pub struct Attachment {
 
 /// Reads the configuration and checks it against this machine.
 pub fn read_config(path: &Path) -> anyhow::Result<Checked> {
-    let host =
-        Netlink::open().and_then(|mut netlink| netlink.host()).context("cannot list this machine's interfaces")?;
+    let look = |mut netlink: Netlink| Ok(Host { defaults: netlink.default_devices()?, ..netlink.host()? });
+    let host = Netlink::open().and_then(look).context("cannot list this machine's interfaces")?;
     read_config_for(path, &host)
 }
 
@@ -128,11 +137,13 @@ impl Node {
     /// # Errors
     /// What could not be had, and what to do.
     pub fn start(
-        config: Config,
+        local: Config,
+        view: View,
         config_path: PathBuf,
         log_level: LogLevel,
         kicks: mpsc::Sender<()>,
     ) -> anyhow::Result<(Node, mpsc::Receiver<()>)> {
+        let config = joined(&local, view.cluster.as_deref());
         let folder = config.state_dir.join(LEASES);
         let census = Census::new(&config.leases.boot_id);
         let store = Store::open(&folder).with_context(|| format!("cannot open the leases in {}", folder.display()))?;
@@ -154,6 +165,8 @@ impl Node {
         let devices = Devices::new(desired.config.port, desired.config.mtu, workers, removed);
         let state = State {
             desired,
+            local: Arc::new(local),
+            view,
             attachments: BTreeMap::new(),
             retired: PortStats::default(),
             samples: Samples::default(),
@@ -170,6 +183,7 @@ impl Node {
             census,
             suspects: Suspects::default(),
             turns: Turns::default(),
+            orders: None,
             host: HostPort::new(kicks),
             requests: Requests::default(),
             log_level,
@@ -356,18 +370,54 @@ impl Node {
         };
         log_warnings(&self.config_path, &warnings);
         let mut state = self.state();
-        let fixed = state.desired.config.fixed_differences(&config);
+        let fixed = state.local.fixed_differences(&config);
         if !fixed.is_empty() {
             let msg = format!("cannot change while weftd runs: {}", fixed.join(", "));
             return refuse(msg, "restart weftd, or set it back; the old configuration stays in force");
         }
         self.log_level.set(config.log.level);
         self.store.set_rules(rules(&config));
-        let desired = state.desired.reconfigured(Arc::new(config));
+        let desired = state.desired.reconfigured(Arc::new(joined(&config, state.view.cluster.as_deref())));
+        state.local = Arc::new(config);
         self.put_in_force(&mut state, desired);
         self.host.kick();
         tracing::info!(peers = state.desired.config.peers.len(), epoch = state.epoch, "configuration in force");
         Ok(())
+    }
+
+    /// Puts what a source says in force; whether that is another cluster than before, which is to be kept.
+    pub fn follow(&self, view: View) -> bool {
+        let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
+        let (local, known) = {
+            let state = self.state();
+            (Arc::clone(&state.local), state.view.cluster.clone())
+        };
+        let new = view.cluster.clone().filter(|new| known.as_ref() != Some(new));
+        // A large cluster takes a while to be compiled into a configuration: not with the state held.
+        let config = new.as_deref().map(|cluster| Arc::new(cluster.join(&local)));
+        let mut state = self.state();
+        state.view = view;
+        let Some((cluster, config)) = new.zip(config) else { return false };
+        let desired = state.desired.reconfigured(config);
+        self.put_in_force(&mut state, desired);
+        let (peers, epoch) = (cluster.peers.len(), state.epoch);
+        drop(state);
+        self.host.kick();
+        tracing::debug!(peers, epoch, "news of the cluster in force");
+        log_denied(&cluster, known.as_deref());
+        true
+    }
+
+    /// Keeps what is known of the cluster for the next start.
+    pub fn keep_cluster(&self) {
+        let (local, cluster) = {
+            let state = self.state();
+            (Arc::clone(&state.local), state.view.cluster.clone())
+        };
+        let Some(cluster) = cluster else { return };
+        if let Err(error) = saved::save(&local.state_dir, &local.node, &cluster) {
+            tracing::warn!(%error, "the state of the cluster cannot be kept in {}", local.state_dir.display());
+        }
     }
 
     /// Tries again to write releases that the disk did not take.
@@ -401,6 +451,18 @@ impl Node {
         self.uplink.set_nodes(tables.members.keys().copied());
         self.router.set_tables(tables);
         state.desired = desired;
+    }
+}
+
+/// The configuration of this node in its cluster; the file's alone if that is the source.
+fn joined(local: &Config, cluster: Option<&Cluster>) -> Config {
+    cluster.map_or_else(|| local.clone(), |cluster| cluster.join(local))
+}
+
+fn log_denied(cluster: &Cluster, before: Option<&Cluster>) {
+    let known = before.map_or(&[][..], |before| &before.problems);
+    for problem in cluster.problems.iter().filter(|problem| !known.contains(problem)) {
+        tracing::warn!("{problem}");
     }
 }
 

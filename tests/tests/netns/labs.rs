@@ -54,6 +54,25 @@ fn down_leaves_nothing_after_daemons_were_killed_and_pods_deleted() {
 }
 
 /// A folder with an `ip` that makes a namespace after so many seconds only.
+#[test]
+fn a_lab_whose_nodes_know_each_other_by_etcd_works_and_leaves_nothing() {
+    let _turn = turn();
+    let before = interfaces();
+    for mode in ["routed", "bridged"] {
+        // Every pod reaches every other, or `up` fails.
+        let lab = Lab::up("e", 3, 2, mode, &["--source", "etcd"]);
+        for node in 1..=3 {
+            let status = lab.daemon(node).status();
+            assert_eq!((status.peers, status.problems.len()), (2, 0), "{:?}", status.problems);
+            assert!(status.source.starts_with("etcd"), "{}", status.source);
+        }
+        lab.assert_conserved();
+        lab.down();
+        nothing_is_left(&lab);
+    }
+    assert_eq!(interfaces(), before);
+}
+
 fn slow_ip(seconds: u32) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let real = run(shell("command -v ip")).must();

@@ -40,6 +40,9 @@ pub struct Status {
     /// What pods get as ports unless they ask for a kind, and why, e.g. `tap`; empty if weftd is too old to say.
     #[serde(default)]
     pub port: String,
+    /// Where this node knows its ranges and peers from, e.g. `file`; empty if weftd is too old to say.
+    #[serde(default)]
+    pub source: String,
     /// This node's own interface in the pod network; absent if there is none, or if weftd is too old to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_port: Option<HostPortInfo>,

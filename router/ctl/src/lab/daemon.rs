@@ -15,7 +15,7 @@ use serde::Serialize;
 use weft_api::{Client, ClientError, Empty, Request};
 
 use super::command::Run;
-use super::plan::{self, Mode, Plan};
+use super::plan::{self, Mode, Plan, Source};
 use super::process::Process;
 use super::record;
 use crate::interrupt;
@@ -65,7 +65,8 @@ struct Config {
     mtu: u32,
     socket: PathBuf,
     state_dir: PathBuf,
-    ranges: [String; 2],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ranges: Option<[String; 2]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     segment: Option<[&'static str; 2]>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -73,6 +74,14 @@ struct Config {
     underlay: Underlay,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     peers: Vec<Peer>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    etcd: Option<Etcd>,
+}
+
+#[derive(Serialize)]
+struct Etcd {
+    endpoints: [String; 1],
+    network: [&'static str; 2],
 }
 
 #[derive(Serialize)]
@@ -148,7 +157,7 @@ fn ready(socket: &Path) -> Result<(), ClientError> {
 }
 
 fn config_text(plan: &Plan, node: u8, files: &Files) -> Result<String> {
-    let bridged = plan.mode == Mode::Bridged;
+    let (bridged, is_file) = (plan.mode == Mode::Bridged, plan.source == Source::File);
     let peer =
         |node| Peer { name: plan::node_name(node), underlay: plan::underlay_address(node), ranges: plan::ranges(node) };
     let config = Config {
@@ -160,7 +169,7 @@ fn config_text(plan: &Plan, node: u8, files: &Files) -> Result<String> {
         mtu: plan.pod_mtu(),
         socket: files.socket.clone(),
         state_dir: files.state_dir.clone(),
-        ranges: plan::ranges(node),
+        ranges: is_file.then(|| plan::ranges(node)),
         segment: bridged.then_some(plan::SEGMENT),
         gateway: bridged.then_some(plan::SEGMENT_GATEWAY),
         underlay: Underlay {
@@ -169,7 +178,9 @@ fn config_text(plan: &Plan, node: u8, files: &Files) -> Result<String> {
             device: plan::UPLINK,
             kind: plan.underlay,
         },
-        peers: plan.node_numbers().filter(|other| *other != node).map(peer).collect(),
+        peers: plan.node_numbers().filter(|other| is_file && *other != node).map(peer).collect(),
+        etcd: (!is_file)
+            .then(|| Etcd { endpoints: [format!("http://{}:{}", plan::ETCD.0, plan::ETCD.1)], network: plan::SEGMENT }),
     };
     toml::to_string(&config).context("cannot write the configuration as TOML")
 }
@@ -212,6 +223,14 @@ ranges = ["10.244.2.0/24", "fd00:10:244:2::/64"]
         assert!(text.contains(r#"segment = ["10.244.0.0/16", "fd00:10:244::/48"]"#), "{text}");
         assert!(text.contains(r#"gateway = ["10.244.0.1", "fd00:10:244::1"]"#), "{text}");
         assert_eq!(text.matches("[[peers]]").count(), 2);
+    }
+
+    #[test]
+    fn a_node_that_asks_etcd_is_told_neither_ranges_nor_peers() {
+        let plan = Plan { source: Source::Etcd, ..Plan::new("x", 2, 1, Mode::Routed, 1500).unwrap() };
+        let text = config_text(&plan, 1, &Files::of("x", 1)).unwrap();
+        assert!(!text.contains("ranges") && !text.contains("[[peers]]"), "{text}");
+        assert!(text.contains("endpoints = [\"http://10.200.0.250:2379\"]"), "{text}");
     }
 
     #[test]

@@ -12,6 +12,7 @@ pub mod command;
 pub mod daemon;
 mod demo;
 pub mod down;
+mod etcd;
 pub mod net;
 pub mod peer;
 mod ping;
@@ -97,6 +98,9 @@ pub struct Up {
     /// What pods get as devices; TAPs unless given.
     #[arg(long, value_enum)]
     port: Option<plan::Port>,
+    /// Where the nodes know each other from: their configuration, or an etcd that the lab runs.
+    #[arg(long, value_enum, default_value_t = plan::Source::File)]
+    source: plan::Source,
     /// How the tunnel's packets leave and enter the nodes; by UDP unless given.
     #[arg(long, value_enum)]
     underlay: Option<plan::Underlay>,
@@ -189,7 +193,8 @@ pub fn run_peer(command: PeerCommand) -> Result<()> {
 
 fn up(args: &Up) -> Result<()> {
     let plan = plan::Plan::new(&args.name.name, args.nodes, args.pods, args.mode, args.mtu)?;
-    let plan = plan::Plan { workers: args.workers, port: args.port, underlay: args.underlay, ..plan };
+    let plan =
+        plan::Plan { workers: args.workers, port: args.port, underlay: args.underlay, source: args.source, ..plan };
     let programs = args.binaries.find()?;
     let cluster = up::up(&plan, &programs, args.keep)?;
     if args.json { output::print_json(&cluster) } else { output::print(&up::summary(&plan, &cluster, Style::stdout())) }

@@ -3,6 +3,7 @@
 //! The underlay is a bridge in a namespace of its own with one veth to each node, so nothing is ever made in, or
 //! moved through, the machine's own namespace.
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -53,6 +54,12 @@ pub fn make_underlay(plan: &Plan) -> Result<()> {
         set_forwarding(&netns, &plan.lab)?;
     }
     Ok(())
+}
+
+/// Gives the underlay's bridge an address of its own, for a service in the underlay's namespace.
+pub fn give_bridge_address(plan: &Plan, address: Ipv4Addr) -> Result<()> {
+    let underlay = plan.underlay_netns();
+    Run::ip(&format!("-n {underlay} address add {address}/24 dev {BRIDGE}")).building(&plan.lab).succeed().map(drop)
 }
 
 /// Has a node's kernel route, as that of a node of a cluster does.

@@ -3,7 +3,7 @@
 //! Everything follows from the lab's name and three numbers, so that two labs never collide and `down` can check
 //! that what a record names is a lab's. The default lab has the plain names (`weft-n1`, `weft-n1-p1`), lab `x` has
 //! `weft-x-n1` and so on. Node N has 10.200.0.N on the underlay and gives pods addresses of 10.244.N.0/24 and
-//! fd00:10:244:N::/64 in both modes; in bridged mode these lie in one /16 and one /48 that are on-link everywhere.
+//! fd00:10:244:N::/64 in both modes, unless they come from etcd, which cuts them out of the same networks as it pleases; in bridged mode these lie in one /16 and one /48 that are on-link everywhere.
 
 use std::net::Ipv4Addr;
 
@@ -66,6 +66,17 @@ pub enum Port {
     Auto,
 }
 
+/// Where the nodes know each other from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "kebab-case")]
+pub enum Source {
+    /// The configuration of each node.
+    #[default]
+    File,
+    /// An etcd of the lab's own.
+    Etcd,
+}
+
 /// How the tunnel's packets leave and enter the nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -95,6 +106,8 @@ pub struct Plan {
     pub workers: Option<u8>,
     /// Kind of the pods' ports; what weftd has unless given.
     pub port: Option<Port>,
+    /// Where the nodes know each other from.
+    pub source: Source,
     /// Kind of the underlay; what weftd has unless given.
     pub underlay: Option<Underlay>,
     /// Whether the process that builds it ends it as well.
@@ -122,6 +135,7 @@ impl Plan {
             mtu,
             workers: None,
             port: None,
+            source: Source::File,
             underlay: None,
             is_passing: false,
         })
@@ -182,6 +196,9 @@ pub fn pod_name(node: u8, pod: u8) -> String {
 pub fn underlay_address(node: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 200, 0, node)
 }
+
+/// The address of the lab's etcd on the underlay, and its port.
+pub const ETCD: (Ipv4Addr, u16) = (Ipv4Addr::new(10, 200, 0, 250), 2379);
 
 /// The ranges from which a node gives addresses, in CIDR form.
 pub fn ranges(node: u8) -> [String; 2] {

@@ -8,9 +8,9 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::check::Matrix;
 use super::daemon::{self, Files};
-use super::plan::{self, Plan};
+use super::plan::{self, Plan, Source};
 use super::record::{self, Cluster, Kind, Node, Pod, Record, Stored};
-use super::{cni, down, net};
+use super::{cni, down, etcd, net};
 use crate::interrupt;
 use crate::output::{self, Style};
 use crate::table::Table;
@@ -80,6 +80,10 @@ fn build(plan: &Plan, programs: &Programs, record: &mut Record) -> Result<Cluste
     net::make_namespaces(plan)?;
     net::make_underlay(plan)?;
     step("namespaces and underlay are there".to_owned());
+    let engine = match plan.source {
+        Source::File => None,
+        Source::Etcd => Some(etcd::start(plan)?),
+    };
     for node in plan.node_numbers() {
         let process = daemon::start(plan, node, &programs.weftd)?;
         record.processes.push(process);
@@ -88,6 +92,9 @@ fn build(plan: &Plan, programs: &Programs, record: &mut Record) -> Result<Cluste
     for (node, process) in plan.node_numbers().zip(&record.processes) {
         daemon::await_ready(plan, node, process)?;
     }
+    // Beside the daemons, which are told apart by their place in the record.
+    record.processes.extend(engine);
+    record.save()?;
     step("each node's weftd is ready".to_owned());
     let cluster = attach_all(plan, programs, record)?;
     step("pods are attached".to_owned());

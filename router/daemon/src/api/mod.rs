@@ -9,16 +9,19 @@ pub mod show;
 pub mod slots;
 pub mod socket;
 pub mod status;
+pub mod waiting;
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use tokio::sync::oneshot;
 use tokio::task;
 use weft_api::{Answer, Attach, Attached, Connection, Empty, Failure, Incoming, LineError, MAX_REQUEST, Request, code};
 
 use crate::attach;
+use crate::control::source::Order;
 use crate::node::Node;
 use slots::{Slot, Slots};
 use socket::Arrived;
@@ -172,9 +175,30 @@ fn answer(node: &Node, connection: &mut Connection, incoming: Incoming) -> Resul
         Request::Leases => reply(connection, Ok(show::leases(node))),
         Request::Drops => reply(connection, show::drops(node)),
         Request::Nodes => reply(connection, show::nodes(node)),
+        Request::Leave => reply(connection, leave(node).map(|()| Empty {})),
         Request::Reserve(request) => reply(connection, attach::reserve::reserve(node, &request).map(|()| Empty {})),
         Request::Reload => reply(connection, node.reload().map(|()| Empty {})),
     }
+}
+
+/// Has the source give this node's ranges back.
+fn leave(node: &Node) -> Result<(), Failure> {
+    let pods = node.state().attachments.len();
+    if pods > 0 {
+        let msg = format!("{pods} pods are attached, and would lose their addresses");
+        return Err(Failure::new(code::NOT_AVAILABLE, msg).with_details("drain the node first"));
+    }
+    let Some(orders) = &node.orders else {
+        return Err(Failure::new(
+            code::REQUEST,
+            "this node's ranges stand in its file: there is nobody to give them back to",
+        ));
+    };
+    let (answer, told) = oneshot::channel();
+    let sent = orders.blocking_send(Order::Leave(answer)).is_ok();
+    let left = if sent { told.blocking_recv().ok() } else { None };
+    let left = left.unwrap_or_else(|| Err("the source does not answer".into()));
+    left.map_err(|why| Failure::new(code::TRY_AGAIN, why).with_details("the ranges stay this node's"))
 }
 
 /// An attachment that nobody was told of would stay for ever: its runtime believes that there is none.

@@ -35,6 +35,10 @@ pub fn ready(node: &Node) -> Result<(), Failure> {
     if let Some(problem) = underlay_problem(&snapshot, config, host.as_ref()) {
         return fail(code::LIMITED, problem, "pods of this node reach each other, but no other node");
     }
+    if config.ranges.is_empty() {
+        let why = state.view.trouble.clone().unwrap_or_else(|| "its source has not said which".into());
+        return fail(code::NOT_AVAILABLE, format!("this node has no ranges: {why}"), "");
+    }
     if let Some(trouble) = node.store.trouble().or(node.store.poisoned()) {
         return fail(code::NOT_AVAILABLE, trouble, "no lease can be made durable");
     }
@@ -89,6 +93,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
             .unwrap_or_default(),
         workers: node.router.workers(),
         port: node.devices.shown(),
+        source: config.source.to_string(),
         host_port: state.desired.host.as_ref().map(|interface| HostPortInfo {
             ifname: config.host_port.clone().unwrap_or_default(),
             mac: interface.mac.to_string(),
@@ -149,6 +154,7 @@ fn problems(store: &Store, state: &State, snapshot: &Snapshot, host: Option<&Hos
     all.extend(underlay_problem(snapshot, config, host));
     all.extend(host.and_then(|host| mtu_problem(config, host)));
     all.extend(store_problems(store));
+    all.extend(source_problems(state));
     all.extend(unattached_problem(store, state));
     all.extend(peer_problems(state, snapshot));
     all.extend(usages(store, state).filter(|(_, usage)| nearly_full(*usage)).map(|(range, usage)| {
@@ -195,6 +201,12 @@ fn mtu_problem(config: &Config, host: &Host) -> Option<String> {
             config.mtu, device.name, device.mtu
         )
     })
+}
+
+fn source_problems(state: &State) -> Vec<String> {
+    let trouble = state.view.trouble.iter().map(|why| format!("{why}; what was known of the cluster stays in force"));
+    let denied = state.view.cluster.iter().flat_map(|cluster| &cluster.problems).cloned();
+    trouble.chain(denied).collect()
 }
 
 fn store_problems(store: &Store) -> Vec<String> {

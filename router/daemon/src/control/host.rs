@@ -7,6 +7,8 @@ use std::net::IpAddr;
 pub struct Host {
     /// All of them.
     pub interfaces: Vec<Interface>,
+    /// The numbers of those that a default route leads to, the preferred one first.
+    pub defaults: Vec<u32>,
 }
 
 /// A network interface.
@@ -28,6 +30,20 @@ impl Host {
     /// The interface that has `address`.
     pub fn holder_of(&self, address: IpAddr) -> Option<&Interface> {
         self.interfaces.iter().find(|interface| interface.addresses.contains(&address))
+    }
+
+    /// The address by which others know this machine: the first usable one, IPv4 before IPv6, of the named interface, or else of
+    /// the one that a default route leads to.
+    pub fn main_address(&self, name: Option<&str>, usable: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
+        let interfaces: Vec<&Interface> = match name {
+            Some(name) => self.named(name).into_iter().collect(),
+            None => {
+                let by_index = |index: &u32| self.interfaces.iter().find(|interface| interface.index == *index);
+                self.defaults.iter().filter_map(by_index).collect()
+            }
+        };
+        let all = || interfaces.iter().flat_map(|interface| &interface.addresses).copied();
+        all().find(|address| address.is_ipv4() && usable(*address)).or_else(|| all().find(|address| usable(*address)))
     }
 
     /// The interface with this name.

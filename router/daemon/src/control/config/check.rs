@@ -1,7 +1,7 @@
 //! What must hold between the values of a configuration, and between them and the machine.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use ipnet::IpNet;
@@ -10,6 +10,7 @@ use weft_encap::vxlan::Vni;
 use weft_router::tables::{Gateway, Mode};
 
 use super::reader::{At, Place, Problem, Reader, Switch};
+use super::source::{SourceConfig, check_beside, missing_underlay};
 use super::{
     Config, DEFAULT_HOST_PORT, DEFAULT_PORT, DEFAULT_STATE_DIR, Draft, DraftPeer, DraftUnderlay, Peer, PortKind,
     Underlay, UnderlayKind,
@@ -29,14 +30,15 @@ const MAX_NAME: usize = 253;
 const MAX_PEERS: usize = 60_000;
 
 /// Checks the draft; notes problems in `reader`. `None` if something needed is missing.
-pub fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Config>, Vec<Problem>) {
+pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Config>, Vec<Problem>) {
     let mut warnings = Vec::new();
     let node = needed(reader, draft.node.as_ref(), &root("node"), "write a name for this node");
     if let Some(node) = node {
         check_name(reader, node);
     }
     let mode = check_mode(reader, draft.mode.as_ref());
-    let underlay = check_underlay(reader, draft.underlay.as_ref());
+    let source = check_source(reader, &draft, mode);
+    let underlay = check_underlay(reader, &draft, host);
     check_paths(reader, &draft);
     let host_port = check_host_port(reader, &draft);
     check_ranges(reader, &draft, mode);
@@ -45,8 +47,8 @@ pub fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Conf
     check_macs(reader, &draft);
     let mtus = underlay.and_then(|underlay| check_mtu(reader, &draft, underlay, host, &mut warnings));
     let built = (|| {
-        let (node, mode, (mtu, underlay_mtu), from) = (node?, mode?, mtus?, draft.underlay.as_ref()?);
-        let underlay = build_underlay(from, underlay_mtu)?;
+        let (node, mode, (mtu, underlay_mtu), source) = (node?, mode?, mtus?, source?);
+        let underlay = build_underlay(draft.underlay.as_ref(), underlay?, underlay_mtu);
         let vtep_mac = || derive::vtep_mac(&node.value, underlay.address);
         Some(Config {
             node: node.value.clone(),
@@ -58,6 +60,7 @@ pub fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Conf
             mtu,
             socket: draft.socket.as_ref().map_or(PathBuf::from(weft_api::SOCKET), |path| path.value.clone()),
             state_dir: draft.state_dir.as_ref().map_or(PathBuf::from(DEFAULT_STATE_DIR), |path| path.value.clone()),
+            source,
             ranges: values(&draft.ranges),
             segment: values(&draft.segment),
             gateway,
@@ -74,15 +77,15 @@ pub fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Conf
     (built, warnings)
 }
 
-fn build_underlay(draft: &DraftUnderlay, mtu: u32) -> Option<Underlay> {
-    Some(Underlay {
-        address: draft.address.as_ref()?.value.to_canonical(),
-        port: draft.port.as_ref().map_or(DEFAULT_PORT, |port| port.value),
-        device: draft.device.as_ref().map(|device| device.value.clone()),
-        kind: draft.kind.as_ref().map_or(UnderlayKind::Udp, |kind| kind.value),
-        vlan: draft.vlan.as_ref().map(|vlan| vlan.value),
+fn build_underlay(draft: Option<&DraftUnderlay>, address: IpAddr, mtu: u32) -> Underlay {
+    Underlay {
+        address,
+        port: draft.and_then(|draft| draft.port.as_ref()).map_or(DEFAULT_PORT, |port| port.value),
+        device: draft.and_then(|draft| draft.device.as_ref()).map(|device| device.value.clone()),
+        kind: draft.and_then(|draft| draft.kind.as_ref()).map_or(UnderlayKind::Udp, |kind| kind.value),
+        vlan: draft.and_then(|draft| draft.vlan.as_ref()).map(|vlan| vlan.value),
         mtu,
-    })
+    }
 }
 
 fn build_peer(draft: &DraftPeer) -> Option<Peer> {
@@ -92,11 +95,30 @@ fn build_peer(draft: &DraftPeer) -> Option<Peer> {
 }
 
 fn check_name(reader: &mut Reader<'_>, name: &At<String>) {
-    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    if name.value.is_empty() || name.value.len() > MAX_NAME || !name.value.chars().all(fits) {
+    if !is_name(&name.value) {
         let what = format!("{:?} is no name: use 1 to {MAX_NAME} of letters, digits, '.', '_', '-'", name.value);
         reader.problem(&name.place, what);
     }
+}
+
+/// Whether `text` can be a node's name.
+pub fn is_name(text: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    !text.is_empty() && text.len() <= MAX_NAME && text.chars().all(fits)
+}
+
+/// The source, if what is needed for it is there.
+fn check_source(reader: &mut Reader<'_>, draft: &Draft, mode: Option<Mode>) -> Option<SourceConfig> {
+    let Some(etcd) = &draft.etcd else { return Some(SourceConfig::File) };
+    let ranges = draft.ranges.first().map(|at| (&at.place, "ranges"));
+    let peers = draft.peers.first().map(|peer| (&peer.section, "peers"));
+    let gateway = draft.gateway.first().map(|at| (&at.place, "gateway"));
+    let beside: Vec<(&Place, &str)> = [ranges, peers, gateway].into_iter().flatten().collect();
+    check_beside(reader, &beside, mode);
+    for at in &etcd.network {
+        check_inside_segment(reader, draft, mode, at);
+    }
+    etcd.check(reader).map(|etcd| SourceConfig::Etcd(Box::new(etcd)))
 }
 
 fn check_mode(reader: &mut Reader<'_>, mode: Option<&At<String>>) -> Option<Mode> {
@@ -111,15 +133,36 @@ fn check_mode(reader: &mut Reader<'_>, mode: Option<&At<String>>) -> Option<Mode
     }
 }
 
-fn check_underlay(reader: &mut Reader<'_>, draft: Option<&DraftUnderlay>) -> Option<IpAddr> {
+fn check_underlay(reader: &mut Reader<'_>, draft: &Draft, host: &Host) -> Option<IpAddr> {
     let advice = "write this node's address in the network between the nodes";
-    let Some(draft) = draft else {
-        reader.problem(&root("underlay.address"), format!("is missing: {advice}"));
-        return None;
-    };
-    let address = needed(reader, draft.address.as_ref(), &draft.section, advice)?;
-    check_host_address(reader, address);
-    Some(address.value.to_canonical())
+    let underlay = draft.underlay.as_ref();
+    if let Some(address) = underlay.and_then(|underlay| underlay.address.as_ref()) {
+        check_host_address(reader, address);
+        return Some(address.value.to_canonical());
+    }
+    if draft.etcd.is_some() {
+        let device = underlay.and_then(|underlay| underlay.device.as_ref()).map(|device| device.value.as_str());
+        let found = host.main_address(device, |address| special(address).is_none());
+        if found.is_none() {
+            reader.problem(&missing_underlay(), format!("is missing, and this machine has no main address: {advice}"));
+        }
+        // What stands in the file is compared with all that is for pods later on.
+        let network = draft.etcd.iter().flat_map(|etcd| &etcd.network);
+        for (range, address) in
+            network.filter_map(|range| Some((range, found.filter(|own| range.value.contains(own))?)))
+        {
+            let what =
+                format!("{} has this machine's address {address} in it: pods need a network of their own", range.value);
+            reader.problem(&range.place, what);
+        }
+        return found;
+    }
+    let place = underlay.map_or(root("underlay.address"), |underlay| underlay.section.clone());
+    // A value of the wrong kind has its problem already.
+    if !reader.problems.iter().any(|problem| problem.place.key == place.key) {
+        reader.problem(&place, format!("is missing: {advice}"));
+    }
+    None
 }
 
 /// Whether an address can be a node's: one that packets can be sent to and from.
@@ -167,7 +210,10 @@ fn check_paths(reader: &mut Reader<'_>, draft: &Draft) {
 
 /// Each range for itself, then all against each other: no address may belong to two nodes.
 fn check_ranges(reader: &mut Reader<'_>, draft: &Draft, mode: Option<Mode>) {
-    if draft.ranges.is_empty() && !reader.problems.iter().any(|problem| problem.place.key == "ranges") {
+    if draft.etcd.is_none()
+        && draft.ranges.is_empty()
+        && !reader.problems.iter().any(|problem| problem.place.key == "ranges")
+    {
         reader.problem(&root("ranges"), "is missing: write the prefixes out of which this node gives addresses");
     }
     check_segment(reader, draft, mode);
@@ -179,16 +225,21 @@ fn check_ranges(reader: &mut Reader<'_>, draft: &Draft, mode: Option<Mode>) {
     let all: Vec<(&At<IpNet>, String)> = own.chain(theirs).collect();
     for (range, _) in &all {
         check_range(reader, range);
-        let bridged = mode == Some(Mode::Bridged) && !draft.segment.is_empty();
-        if bridged && !draft.segment.iter().any(|segment| segment.value.contains(&range.value)) {
-            let what = format!("{} is not inside the segment: add it there, or change the range", range.value);
-            reader.problem(&range.place, what);
-        }
+        check_inside_segment(reader, draft, mode, range);
     }
     check_overlaps(reader, all);
 }
 
-fn check_range(reader: &mut Reader<'_>, range: &At<IpNet>) {
+fn check_inside_segment(reader: &mut Reader<'_>, draft: &Draft, mode: Option<Mode>, range: &At<IpNet>) {
+    let bridged = mode == Some(Mode::Bridged) && !draft.segment.is_empty();
+    if bridged && !draft.segment.iter().any(|segment| segment.value.contains(&range.value)) {
+        let what = format!("{} is not inside the segment: add it there, or change the range", range.value);
+        reader.problem(&range.place, what);
+    }
+}
+
+/// Whether pods can have the addresses of a prefix.
+pub fn check_range(reader: &mut Reader<'_>, range: &At<IpNet>) {
     if let Some(kind) = special(range.value.network()).or_else(|| special(range.value.broadcast())) {
         reader.problem(&range.place, format!("{} is {kind}: pods cannot have such addresses", range.value));
     } else if let Err(error) = weft_ipam::Range::whole(range.value) {
@@ -292,8 +343,9 @@ fn check_family(reader: &mut Reader<'_>, draft: &Draft, address: &At<IpAddr>) {
 fn check_underlay_outside_ranges(reader: &mut Reader<'_>, draft: &Draft) {
     let own = draft.underlay.as_ref().and_then(|underlay| underlay.address.as_ref());
     let addresses = own.into_iter().chain(draft.peers.iter().filter_map(|peer| peer.underlay.as_ref()));
-    let ranges: Vec<&At<IpNet>> =
-        draft.ranges.iter().chain(&draft.segment).chain(draft.peers.iter().flat_map(|peer| &peer.ranges)).collect();
+    let network = draft.etcd.iter().flat_map(|etcd| &etcd.network);
+    let peers = draft.peers.iter().flat_map(|peer| &peer.ranges);
+    let ranges: Vec<&At<IpNet>> = draft.ranges.iter().chain(&draft.segment).chain(network).chain(peers).collect();
     // Longest match is overkill here: the first hit is as good for the message.
     let mut by_network: HashMap<IpNet, &At<IpNet>> = HashMap::new();
     let mut lengths = std::collections::BTreeSet::new();
@@ -337,18 +389,21 @@ fn check_gateway(reader: &mut Reader<'_>, draft: &Draft, mode: Option<Mode>) -> 
             IpAddr::V6(address) => gateway.ipv6 = Some(address),
         }
     }
-    // The first address of a prefix is what every pod expects, and what the lease store never gives away.
-    let first = |v4: bool| {
-        let home = homes.iter().find(|home| home.value.addr().is_ipv4() == v4)?;
-        weft_ipam::Range::whole(home.value).ok().map(|range| range.gateway())
-    };
-    if let (None, Some(IpAddr::V4(address))) = (gateway.ipv4, first(true)) {
-        gateway.ipv4 = Some(address);
-    }
-    if let (None, Some(IpAddr::V6(address))) = (gateway.ipv6, first(false)) {
-        gateway.ipv6 = Some(address);
-    }
-    gateway
+    let homes: Vec<IpNet> = values(homes);
+    Gateway { ipv4: gateway.ipv4.or(gateway_v4(&homes)), ipv6: gateway.ipv6.or(gateway_v6(&homes)), ..gateway }
+}
+
+/// The IPv4 gateway of pods in these prefixes: the first address, which is what every pod expects, and what the lease store never
+/// gives away.
+pub fn gateway_v4(homes: &[IpNet]) -> Option<Ipv4Addr> {
+    let first = homes.iter().filter_map(|home| Some(weft_ipam::Range::whole(*home).ok()?.gateway()));
+    first.filter_map(|address| if let IpAddr::V4(address) = address { Some(address) } else { None }).next()
+}
+
+/// The same for IPv6.
+pub fn gateway_v6(homes: &[IpNet]) -> Option<Ipv6Addr> {
+    let first = homes.iter().filter_map(|home| Some(weft_ipam::Range::whole(*home).ok()?.gateway()));
+    first.filter_map(|address| if let IpAddr::V6(address) = address { Some(address) } else { None }).next()
 }
 
 /// IPv4's broadcast address; IPv6 has none, so its network address stands in.
@@ -379,7 +434,8 @@ fn check_mtu(
     warnings: &mut Vec<Problem>,
 ) -> Option<(u32, u32)> {
     let overhead = Underlay::overhead(underlay);
-    let all = draft.ranges.iter().chain(&draft.segment);
+    let network = draft.etcd.iter().flat_map(|etcd| &etcd.network);
+    let all = draft.ranges.iter().chain(&draft.segment).chain(network);
     let least = if all.clone().any(|range| range.value.addr().is_ipv6()) { MIN_MTU_V6 } else { MIN_MTU_V4 };
     let device = check_device(reader, draft, underlay, host, warnings)?;
     let Some(mtu) = &draft.mtu else {
@@ -423,14 +479,13 @@ fn check_device<'h>(
     host: &'h Host,
     warnings: &mut Vec<Problem>,
 ) -> Option<Option<&'h Interface>> {
-    let draft = draft.underlay.as_ref()?;
-    let address = draft.address.as_ref()?;
+    let draft = draft.underlay.as_ref();
     let holder = host.holder_of(underlay);
-    if holder.is_none() {
+    if let Some(address) = draft.and_then(|draft| draft.address.as_ref()).filter(|_| holder.is_none()) {
         let what = format!("{underlay} is not an address of this machine: weftd cannot start here without it");
         warnings.push(Problem { place: address.place.clone(), what });
     }
-    let Some(named) = &draft.device else { return Some(holder) };
+    let Some(named) = draft.and_then(|draft| draft.device.as_ref()) else { return Some(holder) };
     match (host.named(&named.value), holder) {
         (Some(device), Some(holder)) if device.index != holder.index => {
             let what = format!("{underlay} is an address of {}, not of {}", holder.name, device.name);
@@ -447,7 +502,7 @@ fn check_device<'h>(
 }
 
 /// Why an address is nobody's that others could reach.
-fn special(address: IpAddr) -> Option<&'static str> {
+pub fn special(address: IpAddr) -> Option<&'static str> {
     let kinds = |loopback, unspecified, multicast, link_local, reserved| {
         let kinds = [
             (loopback, "loopback"),
@@ -478,7 +533,7 @@ fn needed<'a, T>(reader: &mut Reader<'_>, value: Option<&'a At<T>>, place: &Plac
     value
 }
 
-fn root(key: &str) -> Place {
+pub fn root(key: &str) -> Place {
     Place { line: 1, key: key.to_owned() }
 }
 

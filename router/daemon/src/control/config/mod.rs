@@ -22,11 +22,13 @@
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
 //! `underlay.device`, `underlay.kind` (`"udp"`), `underlay.vlan`, `host_port` (`"weft0"`; another name, or `false` for none),
 //! `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`, `[cni]`, `metrics.listen` (nothing is served without it), `[log]`.
+//! With `[etcd]` ([`source`]) ranges and peers come from there, and `underlay.address` is the machine's main one unless given.
 
-mod check;
+pub mod check;
 mod cni;
 mod leases;
 pub mod reader;
+pub mod source;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -43,6 +45,7 @@ use super::host::Host;
 pub use cni::Cni;
 pub use leases::Leases;
 use reader::{At, Problem, Reader, Section, Switch, TEXT};
+use source::{DraftEtcd, SourceConfig};
 
 /// The UDP port of VXLAN as Linux and Flannel use it.
 const DEFAULT_PORT: u16 = 8472;
@@ -147,6 +150,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// Where leases and tombstones are kept.
     pub state_dir: PathBuf,
+    /// Where ranges and peers come from.
+    pub source: SourceConfig,
     /// What this node gives to pods.
     pub ranges: Vec<IpNet>,
     /// Bridged mode: what is on-link for pods. Empty in routed mode.
@@ -277,6 +282,7 @@ impl Config {
             ("vni", self.vni != new.vni),
             ("socket", self.socket != new.socket),
             ("state_dir", self.state_dir != new.state_dir),
+            ("etcd", self.source != new.source),
             ("segment", self.segment != new.segment),
             ("gateway", (self.gateway.ipv4, self.gateway.ipv6) != (new.gateway.ipv4, new.gateway.ipv6)),
             ("gateway_mac", self.gateway.mac != new.gateway.mac),
@@ -348,6 +354,7 @@ struct Draft {
     mtu: Option<At<u32>>,
     socket: Option<At<PathBuf>>,
     state_dir: Option<At<PathBuf>>,
+    etcd: Option<DraftEtcd>,
     ranges: Vec<At<IpNet>>,
     segment: Vec<At<IpNet>>,
     gateway: Vec<At<IpAddr>>,
@@ -391,6 +398,7 @@ impl Draft {
             mtu: reader.number(&mut root, "mtu", 0..=u32::from(u16::MAX)),
             socket: reader.parsed(&mut root, "socket", "a path"),
             state_dir: reader.parsed(&mut root, "state_dir", "a path"),
+            etcd: DraftEtcd::read(reader, &mut root),
             ranges: reader.list(&mut root, "ranges", PREFIX),
             segment: reader.list(&mut root, "segment", PREFIX),
             gateway: reader.list(&mut root, "gateway", ADDRESS),

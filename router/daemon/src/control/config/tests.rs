@@ -28,7 +28,10 @@ fn host() -> Host {
         up: true,
         addresses: vec![address.parse().unwrap()],
     };
-    Host { interfaces: vec![device(1, "lo", 65536, "127.0.0.1"), device(2, "uplink", 1500, "10.200.0.1")] }
+    Host {
+        interfaces: vec![device(1, "lo", 65536, "127.0.0.1"), device(2, "uplink", 1500, "10.200.0.1")],
+        defaults: vec![2],
+    }
 }
 
 fn problems(text: &str) -> Vec<String> {
@@ -212,6 +215,47 @@ fn each_single_fault_is_named_with_its_line_and_key() {
         // One fault may be seen from several places, but never under another name.
         let all_alike = all.iter().all(|problem| problem.contains("lies in"));
         assert!(all.len() == 1 || all_alike, "{all:#?}");
+    }
+}
+
+const BY_ETCD: &str = "node = \"n1\"\nmode = \"routed\"\n[etcd]\nendpoints = [\"https://10.0.0.9:2379\"]\n\
+                       network = [\"10.244.0.0/16\", \"fd00:10:244::/48\"]\n";
+
+#[test]
+fn by_etcd_a_node_needs_no_ranges_and_has_the_machines_main_address() {
+    let config = Config::read(BY_ETCD, &host()).unwrap().config;
+    assert_eq!(config.underlay.address.to_string(), "10.200.0.1");
+    assert_eq!((config.ranges.len(), config.gateway.ipv4, config.mtu), (0, None, 1450));
+    let source::SourceConfig::Etcd(etcd) = &config.source else { panic!("it is etcd") };
+    assert_eq!((etcd.prefix.as_str(), etcd.lease, etcd.rest, etcd.network.slots()), ("/weft", 60, 3600, 256));
+    let nowhere = Config::read(BY_ETCD, &Host::default()).unwrap_err().to_string();
+    assert!(nowhere.contains("underlay.address: is missing, and this machine has no main address"), "{nowhere}");
+}
+
+#[test]
+fn each_fault_in_what_is_said_about_etcd_is_named() {
+    for (old, new, expected) in [
+        ("https://10.0.0.9:2379", "10.0.0.9", "line 4: etcd.endpoints: \"10.0.0.9\" is no server"),
+        ("endpoints = [\"https://10.0.0.9:2379\"]\n", "", "line 3: etcd.endpoints: is missing"),
+        ("\"10.244.0.0/16\", \"fd00:10:244::/48\"", "", "line 3: etcd.network: is missing"),
+        ("fd00:10:244::/48", "10.245.0.0/16", "line 5: etcd.network: is the second prefix of its family"),
+        ("10.244.0.0/16", "10.244.0.0/24", "line 5: etcd.network: 10.244.0.0/24 cannot be cut into parts of /24"),
+        (
+            "10.244.0.0/16",
+            "10.200.0.0/16",
+            "line 5: etcd.network: 10.200.0.0/16 has this machine's address 10.200.0.1 in it",
+        ),
+        ("[etcd]", "ranges = [\"10.9.0.0/24\"]\n[etcd]", "line 3: ranges: stands here, but etcd says who has what"),
+        ("[etcd]", "gateway = [\"10.244.0.1\"]\n[etcd]", "line 3: gateway: stands here, but etcd says who has what"),
+        ("[etcd]", "[etcd]\nuser = \"weft\"", "line 3: etcd.user: and password_file come together"),
+        ("[etcd]", "[etcd]\nkey = \"/k\"", "line 3: etcd.certificate: and key come together"),
+        ("[etcd]", "[etcd]\nca = \"ca.pem\"", "line 4: etcd.ca: \"ca.pem\" is not absolute"),
+        ("[etcd]", "[etcd]\nprefix = \"weft/\"", "line 4: etcd.prefix: \"weft/\" is no prefix of keys"),
+        ("[etcd]", "[etcd]\nlease = 1", "line 4: etcd.lease: must be a whole number from 2 to 86400"),
+    ] {
+        let text = BY_ETCD.replacen(old, new, 1);
+        let said = problems(&text).join("\n");
+        assert!(said.contains(expected), "expected {expected}\nin {said}");
     }
 }
 

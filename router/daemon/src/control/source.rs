@@ -1,0 +1,170 @@
+//! Where knowledge of the cluster comes from, behind one interface.
+//!
+//! A [`Source`] follows an engine for as long as weftd runs and publishes, whenever something changed, *what is*: whole, never a
+//! difference ([`View`]). Who listens compares it with what is in force; a view that was missed is made up for by the next one. A
+//! source never gives up, and what it last knew holds until it knows better: an engine that is away takes nothing from anybody.
+//!
+//! The static file is the source that has everything to say at once, and again on each reload: it needs nobody to follow it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::cluster::Cluster;
+use super::config::Config;
+use super::config::source::SourceConfig;
+use super::etcd::Etcd;
+
+/// What a source has to say.
+#[derive(Debug, Clone, Default)]
+pub struct View {
+    /// The cluster; `None` until it is known.
+    pub cluster: Option<Arc<Cluster>>,
+    /// Why it is not in step.
+    pub trouble: Option<String>,
+}
+
+/// Something that knows the cluster.
+pub trait Source {
+    /// Publishes what is, for ever, and obeys orders. To be run as a task.
+    fn follow(self, views: Views, orders: mpsc::Receiver<Order>) -> impl Future<Output = ()> + Send;
+}
+
+/// What a source can be told to do.
+#[derive(Debug)]
+pub enum Order {
+    /// Give up what this node holds in the engine, for it goes for good.
+    Leave(oneshot::Sender<Result<(), String>>),
+}
+
+/// Where a source publishes.
+#[derive(Debug)]
+pub struct Views(watch::Sender<View>);
+
+impl Views {
+    /// The source is in step and knows this; `trouble` is what it cannot do nevertheless. Without a cluster, what was known stays.
+    pub fn publish(&self, cluster: Option<Cluster>, trouble: Option<String>) {
+        self.0.send_if_modified(|view| {
+            let changed = cluster.is_some() && view.cluster.as_deref() != cluster.as_ref();
+            let said = view.trouble != trouble;
+            view.trouble = trouble;
+            if changed {
+                view.cluster = cluster.map(Arc::new);
+            }
+            changed || said
+        });
+    }
+
+    /// The source is not in step, and why.
+    pub fn trouble(&self, why: String) {
+        self.0.send_if_modified(|view| {
+            let new = view.trouble.as_ref() != Some(&why);
+            view.trouble = Some(why);
+            new
+        });
+    }
+
+    /// What was published last.
+    pub fn last(&self) -> View {
+        self.0.borrow().clone()
+    }
+}
+
+/// A source that is being followed.
+pub struct Following {
+    /// What it says.
+    pub views: watch::Receiver<View>,
+    /// What it is told.
+    pub orders: mpsc::Sender<Order>,
+}
+
+/// Starts to follow what the configuration names, beginning with what was known when weftd last ran. `None` if it is the file. To be
+/// called inside a tokio runtime.
+pub fn follow(config: &Config, known: Option<Cluster>) -> Option<Following> {
+    let view = View { cluster: known.map(Arc::new), ..View::default() };
+    let (sender, views) = watch::channel(view);
+    let (orders, inbox) = mpsc::channel(1);
+    match &config.source {
+        SourceConfig::File => return None,
+        SourceConfig::Etcd(etcd) => {
+            let source = Etcd::new(config.clone(), (**etcd).clone());
+            drop(tokio::spawn(source.follow(Views(sender), inbox)));
+        }
+    }
+    Some(Following { views, orders })
+}
+
+/// How long to wait before another attempt: longer each time, up to a limit, and for each node another while, so that many do
+/// not come at once.
+#[derive(Debug)]
+pub struct Backoff {
+    next: Duration,
+    random: u64,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(200);
+    const LAST: Duration = Duration::from_secs(5);
+
+    /// For a node that differs from others by `seed`.
+    pub fn new(seed: u64) -> Backoff {
+        Backoff { next: Backoff::FIRST, random: seed | 1 }
+    }
+
+    /// An attempt was a success.
+    pub fn reset(&mut self) {
+        self.next = Backoff::FIRST;
+    }
+
+    /// How long to wait: between half of the step and the whole.
+    pub fn step(&mut self) -> Duration {
+        let whole = self.next;
+        self.next = (whole * 2).min(Backoff::LAST);
+        self.spread(whole)
+    }
+
+    /// Something between half of `whole` and all of it.
+    pub fn spread(&mut self, whole: Duration) -> Duration {
+        // xorshift64
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        whole / 2 + (whole / 2).mul_f64((self.random >> 11) as f64 / (1u64 << 53) as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waiting_grows_to_its_limit_and_is_spread() {
+        let mut backoff = Backoff::new(7);
+        let steps: Vec<Duration> = (0..12).map(|_| backoff.step()).collect();
+        assert!(steps[0] >= Backoff::FIRST / 2 && steps[0] <= Backoff::FIRST);
+        assert!(steps[6..].iter().all(|step| *step >= Backoff::LAST / 2 && *step <= Backoff::LAST), "{steps:?}");
+        assert!(steps[6..].windows(2).any(|two| two[0].abs_diff(two[1]) > Duration::from_millis(50)), "{steps:?}");
+        backoff.reset();
+        assert!(backoff.step() <= Backoff::FIRST);
+    }
+
+    #[test]
+    fn only_what_is_new_wakes_the_listener() {
+        let (sender, mut views) = watch::channel(View::default());
+        let source = Views(sender);
+        source.publish(Some(Cluster::default()), None);
+        assert!(views.has_changed().unwrap());
+        views.mark_unchanged();
+        source.publish(Some(Cluster::default()), None);
+        assert!(!views.has_changed().unwrap());
+        source.trouble("away".into());
+        assert!(views.has_changed().unwrap());
+        views.mark_unchanged();
+        source.trouble("away".into());
+        assert!(!views.has_changed().unwrap());
+        assert!(source.last().cluster.is_some(), "what was known stays");
+        source.publish(Some(Cluster::default()), None);
+        assert!(views.borrow_and_update().trouble.is_none());
+    }
+}
