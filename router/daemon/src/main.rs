@@ -34,8 +34,9 @@ use weft_router::Event;
 use control::cluster::Cluster;
 use control::config::source::SourceConfig;
 use control::config::{Checked, Config, Log};
+use control::kubernetes::address;
 use control::saved;
-use control::source::{self, Following, View};
+use control::source::{self, Following, Order, View};
 use log::LogLevel;
 use node::Node;
 
@@ -85,7 +86,7 @@ fn main() -> ExitCode {
             return ExitCode::from(FAILED);
         }
     };
-    let Checked { config, warnings } = match node::read_config(&arguments.config) {
+    let Checked { config, warnings } = match node::read_config(&arguments.config, None) {
         Ok(checked) => checked,
         Err(error) => return misconfigured(&error),
     };
@@ -105,7 +106,7 @@ fn main() -> ExitCode {
 
 fn check(path: &Path) -> ExitCode {
     log::start(Log { level: tracing::Level::WARN, json: false });
-    match node::read_config(path) {
+    match node::read_config(path, None) {
         Ok(checked) => {
             node::log_warnings(path, &checked.warnings);
             println!("{} is valid", path.display());
@@ -160,19 +161,25 @@ fn run(runtime: Runtime, signals: Signals, config: Config, path: PathBuf, level:
 }
 
 /// Makes the node, as soon as it is known what it is, and serves.
-async fn begin(mut signals: Signals, config: Config, path: PathBuf, level: LogLevel) -> anyhow::Result<()> {
+async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: LogLevel) -> anyhow::Result<()> {
+    let mut early = None;
+    if config.source != SourceConfig::File {
+        let socket = api::socket::Bound::new(&config.socket)?;
+        match find_address(&config, &path, &socket, &mut signals).await? {
+            Some(found) => config = found,
+            None => return Ok(()),
+        }
+        early = Some(socket);
+    }
     let known = known_before(&config);
     let mut following = source::follow(&config, known.clone());
-    let mut early = None;
-    let view = match &mut following {
+    let view = match following.as_mut().zip(early.as_ref()) {
         None => View::default(),
-        Some(following) => {
-            let socket = api::socket::Bound::new(&config.socket)?;
-            let Some(view) = await_ranges(&socket, &mut signals, &mut following.views).await else {
+        Some((following, socket)) => {
+            let Some(view) = await_ranges(socket, &mut signals, &mut following.views).await else {
                 tracing::info!("stopping");
                 return Ok(());
             };
-            early = Some(socket);
             view
         }
     };
@@ -197,6 +204,39 @@ async fn begin(mut signals: Signals, config: Config, path: PathBuf, level: LogLe
         drop(tokio::spawn(put_in_force(Arc::clone(&node), views)));
     }
     serve(&node, signals, socket).await
+}
+
+/// The configuration with this machine's underlay address as the source has it, if the file does not say it; `None` if a signal came
+/// first.
+async fn find_address(
+    config: &Config,
+    path: &Path,
+    socket: &api::socket::Bound,
+    signals: &mut Signals,
+) -> anyhow::Result<Option<Config>> {
+    let kubernetes = match &config.source {
+        SourceConfig::Kubernetes(kubernetes) if !config.underlay.is_given => kubernetes,
+        _ => return Ok(Some(config.clone())),
+    };
+    let had = saved::address(&config.state_dir);
+    let (sender, views) = watch::channel(View::default());
+    let tell = |why| drop(sender.send_replace(View { trouble: Some(why), ..View::default() }));
+    let found = address::discover(kubernetes, &config.node, had, tell);
+    tokio::pin!(found);
+    let waiting = api::waiting::Waiting::new(views.clone());
+    let found = loop {
+        tokio::select! {
+            found = &mut found => break found,
+            _ = signals.terminate.recv() => return Ok(None),
+            _ = signals.interrupt.recv() => return Ok(None),
+            Ok(stream) = socket.accept() => waiting.serve(stream),
+        }
+    };
+    let Some(found) = found else {
+        tracing::warn!(address = %config.underlay.address, "the cluster does not say this machine's address: taking its main one");
+        return Ok(Some(config.clone()));
+    };
+    Ok(Some(node::read_config(path, Some(found))?.config))
 }
 
 /// What was known of the cluster when weftd last ran.
@@ -260,6 +300,10 @@ async fn serve(node: &Arc<Node>, mut signals: Signals, socket: api::socket::Boun
     housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut keeping: Option<JoinHandle<()>> = None;
     tracing::info!(socket = %path.display(), pid = std::process::id(), "ready");
+    if let Some(orders) = &node.orders {
+        // There is room for it: a source that has ended takes none, which ended with a panic.
+        let _ = orders.try_send(Order::Serving);
+    }
     let config = Arc::clone(&node.state().desired.config);
     drop(tokio::task::spawn_blocking(move || conflist::tell_runtime(&config)));
     loop {
