@@ -31,6 +31,7 @@ fn host() -> Host {
     Host {
         interfaces: vec![device(1, "lo", 65536, "127.0.0.1"), device(2, "uplink", 1500, "10.200.0.1")],
         defaults: vec![2],
+        ..Host::default()
     }
 }
 
