@@ -161,7 +161,8 @@ fn list(shared: &Shared, resource: &str, query: &Query) -> Result<Response<Body>
     if !page.next.is_empty() {
         metadata["continue"] = json!(page.next);
     }
-    Ok(whole(200, &json!({"kind": kind, "apiVersion": "v1", "metadata": metadata, "items": page.items})))
+    let items = page.items.join(",");
+    Ok(text(200, format!("{{\"kind\":\"{kind}\",\"apiVersion\":\"v1\",\"metadata\":{metadata},\"items\":[{items}]}}")))
 }
 
 fn watch(shared: Arc<Shared>, resource: &str, query: &Query) -> Result<Response<Body>, Refused> {
@@ -202,11 +203,7 @@ async fn stream(
         let has_ended = changes.is_err();
         match changes {
             Ok(changes) => {
-                for change in &changes {
-                    let event = json!({"type": change.kind, "object": change.object});
-                    lines.extend_from_slice(event.to_string().as_bytes());
-                    lines.push(b'\n');
-                }
+                changes.iter().for_each(|change| lines.extend_from_slice(&change.line));
                 version = newest;
             }
             Err(refused) => {
@@ -277,6 +274,10 @@ fn refuse(refused: &Refused) -> Response<Body> {
 }
 
 fn whole(status: u16, body: &Value) -> Response<Body> {
+    text(status, body.to_string())
+}
+
+fn text(status: u16, body: String) -> Response<Body> {
     let response = Response::builder().status(status).header(CONTENT_TYPE, "application/json");
-    response.body(Full::new(Bytes::from(body.to_string())).boxed()).expect("a response without surprises")
+    response.body(Full::new(Bytes::from(body)).boxed()).expect("a response without surprises")
 }

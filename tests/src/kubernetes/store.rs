@@ -1,7 +1,9 @@
 //! The objects of the double, with versions and a history, as etcd and the watch cache keep them behind a real API server.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
+use hyper::body::Bytes;
 use serde_json::{Value, json};
 
 use super::patch;
@@ -12,16 +14,16 @@ const HISTORY: usize = 100_000;
 const MAX_LISTS: usize = 64;
 
 /// A change.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Change {
     /// The version that it made.
     pub version: u64,
     /// `nodes` or `pods`.
     pub resource: String,
-    /// `ADDED`, `MODIFIED` or `DELETED`.
-    pub kind: &'static str,
     /// The object, as it is then; of a deleted one, as it was.
-    pub object: Value,
+    object: Arc<Value>,
+    /// As a stream has it.
+    pub line: Bytes,
 }
 
 /// Why a request is refused, as the API words it.
@@ -37,8 +39,8 @@ pub struct Refused {
 
 /// A page of a list.
 pub struct Page {
-    /// Its objects.
-    pub items: Vec<Value>,
+    /// Its objects, as JSON.
+    pub items: Vec<Arc<str>>,
     /// The version of the list.
     pub version: u64,
     /// Where the next page begins; empty after the last.
@@ -51,9 +53,9 @@ pub struct Store {
     version: u64,
     /// Streams cannot begin before this.
     oldest: u64,
-    objects: BTreeMap<(String, String), Value>,
-    history: VecDeque<Change>,
-    lists: BTreeMap<u64, (u64, Vec<Value>)>,
+    objects: BTreeMap<(String, String), (Arc<Value>, Arc<str>)>,
+    history: VecDeque<Arc<Change>>,
+    lists: BTreeMap<u64, (u64, Vec<Arc<str>>)>,
     next_list: u64,
     next_uid: u64,
 }
@@ -106,7 +108,7 @@ impl Store {
 
     /// An object by name, or namespace and name.
     pub fn get(&self, resource: &str, name: &str) -> Option<&Value> {
-        self.objects.get(&(resource.to_owned(), name.to_owned()))
+        self.objects.get(&(resource.to_owned(), name.to_owned())).map(|(object, _)| &**object)
     }
 
     /// Makes or replaces an object. A new one gets a UID and the time of its making, unless it has them.
@@ -120,22 +122,27 @@ impl Store {
         }
         self.version += 1;
         object["metadata"]["resourceVersion"] = json!(self.version.to_string());
-        self.objects.insert(key, object.clone());
-        self.remember(resource, kind, object.clone());
+        let shared = Arc::new(object.clone());
+        let text: Arc<str> = object.to_string().into();
+        self.remember(resource, kind, Arc::clone(&shared), &text);
+        self.objects.insert(key, (shared, text));
         object
     }
 
     /// Removes an object; whether it was there.
     pub fn delete(&mut self, resource: &str, name: &str) -> bool {
-        let Some(mut object) = self.objects.remove(&(resource.to_owned(), name.to_owned())) else { return false };
+        let Some((object, _)) = self.objects.remove(&(resource.to_owned(), name.to_owned())) else { return false };
+        let mut object = Arc::unwrap_or_clone(object);
         self.version += 1;
         object["metadata"]["resourceVersion"] = json!(self.version.to_string());
-        self.remember(resource, "DELETED", object);
+        let text = object.to_string();
+        self.remember(resource, "DELETED", Arc::new(object), &text);
         true
     }
 
-    fn remember(&mut self, resource: &str, kind: &'static str, object: Value) {
-        self.history.push_back(Change { version: self.version, resource: resource.to_owned(), kind, object });
+    fn remember(&mut self, resource: &str, kind: &'static str, object: Arc<Value>, text: &str) {
+        let line = format!("{{\"type\":\"{kind}\",\"object\":{text}}}\n").into();
+        self.history.push_back(Arc::new(Change { version: self.version, resource: resource.to_owned(), object, line }));
         if self.history.len() > HISTORY {
             self.oldest = self.history.pop_front().map_or(self.version, |change| change.version);
         }
@@ -193,8 +200,8 @@ impl Store {
     /// The token is not known any more.
     pub fn list(&mut self, resource: &str, selector: &Selector, limit: usize, token: &str) -> Result<Page, Refused> {
         let (version, mut rest) = if token.is_empty() {
-            let all = self.objects.iter().filter(|((of, _), object)| of == resource && selector.fits(object));
-            (self.version, all.map(|(_, object)| object.clone()).collect::<Vec<_>>())
+            let all = self.objects.iter().filter(|((of, _), (object, _))| of == resource && selector.fits(object));
+            (self.version, all.map(|(_, (_, text))| Arc::clone(text)).collect::<Vec<_>>())
         } else {
             let kept = token.parse().ok().and_then(|number: u64| self.lists.remove(&number));
             kept.ok_or_else(|| gone("The provided continue parameter is too old to display a consistent list result."))?
@@ -216,7 +223,7 @@ impl Store {
     ///
     /// # Errors
     /// That is not known any more.
-    pub fn changes(&self, resource: &str, selector: &Selector, version: u64) -> Result<Vec<Change>, Refused> {
+    pub fn changes(&self, resource: &str, selector: &Selector, version: u64) -> Result<Vec<Arc<Change>>, Refused> {
         if version < self.oldest {
             return Err(gone(&format!("too old resource version: {version} ({})", self.oldest)));
         }

@@ -58,5 +58,5 @@ async fn ask(config: &KubernetesConfig, node: &str, server: usize) -> Result<Opt
     let doing = Doing { verb: "get", what: Node::WHAT };
     let answer = client.send(doing, Method::GET, &format!("{}/{}", Node::PATH, escaped(node)), None).await?;
     let bytes = client.whole(doing, answer).await?;
-    Node::read(&String::from_utf8_lossy(&bytes)).map(|node| address_of(&node)).map_err(Failure::new)
+    Node::read(&String::from_utf8_lossy(&bytes)).map(|(_, node)| address_of(&node)).map_err(Failure::new)
 }

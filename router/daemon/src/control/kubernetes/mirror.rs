@@ -49,7 +49,7 @@ pub trait Kind: PartialEq + Send + Sized + 'static {
     ///
     /// # Errors
     /// What is wrong with it.
-    fn read(json: &str) -> Result<Self, String>;
+    fn read(json: &str) -> Result<(Metadata, Self), String>;
 }
 
 /// What is known.
@@ -75,15 +75,19 @@ struct Any {
     metadata: Metadata,
 }
 
-#[derive(Deserialize)]
+/// The part of an object's metadata that all kinds have in common, and is used.
+#[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Metadata {
+pub struct Metadata {
+    /// Its name.
     #[serde(default)]
-    name: String,
+    pub name: String,
+    /// Its namespace, if its kind has any.
     #[serde(default)]
-    namespace: String,
+    pub namespace: String,
+    /// Its version.
     #[serde(default)]
-    resource_version: String,
+    pub resource_version: String,
 }
 
 #[derive(Deserialize)]
@@ -345,10 +349,13 @@ impl<K: Kind> Session<'_, K> {
 
 /// An object's name, its version and itself. Fails if it is no object at all.
 fn read<K: Kind>(json: &str) -> Result<(String, String, Result<K, String>), serde_json::Error> {
-    let Any { metadata } = serde_json::from_str(json)?;
+    let (metadata, object) = match K::read(json) {
+        Ok((metadata, object)) => (metadata, Ok(object)),
+        Err(why) => (serde_json::from_str::<Any>(json)?.metadata, Err(why)),
+    };
     let name =
         if metadata.namespace.is_empty() { metadata.name } else { format!("{}/{}", metadata.namespace, metadata.name) };
-    Ok((name, metadata.resource_version, K::read(json)))
+    Ok((name, metadata.resource_version, object))
 }
 
 /// As a part of a URL: RFC 3986, section 2.3, has the characters that need no escape.

@@ -47,6 +47,10 @@ const GATHERING: Duration = Duration::from_millis(50);
 /// That time is so many times as long as the last took to be worked out, up to a limit.
 const SPARING: u32 = 20;
 const MAX_GATHERING: Duration = Duration::from_secs(1);
+/// Nodes that start together write one after the other: as each of them knows how many they are, it waits for a time that is longer the more
+/// they are. The others know its address until then by its Node alone.
+const PER_NODE: Duration = Duration::from_millis(20);
+const MAX_SCATTERED: Duration = Duration::from_secs(60);
 /// Between two requests that write to the Node: the stream tells of the first one meanwhile.
 const BETWEEN_WRITES: Duration = Duration::from_millis(100);
 
@@ -67,8 +71,8 @@ pub struct Kubernetes {
     serves: bool,
     /// Why this node's own facts are not written.
     unwritten: Option<String>,
-    /// Before that, nothing is written.
-    write_from: Instant,
+    /// Before that, nothing is written; `None` until it is known how many nodes there are.
+    write_from: Option<Instant>,
     server: usize,
     backoff: Backoff,
 }
@@ -88,7 +92,7 @@ impl Kubernetes {
             settled: None,
             serves: false,
             unwritten: None,
-            write_from: Instant::now(),
+            write_from: None,
             server: seed as usize,
             backoff: Backoff::until(seed, Backoff::SOON * 10),
             local,
@@ -225,6 +229,11 @@ impl Kubernetes {
                 }
                 return (None, None);
             }
+            if self.write_from.is_none() {
+                let all = u32::try_from(known.objects.len()).unwrap_or(u32::MAX);
+                let within = PER_NODE.saturating_mul(all).min(MAX_SCATTERED);
+                self.write_from = Some(Instant::now() + within.mul_f64(self.seed as f64 / u64::MAX as f64));
+            }
             let (cluster, wrong) = members::cluster(&self.local, &known.objects);
             (cluster, wrong, known.objects.get(&self.local.node).and_then(|node| node.as_ref().ok()).cloned())
         };
@@ -239,8 +248,8 @@ impl Kubernetes {
                 self.unwritten = None;
             } else if is_writing {
                 write = None;
-            } else if self.write_from > Instant::now() {
-                (write, again) = (None, Some(self.write_from));
+            } else if self.write_from.is_some_and(|from| from > Instant::now()) {
+                (write, again) = (None, self.write_from);
             }
         }
         self.publish(cluster, wrong, views);
@@ -307,7 +316,7 @@ impl Kubernetes {
                 failure.retry_after.map_or(pause, |asked| asked + pause)
             }
         };
-        self.write_from = Instant::now() + pause;
+        self.write_from = Some(Instant::now() + pause);
     }
 
     fn publish(&self, mut cluster: Cluster, wrong: Option<String>, views: &Views) {

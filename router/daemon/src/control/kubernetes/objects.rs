@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::mirror::Kind;
+use super::mirror::{Kind, Metadata};
 
 /// The annotation by which weftd tells the others about its node.
 pub const ANNOUNCED: &str = "weft.internal/node";
@@ -77,6 +77,8 @@ struct RawNode {
 struct RawMetadata {
     name: String,
     #[serde(default)]
+    resource_version: String,
+    #[serde(default)]
     uid: String,
     #[serde(default)]
     creation_timestamp: Option<String>,
@@ -118,9 +120,10 @@ impl Kind for Node {
     const WHAT: &'static str = "nodes";
     const PATH: &'static str = "/api/v1/nodes";
 
-    fn read(json: &str) -> Result<Node, String> {
+    fn read(json: &str) -> Result<(Metadata, Node), String> {
         let raw: RawNode = serde_json::from_str(json).map_err(|why| format!("it cannot be read: {why}"))?;
-        let RawMetadata { name, uid, creation_timestamp, annotations } = raw.metadata;
+        let RawMetadata { name, resource_version, uid, creation_timestamp, annotations } = raw.metadata;
+        let metadata = Metadata { name: name.clone(), namespace: String::new(), resource_version };
         let mut annotations = annotations.unwrap_or_default();
         let announced = annotations.remove(ANNOUNCED).map(|text| {
             if text.len() > MAX_ANNOUNCED {
@@ -133,7 +136,7 @@ impl Kind for Node {
         let ranges = ranges.unwrap_or_else(|| raw.spec.range.into_iter().filter(|range| !range.is_empty()).collect());
         let internal = raw.status.addresses.into_iter().flatten().filter(|address| address.kind == "InternalIP");
         let conditions = raw.status.conditions.into_iter().flatten();
-        Ok(Node {
+        let node = Node {
             name,
             uid,
             made: creation_timestamp.unwrap_or_default(),
@@ -145,12 +148,14 @@ impl Kind for Node {
                 .filter(|each| each.kind == "NetworkUnavailable")
                 .map(|each| each.status)
                 .last(),
-        })
+        };
+        Ok((metadata, node))
     }
 }
 
 #[derive(Deserialize)]
 struct RawPod {
+    metadata: Metadata,
     #[serde(default)]
     spec: RawPodSpec,
     #[serde(default)]
@@ -185,16 +190,16 @@ impl Kind for Pod {
     const WHAT: &'static str = "pods";
     const PATH: &'static str = "/api/v1/pods";
 
-    fn read(json: &str) -> Result<Pod, String> {
+    fn read(json: &str) -> Result<(Metadata, Pod), String> {
         let raw: RawPod = serde_json::from_str(json).map_err(|why| format!("it cannot be read: {why}"))?;
         if raw.spec.host_network || matches!(raw.status.phase.as_str(), "Succeeded" | "Failed") {
-            return Ok(Pod::default());
+            return Ok((raw.metadata, Pod::default()));
         }
         let all = raw.status.addresses.into_iter().flatten().map(|each| each.ip).chain(raw.status.address);
         let mut addresses: Vec<String> = all.filter(|address| !address.is_empty()).collect();
         addresses.sort_unstable();
         addresses.dedup();
-        Ok(Pod { addresses })
+        Ok((raw.metadata, Pod { addresses }))
     }
 }
 
@@ -202,18 +207,22 @@ impl Kind for Pod {
 mod tests {
     use super::*;
 
+    fn read(json: &str) -> Node {
+        Node::read(json).unwrap().1
+    }
+
     #[test]
     fn a_node_is_read_with_or_without_what_is_optional() {
-        let bare = Node::read(r#"{"metadata":{"name":"n1"}}"#).unwrap();
+        let bare = read(r#"{"metadata":{"name":"n1"}}"#);
         assert_eq!(bare, Node { name: "n1".into(), ..Node::default() });
         let nulls = r#"{"metadata":{"name":"n1","annotations":null},"spec":{"podCIDRs":null},"status":{"addresses":null,"conditions":null}}"#;
-        assert_eq!(Node::read(nulls).unwrap(), bare);
-        let old = Node::read(r#"{"metadata":{"name":"n1"},"spec":{"podCIDR":"10.244.1.0/24"}}"#).unwrap();
+        assert_eq!(read(nulls), bare);
+        let old = read(r#"{"metadata":{"name":"n1"},"spec":{"podCIDR":"10.244.1.0/24"}}"#);
         assert_eq!(old.ranges, ["10.244.1.0/24"]);
         let text = r#"{"metadata":{"name":"n1","annotations":{"weft.internal/node":"{","weft.internal/underlay-address":"10.0.0.1"}},
             "spec":{"podCIDR":"a","podCIDRs":["a","b"]},"status":{"addresses":[{"type":"Hostname","address":"h"},
             {"type":"InternalIP","address":"10.0.0.2"}],"conditions":[{"type":"NetworkUnavailable","status":"True"}]}}"#;
-        let full = Node::read(text).unwrap();
+        let full = read(text);
         assert_eq!((full.ranges, full.addresses), (vec!["a".to_owned(), "b".into()], vec!["10.0.0.2".to_owned()]));
         assert_eq!((full.underlay.as_deref(), full.network_unavailable.as_deref()), (Some("10.0.0.1"), Some("True")));
         assert!(full.announced.unwrap().unwrap_err().contains("weft.internal/node cannot be read"));
@@ -226,7 +235,7 @@ mod tests {
             let text = format!(
                 r#"{{"metadata":{{"name":"p"}},"spec":{{{spec}}},"status":{{"phase":"{phase}","podIP":"10.244.1.2","podIPs":[{{"ip":"10.244.1.2"}},{{"ip":"fd00::2"}}]}}}}"#
             );
-            Pod::read(&text).unwrap().addresses
+            Pod::read(&text).unwrap().1.addresses
         };
         assert_eq!(pod("", "Running"), ["10.244.1.2", "fd00::2"]);
         assert!(pod("\"hostNetwork\":true", "Running").is_empty());
