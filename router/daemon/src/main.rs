@@ -38,6 +38,7 @@ use control::kubernetes::address;
 use control::saved;
 use control::source::{self, Following, Order, View};
 use log::LogLevel;
+use metrics::http::Subject;
 use node::Node;
 
 /// How often [`keep_house`] is due.
@@ -163,9 +164,13 @@ fn run(runtime: Runtime, signals: Signals, config: Config, path: PathBuf, level:
 /// Makes the node, as soon as it is known what it is, and serves.
 async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: LogLevel) -> anyhow::Result<()> {
     let mut early = None;
+    let subject = Arc::new(Subject::default());
+    if let Some(address) = config.metrics {
+        metrics::http::start(&subject, address).await?;
+    }
     if config.source != SourceConfig::File {
         let socket = api::socket::Bound::new(&config.socket)?;
-        match find_address(&config, &path, &socket, &mut signals).await? {
+        match find_address(&config, &path, &socket, &mut signals, &subject).await? {
             Some(found) => config = found,
             None => return Ok(()),
         }
@@ -176,7 +181,7 @@ async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: L
     let view = match following.as_mut().zip(early.as_ref()) {
         None => View::default(),
         Some((following, socket)) => {
-            let Some(view) = await_ranges(socket, &mut signals, &mut following.views).await else {
+            let Some(view) = await_ranges(socket, &mut signals, &mut following.views, &subject).await else {
                 tracing::info!("stopping");
                 return Ok(());
             };
@@ -203,7 +208,7 @@ async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: L
     if let Some(Following { views, .. }) = following {
         drop(tokio::spawn(put_in_force(Arc::clone(&node), views)));
     }
-    serve(&node, signals, socket).await
+    serve(&node, signals, socket, &subject).await
 }
 
 /// The configuration with this machine's underlay address as the source has it, if the file does not say it; `None` if a signal came
@@ -213,6 +218,7 @@ async fn find_address(
     path: &Path,
     socket: &api::socket::Bound,
     signals: &mut Signals,
+    subject: &Subject,
 ) -> anyhow::Result<Option<Config>> {
     let kubernetes = match &config.source {
         SourceConfig::Kubernetes(kubernetes) if !config.underlay.is_given => kubernetes,
@@ -220,7 +226,10 @@ async fn find_address(
     };
     let had = saved::address(&config.state_dir);
     let (sender, views) = watch::channel(View::default());
-    let tell = |why| drop(sender.send_replace(View { trouble: Some(why), ..View::default() }));
+    let tell = |why: String| {
+        subject.waits(&why);
+        drop(sender.send_replace(View { trouble: Some(why), ..View::default() }));
+    };
     let found = address::discover(kubernetes, &config.node, had, tell);
     tokio::pin!(found);
     let waiting = api::waiting::Waiting::new(views.clone());
@@ -258,6 +267,7 @@ async fn await_ranges(
     socket: &api::socket::Bound,
     signals: &mut Signals,
     views: &mut watch::Receiver<View>,
+    subject: &Subject,
 ) -> Option<View> {
     let waiting = api::waiting::Waiting::new(views.clone());
     loop {
@@ -265,6 +275,7 @@ async fn await_ranges(
         if view.cluster.as_ref().is_some_and(|cluster| !cluster.ranges.is_empty()) {
             return Some(view);
         }
+        subject.waits(view.trouble.as_deref().unwrap_or("its source has not answered yet"));
         match &view.trouble {
             Some(why) => tracing::warn!("waiting for this node's ranges: {why}"),
             None => tracing::info!("waiting for this node's ranges"),
@@ -285,17 +296,19 @@ async fn await_ranges(
     }
 }
 
-async fn serve(node: &Arc<Node>, mut signals: Signals, socket: api::socket::Bound) -> anyhow::Result<()> {
+async fn serve(
+    node: &Arc<Node>,
+    mut signals: Signals,
+    socket: api::socket::Bound,
+    subject: &Subject,
+) -> anyhow::Result<()> {
     let path = node.state().desired.config.socket.clone();
     // After the socket is bound and before anyone is served: a shim that still gave up finds the socket on its second try.
     attach::tombstone::honour_all(node);
     attach::reconcile::at_start(node);
     let mut data_plane = watch_data_plane(node)?;
     let server = api::Server::new(Arc::clone(node));
-    let metrics = node.state().desired.config.metrics;
-    if let Some(address) = metrics {
-        metrics::http::start(node, address).await?;
-    }
+    subject.is(node);
     let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
     housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut keeping: Option<JoinHandle<()>> = None;

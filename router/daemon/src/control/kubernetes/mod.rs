@@ -243,7 +243,7 @@ impl Kubernetes {
         }
         let (mut write, mut again) = (None, self.settled);
         if let Some(own) = own.filter(|_| !identity.is_empty()) {
-            write = self.to_write(identity, &own);
+            write = self.missing(identity, &own);
             if write.is_none() {
                 self.unwritten = None;
             } else if is_writing {
@@ -256,8 +256,8 @@ impl Kubernetes {
         (write, again)
     }
 
-    /// What should stand in this machine's Node and does not.
-    fn to_write(&mut self, identity: &str, node: &Node) -> Option<Write> {
+    /// What should stand in this machine's Node, and is missing there.
+    fn missing(&mut self, identity: &str, node: &Node) -> Option<Write> {
         let ours = members::announcement(&self.local, identity);
         let (claim, step) = self.claim.next(node, &ours);
         self.is_contested = claim == Claim::Contested;

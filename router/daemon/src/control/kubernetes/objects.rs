@@ -135,7 +135,7 @@ impl Kind for Node {
         let ranges = raw.spec.ranges.filter(|ranges| !ranges.is_empty());
         let ranges = ranges.unwrap_or_else(|| raw.spec.range.into_iter().filter(|range| !range.is_empty()).collect());
         let internal = raw.status.addresses.into_iter().flatten().filter(|address| address.kind == "InternalIP");
-        let conditions = raw.status.conditions.into_iter().flatten();
+        let mut conditions = raw.status.conditions.into_iter().flatten();
         let node = Node {
             name,
             uid,
@@ -144,10 +144,7 @@ impl Kind for Node {
             addresses: internal.map(|address| address.address).collect(),
             underlay: annotations.remove(UNDERLAY),
             announced,
-            network_unavailable: conditions
-                .filter(|each| each.kind == "NetworkUnavailable")
-                .map(|each| each.status)
-                .last(),
+            network_unavailable: conditions.rfind(|each| each.kind == "NetworkUnavailable").map(|each| each.status),
         };
         Ok((metadata, node))
     }
