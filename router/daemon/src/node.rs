@@ -11,12 +11,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use ipnet::IpNet;
 use rustix::rand::GetRandomFlags;
 use rustix::time::{ClockId, clock_gettime};
 use weft_api::{AttachmentKey, Counters, Failure, code};
-use weft_ipam::{Rules, Store};
+use weft_ipam::{Range, Rules, Store};
 use weft_router::stats::PortStats;
-use weft_router::tables::Pod;
+use weft_router::tables::{Mode, Pod};
 use weft_router::{PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
@@ -28,6 +29,7 @@ use crate::attach::turn::Turns;
 use crate::attach::veth::Veth;
 use crate::control::cluster::Cluster;
 use crate::control::compile::compile;
+use crate::control::config::check::{gateway_v4, gateway_v6};
 use crate::control::config::kubernetes::NODE_NAME;
 use crate::control::config::reader::{Problem, decode};
 use crate::control::config::source::SourceConfig;
@@ -36,7 +38,8 @@ use crate::control::desired::{DesiredState, HOST, UNDERLAY};
 use crate::control::host::Host;
 use crate::control::saved;
 use crate::control::source::{Order, View};
-use crate::hostport::HostPort;
+use crate::hostport::{HostPort, owner};
+
 use crate::log::LogLevel;
 use crate::metrics::Requests;
 use crate::netlink::Netlink;
@@ -93,6 +96,8 @@ pub struct State {
     pub retired: PortStats,
     /// The counters of the last while.
     pub samples: Samples,
+    /// The former ranges that the source was told of.
+    told_former: Vec<IpNet>,
     /// Ports whose removal from the workers is under way: their numbers are not free yet.
     leaving: Vec<PortId>,
     epoch: u64,
@@ -177,6 +182,7 @@ impl Node {
             attachments: BTreeMap::new(),
             retired: PortStats::default(),
             samples: Samples::default(),
+            told_former: Vec::new(),
             leaving: Vec::new(),
             epoch,
         };
@@ -387,8 +393,10 @@ impl Node {
             return refuse(msg, "restart weftd, or set it back; the old configuration stays in force");
         }
         self.log_level.set(config.log.level);
-        self.store.set_rules(rules(&config));
-        let desired = state.desired.reconfigured(Arc::new(joined(&config, state.view.cluster.as_deref())));
+        let mut whole = joined(&config, state.view.cluster.as_deref());
+        self.keep_former(&state, &mut whole);
+        self.store.set_rules(rules(&whole));
+        let desired = state.desired.reconfigured(Arc::new(whole));
         state.local = Arc::new(config);
         self.put_in_force(&mut state, desired);
         self.host.kick();
@@ -405,18 +413,66 @@ impl Node {
         };
         let new = view.cluster.clone().filter(|new| known.as_ref() != Some(new));
         // A large cluster takes a while to be compiled into a configuration: not with the state held.
-        let config = new.as_deref().map(|cluster| Arc::new(cluster.join(&local)));
+        let config = new.as_deref().map(|cluster| cluster.join(&local));
         let mut state = self.state();
         state.view = view;
-        let Some((cluster, config)) = new.zip(config) else { return false };
-        let desired = state.desired.reconfigured(config);
+        let Some((cluster, mut config)) = new.zip(config) else { return false };
+        self.keep_former(&state, &mut config);
+        self.store.set_rules(rules(&config));
+        let desired = state.desired.reconfigured(Arc::new(config));
         self.put_in_force(&mut state, desired);
+        self.tell_former(&mut state);
         let (peers, epoch) = (cluster.peers.len(), state.epoch);
         drop(state);
         self.host.kick();
         tracing::debug!(peers, epoch, "news of the cluster in force");
         log_denied(&cluster, known.as_deref());
         true
+    }
+
+    /// What pods got under the configuration in force goes on under this one: their addresses, though the ranges are others, and their
+    /// gateway.
+    fn keep_former(&self, state: &State, config: &mut Config) {
+        let before = &state.desired.config;
+        let is_given = |range: &IpNet| config.ranges.iter().any(|own| own.contains(range) || range.contains(own));
+        let former = before.ranges.iter().chain(&before.former);
+        config.former = former.filter(|range| !is_given(range) && self.has_leases(range)).copied().collect();
+        if config.mode == Mode::Routed && !state.attachments.is_empty() {
+            config.gateway.ipv4 = before.gateway.ipv4.or(config.gateway.ipv4);
+            config.gateway.ipv6 = before.gateway.ipv6.or(config.gateway.ipv6);
+        }
+    }
+
+    /// Whether pods have addresses of a range.
+    fn has_leases(&self, range: &IpNet) -> bool {
+        let Ok(known) = Range::whole(*range) else { return false };
+        let host = self.store.get(&owner());
+        let own =
+            host.iter().flat_map(|record| record.addresses()).filter(|address| range.contains(address)).count() as u64;
+        self.store.usage("", &known).leased > own
+    }
+
+    /// Former ranges that no pod has anything of any more are given up.
+    pub fn review_former(&self) {
+        let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
+        if state.desired.config.former.iter().any(|range| !self.has_leases(range)) {
+            let mut config = Config::clone(&state.desired.config);
+            config.former.retain(|range| self.has_leases(range));
+            let desired = state.desired.reconfigured(Arc::new(config));
+            self.put_in_force(&mut state, desired);
+            self.host.kick();
+        }
+        self.tell_former(&mut state);
+    }
+
+    fn tell_former(&self, state: &mut State) {
+        let former = state.desired.config.former.clone();
+        let Some(orders) = self.orders.as_ref().filter(|_| state.told_former != former) else { return };
+        // If there is no room for it, it is told with the next review.
+        if orders.try_send(Order::Keeps(former.clone())).is_ok() {
+            state.told_former = former;
+        }
     }
 
     /// Keeps what is known of the cluster for the next start.
@@ -483,7 +539,14 @@ fn log_gone(key: &AttachmentKey) {
 
 /// What the configuration wants of the lease store.
 fn rules(config: &Config) -> Rules {
-    Rules { rest: Duration::from_secs(config.leases.rest), reserved: config.leases.reserved.clone() }
+    let mut reserved = config.leases.reserved.clone();
+    // A gateway may be one of former ranges; after a restart it is that of the ranges of then.
+    if config.mode == Mode::Routed {
+        let [v4, v6] = [gateway_v4(&config.ranges).map(IpAddr::V4), gateway_v6(&config.ranges).map(IpAddr::V6)];
+        let is_other = |address: &IpAddr| config.gateway_for(*address) != Some(*address);
+        reserved.extend(v4.into_iter().chain(v6).filter(is_other).map(IpNet::from));
+    }
+    Rules { rest: Duration::from_secs(config.leases.rest), reserved }
 }
 
 /// The clock by which freed addresses rest: milliseconds since the boot, whatever the date is set to.

@@ -144,14 +144,32 @@ fn a_node_that_is_made_again_gives_the_new_range_and_keeps_its_pods() {
     });
     let mut again = node(1);
     again["metadata"]["uid"] = json!("00000000-aaaa-4000-8000-000000000001");
-    again["spec"]["podCIDRs"] = json!(["10.244.71.0/24", "fd00:10:244:71::/64"]);
+    again["spec"]["podCIDRs"] = json!(["fd00:10:244:71::/64", "10.244.71.0/24"]);
     formed.api.put("nodes", again);
-    eventually("its new range is in force", PATIENCE, || formed.daemon(1).status().ranges[0] == "10.244.71.0/24");
-    assert_eq!(formed.daemon(1).leases().len(), 2, "the old leases are still there");
+    eventually("its new range is in force", PATIENCE, || formed.daemon(1).status().ranges[1] == "10.244.71.0/24");
     let (new, addresses) = formed.pod(&formed.nodes[0], "new");
-    assert_eq!(addresses[0].to_string(), "10.244.71.2");
-    await_answer(&formed.pods[1].0, addresses[0]);
+    assert_eq!(addresses[1].to_string(), "10.244.71.2", "in the order of podCIDRs, and no gateway's");
+    await_answer(&formed.pods[1].0, addresses[1]);
     await_answer(&new, formed.pods[1].1[1]);
+    // The old pod, by both families, from and to everywhere.
+    eventually("the others hear of what it keeps", PATIENCE, || {
+        let said = formed.api.announced("n1").unwrap_or_default();
+        said["former"].as_array().is_some_and(|former| former.len() == 2)
+    });
+    for address in &formed.pods[0].1 {
+        await_answer(&formed.pods[1].0, *address);
+        await_answer(&new, *address);
+        await_answer(&formed.nodes[0].netns, *address);
+        await_answer(&formed.nodes[1].netns, *address);
+    }
+    for address in &formed.pods[1].1 {
+        formed.pods[0].0.ip("neigh flush all");
+        await_answer(&formed.pods[0].0, *address);
+    }
+    formed.nodes[0].runtime.del("pod", &formed.pods[0].0);
+    eventually("what nobody has any more is given up", PATIENCE, || {
+        formed.api.announced("n1").is_some_and(|said| said.get("former").is_none())
+    });
 }
 
 #[test]
@@ -226,4 +244,30 @@ fn what_a_node_lacks_is_said_to_the_runtime_and_may_come_late() {
     eventually("streams that hung are opened again", PATIENCE, || {
         (1..=2).all(|number| formed.daemon(number).status().peers == 2)
     });
+}
+
+#[test]
+fn a_bad_configuration_a_hundred_times_a_second_harms_nobody() {
+    let _turn = turn();
+    let mut formed = Formed::new("kubereload");
+    formed.join_all(1..=2);
+    formed.assert_matrix();
+    let config = formed.cluster.config_by(1, "routed", &formed.engine).replace("address = \"10.200.0.1\"\n", "");
+    let bad = [
+        (config.replace("mtu = 1450", "mtu = 14"), "line 4: mtu"),
+        (config.replace("idle = 2", "idle = \"never\""), "kubernetes.idle"),
+        (config.replace("idle = 2", "idle = 3"), "cannot change while weftd runs: kubernetes"),
+    ];
+    let pings = Pings::start(&formed.pods[0].0, formed.pods[1].1[0]);
+    let started = Instant::now();
+    for round in 0..400_u32 {
+        let (text, why) = &bad[round as usize % bad.len()];
+        let said = formed.nodes[0].reload(text).unwrap_err().to_string();
+        assert!(said.contains(why), "{said}");
+        std::thread::sleep((started + Duration::from_millis(10) * round).saturating_duration_since(Instant::now()));
+    }
+    formed.nodes[0].reload(&config).unwrap();
+    pings.assert_none_lost(100);
+    let status = formed.daemon(1).status();
+    assert_eq!((status.mtu, status.peers, status.ranges.len()), (1450, 1, 2));
 }

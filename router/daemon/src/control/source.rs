@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::cluster::Cluster;
@@ -39,6 +40,8 @@ pub enum Order {
     Leave(oneshot::Sender<Result<(), String>>),
     /// This node serves: pods can be attached.
     Serving,
+    /// These ranges are not this node's any more, but pods still have addresses of them.
+    Keeps(Vec<IpNet>),
 }
 
 /// Where a source publishes.
@@ -87,7 +90,7 @@ pub struct Following {
 pub fn follow(config: &Config, known: Option<Cluster>) -> Option<Following> {
     let view = View { cluster: known.map(Arc::new), ..View::default() };
     let (sender, views) = watch::channel(view);
-    let (orders, inbox) = mpsc::channel(1);
+    let (orders, inbox) = mpsc::channel(8);
     match &config.source {
         SourceConfig::File => return None,
         SourceConfig::Etcd(etcd) => {

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use http::Method;
+use ipnet::IpNet;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
@@ -69,6 +70,8 @@ pub struct Kubernetes {
     settled: Option<Instant>,
     /// Whether pods can be attached here.
     serves: bool,
+    /// Ranges of before that pods still have addresses of.
+    former: Vec<IpNet>,
     /// Why this node's own facts are not written.
     unwritten: Option<String>,
     /// Before that, nothing is written; `None` until it is known how many nodes there are.
@@ -91,6 +94,7 @@ impl Kubernetes {
             is_contested: false,
             settled: None,
             serves: false,
+            former: Vec::new(),
             unwritten: None,
             write_from: None,
             server: seed as usize,
@@ -210,6 +214,7 @@ impl Kubernetes {
     fn obey(&mut self, order: Order) {
         match order {
             Order::Serving => self.serves = true,
+            Order::Keeps(former) => self.former = former,
             Order::Leave(answer) => {
                 let why = "Kubernetes gives this node its range, and takes it with its Node: drain it, then `kubectl delete node`";
                 // Whoever asked may have gone.
@@ -258,7 +263,7 @@ impl Kubernetes {
 
     /// What should stand in this machine's Node, and is missing there.
     fn missing(&mut self, identity: &str, node: &Node) -> Option<Write> {
-        let ours = members::announcement(&self.local, identity);
+        let ours = members::announcement(&self.local, identity, &self.former);
         let (claim, step) = self.claim.next(node, &ours);
         self.is_contested = claim == Claim::Contested;
         let (what, media, body, claim) = match step {

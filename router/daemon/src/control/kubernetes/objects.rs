@@ -54,6 +54,9 @@ pub struct Announced {
     pub vtep_mac: String,
     /// The pods' MTU.
     pub mtu: u32,
+    /// Ranges that are not the node's any more, but pods of it still have addresses of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub former: Vec<String>,
 }
 
 /// A Pod of this node.
