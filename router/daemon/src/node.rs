@@ -395,7 +395,7 @@ impl Node {
         self.log_level.set(config.log.level);
         let mut whole = joined(&config, state.view.cluster.as_deref());
         self.keep_former(&state, &mut whole);
-        self.store.set_rules(rules(&whole));
+        self.store.set_rules(self.rules(&state, &whole));
         let desired = state.desired.reconfigured(Arc::new(whole));
         state.local = Arc::new(config);
         self.put_in_force(&mut state, desired);
@@ -415,10 +415,14 @@ impl Node {
         // A large cluster takes a while to be compiled into a configuration: not with the state held.
         let config = new.as_deref().map(|cluster| cluster.join(&local));
         let mut state = self.state();
+        if *state.view.pods != *view.pods {
+            state.view.pods = Arc::clone(&view.pods);
+            self.store.set_rules(self.rules(&state, &state.desired.config));
+        }
         state.view = view;
         let Some((cluster, mut config)) = new.zip(config) else { return false };
         self.keep_former(&state, &mut config);
-        self.store.set_rules(rules(&config));
+        self.store.set_rules(self.rules(&state, &config));
         let desired = state.desired.reconfigured(Arc::new(config));
         self.put_in_force(&mut state, desired);
         self.tell_former(&mut state);
@@ -441,6 +445,15 @@ impl Node {
             config.gateway.ipv4 = before.gateway.ipv4.or(config.gateway.ipv4);
             config.gateway.ipv6 = before.gateway.ipv6.or(config.gateway.ipv6);
         }
+    }
+
+    /// What holds for addresses. One that the engine says a pod has, and that is no lease here, is not given to another one: leases were
+    /// lost, or the pod is about to go, and whoever is told of pods by the engine would take one for the other.
+    fn rules(&self, state: &State, config: &Config) -> Rules {
+        let mut rules = rules(config);
+        let strays = state.view.pods.iter().filter(|address| self.store.by_address("", **address).is_none());
+        rules.reserved.extend(strays.map(|address| IpNet::from(*address)));
+        rules
     }
 
     /// Whether pods have addresses of a range.

@@ -4,11 +4,11 @@ use std::net::{IpAddr, TcpListener};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use weft_api::{Empty, Failure, Request, code};
+use weft_api::{Empty, Failure, Request, Status, code};
 use weft_tests::cluster::{Cluster, WeftNode};
 use weft_tests::command::eventually;
 use weft_tests::daemon::Daemon;
-use weft_tests::kubernetes::{Api, node};
+use weft_tests::kubernetes::{Api, node, pod};
 use weft_tests::machine::turn;
 use weft_tests::netns::{Netns, OwnNetns};
 use weft_tests::plugin;
@@ -229,12 +229,18 @@ fn what_a_node_lacks_is_said_to_the_runtime_and_may_come_late() {
     bare["status"] = node(2)["status"].clone();
     formed.api.put("nodes", bare);
     eventually("there is no range", PATIENCE, || said("--allocate-node-cidrs"));
-    let pod = formed.cluster.sandbox("early");
-    let refused = formed.nodes[1].runtime.call("ADD", "early", Some(&pod.path()), &json!({"wait": 0}));
+    let early = formed.cluster.sandbox("early");
+    let refused = formed.nodes[1].runtime.call("ADD", "early", Some(&early.path()), &json!({"wait": 0}));
     let failure: Failure = serde_json::from_value(refused.json).unwrap();
     assert_eq!(failure.code, code::TRY_AGAIN, "{failure:?}");
+    // A pod of before whose lease is lost, and one that has ended.
+    formed.api.put("pods", pod("lost", "n2", "10.244.2.2"));
+    let mut ended = pod("ended", "n2", "10.244.2.3");
+    ended["status"]["phase"] = json!("Failed");
+    formed.api.put("pods", ended);
     formed.api.edit("nodes", "n2", |found| found["spec"] = node(2)["spec"].clone());
     formed.attach();
+    assert_eq!(formed.pods[1].1[0].to_string(), "10.244.2.3", "no pod gets what another one has");
     formed.assert_matrix();
 
     formed.api.spoil(|faults| faults.hang_streams = true);
@@ -244,6 +250,35 @@ fn what_a_node_lacks_is_said_to_the_runtime_and_may_come_late() {
     eventually("streams that hung are opened again", PATIENCE, || {
         (1..=2).all(|number| formed.daemon(number).status().peers == 2)
     });
+}
+
+#[test]
+fn thousands_of_nodes_and_pods_fit() {
+    const NODES: u16 = 5000;
+    let _turn = turn();
+    let mut formed = Formed::new("kubemany");
+    (1..=NODES).for_each(|number| drop(formed.api.add_node(number)));
+    (0..5000_u16).for_each(|number| {
+        drop(formed.api.put("pods", pod(&format!("p{number}"), &format!("n{}", number % 50 + 2), "10.9.9.9")))
+    });
+    let started = Instant::now();
+    formed.start(1);
+    let peers = |formed: &Formed| formed.daemon(1).try_ask::<Status>(&Request::Status).map_or(0, |status| status.peers);
+    eventually("all are known", Duration::from_secs(60), || peers(&formed) == usize::from(NODES) - 1);
+    let known = started.elapsed();
+    formed.attach();
+    std::thread::sleep(Duration::from_secs(2));
+    let resident = formed.daemon(1).resident_kib();
+    let changed = Instant::now();
+    formed.api.add_node(NODES + 1);
+    eventually("one more is known", PATIENCE, || peers(&formed) == usize::from(NODES));
+    eprintln!(
+        "{NODES} Nodes: known after {known:?}, {} MiB, one more in force after {:?}",
+        resident >> 10,
+        changed.elapsed()
+    );
+    assert!(resident < 200 << 10, "{resident} KiB");
+    assert!(formed.daemon(1).status().problems.iter().all(|problem| !problem.starts_with("kubernetes")));
 }
 
 #[test]

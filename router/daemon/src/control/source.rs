@@ -6,6 +6,7 @@
 //!
 //! The static file is the source that has everything to say at once, and again on each reload: it needs nobody to follow it.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +26,8 @@ pub struct View {
     pub cluster: Option<Arc<Cluster>>,
     /// Why it is not in step.
     pub trouble: Option<String>,
+    /// The addresses that pods of this node have, as the engine knows it, in order.
+    pub pods: Arc<Vec<IpAddr>>,
 }
 
 /// Something that knows the cluster.
@@ -67,6 +70,17 @@ impl Views {
         self.0.send_if_modified(|view| {
             let new = view.trouble.as_ref() != Some(&why);
             view.trouble = Some(why);
+            new
+        });
+    }
+
+    /// Pods of this node have these addresses.
+    pub fn pods(&self, addresses: Vec<IpAddr>) {
+        self.0.send_if_modified(|view| {
+            let new = *view.pods != addresses;
+            if new {
+                view.pods = Arc::new(addresses);
+            }
             new
         });
     }
