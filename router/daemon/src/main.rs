@@ -13,6 +13,7 @@ mod log;
 mod metrics;
 mod netlink;
 mod node;
+mod sysctl;
 mod uplink;
 
 use std::path::{Path, PathBuf};

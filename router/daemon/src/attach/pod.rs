@@ -2,7 +2,6 @@
 //!
 //! Everything here runs on the thread that [`super::namespace::Namespace::enter`] made.
 
-use std::fs;
 use std::io;
 use std::net::IpAddr;
 
@@ -12,6 +11,7 @@ use weft_api::Bandwidth;
 use weft_encap::mac::Mac;
 
 use crate::netlink::{Link, LinkChange, Netlink, Route};
+use crate::sysctl;
 
 /// Frames that the pod's transmit queue holds. It gives TCP no backpressure, so it bounds memory, not delay.
 pub const QUEUE: u32 = 1000;
@@ -140,23 +140,15 @@ pub fn shown(route: &Route) -> String {
 /// No router advertisement shall change what was set; the link-local address is made of the MAC, as the router
 /// expects, and is usable at once like the others.
 pub fn set_ipv6(ifname: &str, has_ipv6: bool) -> io::Result<()> {
-    let folder = format!("/proc/sys/net/ipv6/conf/{ifname}");
-    if !has_ipv6 && fs::metadata(&folder).is_err() {
+    let folder = format!("ipv6/conf/{ifname}");
+    if !has_ipv6 && !sysctl::exists(&folder) {
         return Ok(());
     }
     let mut wanted = vec![("accept_ra", "0"), ("addr_gen_mode", "0"), ("accept_dad", "0")];
     if has_ipv6 {
         wanted.push(("disable_ipv6", "0"));
     }
-    for (name, value) in wanted {
-        let path = format!("{folder}/{name}");
-        let named = |error: io::Error| io::Error::new(error.kind(), format!("{path}: {error}"));
-        // Inside a container /proc/sys may be read-only, which is no harm as long as the value is right.
-        if fs::read_to_string(&path).map_err(named)?.trim() != value {
-            fs::write(&path, value).map_err(named)?;
-        }
-    }
-    Ok(())
+    wanted.into_iter().try_for_each(|(name, value)| sysctl::set(&format!("{folder}/{name}"), value))
 }
 
 /// Has the pod's kernel announce its addresses as it comes up (gratuitous ARP, unsolicited advertisement): whoever knew one of
@@ -164,7 +156,7 @@ pub fn set_ipv6(ifname: &str, has_ipv6: bool) -> io::Result<()> {
 /// the port is open. Where `/proc/sys` is read-only the pod is found as soon as it speaks.
 pub fn announce_when_up(ifname: &str) {
     for (family, name) in [("ipv4", "arp_notify"), ("ipv6", "ndisc_notify")] {
-        let _ = fs::write(format!("/proc/sys/net/{family}/conf/{ifname}/{name}"), "1");
+        let _ = sysctl::set(&format!("{family}/conf/{ifname}/{name}"), "1");
     }
 }
 
