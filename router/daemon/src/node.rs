@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
@@ -27,7 +28,9 @@ use crate::attach::turn::Turns;
 use crate::attach::veth::Veth;
 use crate::control::cluster::Cluster;
 use crate::control::compile::compile;
+use crate::control::config::kubernetes::NODE_NAME;
 use crate::control::config::reader::{Problem, decode};
+use crate::control::config::source::SourceConfig;
 use crate::control::config::{Checked, Config, default_workers};
 use crate::control::desired::{DesiredState, HOST, UNDERLAY};
 use crate::control::host::Host;
@@ -106,9 +109,13 @@ pub struct Attachment {
     pub veth: Option<Arc<Veth>>,
 }
 
-/// Reads the configuration and checks it against this machine.
-pub fn read_config(path: &Path) -> anyhow::Result<Checked> {
-    let look = |mut netlink: Netlink| Ok(Host { defaults: netlink.default_devices()?, ..netlink.host()? });
+/// Reads the configuration and checks it against this machine, whose underlay address, unless the file says it, is `address` if that
+/// is known.
+pub fn read_config(path: &Path, address: Option<IpAddr>) -> anyhow::Result<Checked> {
+    let node_name = std::env::var(NODE_NAME).ok();
+    let look = |mut netlink: Netlink| {
+        Ok(Host { defaults: netlink.default_devices()?, node_name, node_address: address, ..netlink.host()? })
+    };
     let host = Netlink::open().and_then(look).context("cannot list this machine's interfaces")?;
     read_config_for(path, &host)
 }
@@ -364,7 +371,11 @@ impl Node {
             Err(Failure { code: code::CONFIG, msg, details: details.into() })
         };
         let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
-        let Checked { config, warnings } = match read_config(&self.config_path) {
+        let address = {
+            let local = Arc::clone(&self.state().local);
+            matches!(local.source, SourceConfig::Kubernetes(_)).then_some(local.underlay.address)
+        };
+        let Checked { config, warnings } = match read_config(&self.config_path, address) {
             Ok(checked) => checked,
             Err(error) => return refuse(format!("{error:#}"), "the old configuration stays in force"),
         };
@@ -415,7 +426,7 @@ impl Node {
             (Arc::clone(&state.local), state.view.cluster.clone())
         };
         let Some(cluster) = cluster else { return };
-        if let Err(error) = saved::save(&local.state_dir, &local.node, &cluster) {
+        if let Err(error) = saved::save(&local.state_dir, &local, &cluster) {
             tracing::warn!(%error, "the state of the cluster cannot be kept in {}", local.state_dir.display());
         }
     }

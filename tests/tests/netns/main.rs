@@ -20,6 +20,7 @@ mod hostport;
 mod installing;
 mod interop;
 mod ipam_plugins;
+mod kubernetes;
 mod labs;
 mod lifecycle;
 mod order;
