@@ -24,6 +24,7 @@ mod labs;
 mod lifecycle;
 mod order;
 mod overload;
+mod paths;
 mod reach;
 mod scale;
 mod throughput;
