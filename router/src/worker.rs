@@ -47,7 +47,7 @@ use crate::pool::Pool;
 use crate::port::sys::xsk::Umem;
 use crate::port::tap::TapPort;
 use crate::port::udp::UdpPort;
-use crate::port::xdp::{XdpPort, XdpUnderlay};
+use crate::port::xdp::{KernelWay, XdpPort, XdpUnderlay};
 use crate::port::{BATCH, Batch, Capabilities, Outbox, Port, PortId, QUEUE, Queue, Received};
 use crate::returns::{Returns, ReturnsUse};
 use crate::tables::Tables;
@@ -479,11 +479,13 @@ impl Worker {
     }
 
     /// A worker without a queue of the uplink has the sockets alone.
-    fn uplink(&self, id: PortId, half: UplinkHalf, tunnel_mtu: u32) -> io::Result<Box<dyn Port>> {
+    fn uplink(&self, id: PortId, mut half: UplinkHalf, tunnel_mtu: u32) -> io::Result<Box<dyn Port>> {
+        let fragmenting = half.sockets.fragmenting(id);
         let kernel = Box::new(UdpPort::new(half.sockets, id, tunnel_mtu));
         if half.devices.is_empty() {
             return Ok(kernel);
         }
+        let kernel = KernelWay::new(kernel, fragmenting);
         Ok(Box::new(XdpUnderlay::new(half.devices, half.tunnel, half.hops, kernel, &self.pool, id)?))
     }
 

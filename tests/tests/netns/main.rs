@@ -25,6 +25,7 @@ mod labs;
 mod lifecycle;
 mod order;
 mod overload;
+mod paths;
 mod reach;
 mod scale;
 mod throughput;
