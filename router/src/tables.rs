@@ -64,6 +64,18 @@ impl Gateway {
     }
 }
 
+/// What a port may say of DHCP.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub enum Dhcp {
+    /// It may ask; to answer is for servers.
+    #[default]
+    Client,
+    /// It is trusted to answer.
+    Server,
+    /// It asks for its address, and may say nothing else before it has one.
+    Asking,
+}
+
 /// A pod's attachment: what its port may send as.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
@@ -77,6 +89,8 @@ pub struct Pod {
     pub mtu: u32,
     /// What it may send and receive.
     pub limits: Limits,
+    /// What it may say of DHCP.
+    pub dhcp: Dhcp,
 }
 
 /// Who is behind a port.

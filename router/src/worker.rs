@@ -330,6 +330,7 @@ impl Worker {
         let Some((port, busy)) = slot.and_then(|slot| Some((slot.port.as_mut()?, &mut slot.busy))) else {
             return self.empty_queue(id);
         };
+        pace::cut::to_packets(queue, limit, now, &self.pool, self.scarce.0, self.forwarder.stats());
         while limit.allows(now)
             && let Some(frame) = queue.pop_front()
         {
@@ -569,7 +570,7 @@ mod tests {
     use crate::port::memory::{MemoryPort, Wire};
     use crate::port::sample;
     use crate::stats::Stats;
-    use crate::tables::{Gateway, Pod, Role};
+    use crate::tables::{Dhcp, Gateway, Pod, Role};
     use std::os::fd::BorrowedFd;
     use weft_encap::mac::Mac;
 
@@ -589,6 +590,7 @@ mod tests {
                     ipv6: Vec::new(),
                     mtu: 1450,
                     limits: Limits::default(),
+                    dhcp: Dhcp::default(),
                 },
             );
         }
@@ -715,7 +717,10 @@ mod tests {
         {
             let mac = Mac([2, 0, 0, 0, 0, number]);
             let ipv4 = vec![[10, 0, 0, number].into()];
-            tables.set_port(port, Role::Pod(Pod { mac, ipv4, ipv6: Vec::new(), mtu: 1450, limits }));
+            tables.set_port(
+                port,
+                Role::Pod(Pod { mac, ipv4, ipv6: Vec::new(), mtu: 1450, limits, dhcp: Dhcp::default() }),
+            );
         }
         shared.tables.store(Arc::new(tables));
         let config = RouterConfig { chunks: 2048, supers: 16, ..RouterConfig::default() };

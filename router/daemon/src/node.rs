@@ -224,6 +224,18 @@ impl Node {
         Some(port)
     }
 
+    /// Puts in force what has become of an attachment's interface; `false` if it is gone.
+    pub fn change(&self, key: &AttachmentKey, interface: &Interface) -> bool {
+        let mut state = self.state();
+        let Some(attachment) = state.attachments.get_mut(key) else { return false };
+        attachment.interface = interface.clone();
+        let port = attachment.port;
+        let mut desired = state.desired.clone();
+        desired.pods.insert(port, Attachment::pod(interface));
+        self.put_in_force(&mut state, desired);
+        true
+    }
+
     /// Takes an attachment's port and its place in the tables away; whether it had one. The lease stays.
     pub fn detach(&self, key: &AttachmentKey) -> bool {
         let attachment = {

@@ -13,6 +13,7 @@ mod bridged;
 mod chains;
 mod cni;
 mod conformance;
+mod dhcp;
 mod etcd;
 mod footprint;
 mod hostile;

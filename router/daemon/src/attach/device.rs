@@ -19,7 +19,7 @@ use super::pod::{self, Interface, SetUpError};
 use super::veth::{Veth, Veths};
 use super::{DRAWS, random};
 use crate::control::config::PortKind;
-use crate::netlink::{LinkChange, Netlink};
+use crate::netlink::{LinkChange, Netlink, Route};
 
 /// The kinds of devices of this node.
 #[derive(Debug)]
@@ -173,7 +173,18 @@ pub fn make_tap(namespace: &Namespace, interface: &mut Interface) -> Result<Tap,
 /// # Errors
 /// The interface's name is taken, or the kernel refuses.
 pub fn set_up(namespace: &Namespace, name: &str, interface: &mut Interface) -> Result<(), Failure> {
-    let set_up = namespace.enter(|| Ok(pod::set_up(name, &*interface)));
+    take(namespace.enter(|| Ok(pod::set_up(name, &*interface))), interface)
+}
+
+/// Gives an interface that was made without addresses those that it has by now.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn complete(namespace: &Namespace, interface: &mut Interface) -> Result<(), Failure> {
+    take(namespace.enter(|| Ok(pod::complete(&*interface))), interface)
+}
+
+fn take(set_up: io::Result<Result<Vec<Route>, SetUpError>>, interface: &mut Interface) -> Result<(), Failure> {
     match set_up.map_err(|error| kernel("enter the pod's network namespace", &error))? {
         Ok(routes) => {
             interface.routes = routes;
