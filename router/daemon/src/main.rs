@@ -182,6 +182,7 @@ async fn begin(mut signals: Signals, config: Config, path: PathBuf, level: LogLe
     node.orders = following.as_ref().map(|following| following.orders.clone());
     let node = Arc::new(node);
     watch_veths(&node, removals)?;
+    attach::watch::start(&node).context("cannot start a thread (ulimit -u)")?;
     hostport::watch::start(&node, kicked)?;
     let listener = Arc::downgrade(&node);
     node.uplink.on_path_mtu(move || {

@@ -25,6 +25,7 @@ use crate::attach::pod::Interface;
 use crate::attach::reconcile::Suspects;
 use crate::attach::turn::Turns;
 use crate::attach::veth::Veth;
+use crate::attach::watch::Watch;
 use crate::control::cluster::Cluster;
 use crate::control::compile::compile;
 use crate::control::config::reader::{Problem, decode};
@@ -62,6 +63,8 @@ pub struct Node {
     pub census: Census,
     /// Leases whose namespace was gone at the last look.
     pub suspects: Suspects,
+    /// Namespaces that live as long as our descriptors.
+    pub watch: Watch,
     /// One request at a time for each attachment.
     pub turns: Turns,
     /// Where the source takes orders, if it is not the file.
@@ -182,6 +185,7 @@ impl Node {
             store,
             census,
             suspects: Suspects::default(),
+            watch: Watch::new(),
             turns: Turns::default(),
             orders: None,
             host: HostPort::new(kicks),
@@ -229,6 +233,7 @@ impl Node {
             attachment
         };
         let port = attachment.port;
+        self.watch.forget(port);
         // Closing a device takes the kernel a while: not with the state held.
         let last = self.router.remove_port(port);
         drop(attachment);
@@ -287,6 +292,16 @@ impl Node {
                     "the pod is cut off, for its port's code panicked, see above: recreate the pod, and report this as a bug"
                 ),
             }
+        }
+    }
+
+    /// Nobody but us has the namespace of this port's pod any more.
+    pub fn given_up(&self, key: &AttachmentKey, port: PortId) {
+        // The runtime may have asked for another since.
+        let _turn = self.turns.take(key);
+        let is_there = self.state().attachments.get(key).is_some_and(|attachment| attachment.port == port);
+        if is_there && self.detach(key) {
+            log_gone(key);
         }
     }
 
