@@ -201,24 +201,23 @@ impl Netlink {
         self.change_link(index, LinkChange { up: true, ..LinkChange::default() })
     }
 
-    /// Waits until an interface of this namespace may have gone. For this the socket has to be [`Netlink::follow_links`]'s.
+    /// Waits until an interface of this namespace has gone, and returns its number; `None` if the kernel had more to say than the socket could
+    /// hold, for then any may have gone. For this the socket has to be [`Netlink::follow_links`]'s.
     ///
     /// # Errors
-    /// The kernel's; not that it had more to say than the socket could hold, for then something may have gone.
-    pub fn await_removal(&mut self) -> io::Result<()> {
+    /// The kernel's.
+    pub fn await_removal(&mut self) -> io::Result<Option<u32>> {
         loop {
             let mut buffer = Vec::with_capacity(BUFFER);
             match self.socket.recv(&mut buffer, 0) {
                 Ok(_) => {}
-                Err(error) if error.raw_os_error() == Some(Errno::NOBUFS.raw_os_error()) => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(Errno::NOBUFS.raw_os_error()) => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             }
-            let told = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&buffer);
-            if told
-                .is_ok_and(|told| matches!(told.payload, NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(_))))
-            {
-                return Ok(());
+            let Ok(told) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&buffer) else { continue };
+            if let NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(link)) = told.payload {
+                return Ok(Some(link.header.index));
             }
         }
     }

@@ -29,7 +29,7 @@ pub struct Devices {
     mtu: u32,
     /// How many workers a veth is made for.
     workers: u32,
-    removed: Sender<()>,
+    removed: Sender<Option<u32>>,
     tap: OnceLock<Result<(), String>>,
     veths: OnceLock<Result<Arc<Veths>, String>>,
 }
@@ -44,8 +44,9 @@ pub enum Chosen {
 }
 
 impl Devices {
-    /// For a node where `configured` is the rule. Tries what that needs. `removed` is told whenever a veth may have gone.
-    pub fn new(configured: PortKind, mtu: u32, workers: usize, removed: Sender<()>) -> Devices {
+    /// For a node where `configured` is the rule. Tries what that needs. `removed` is told the number of a veth that has gone, and nothing
+    /// if any may have.
+    pub fn new(configured: PortKind, mtu: u32, workers: usize, removed: Sender<Option<u32>>) -> Devices {
         let workers = u32::try_from(workers).unwrap_or(u32::MAX);
         let devices = Devices { configured, mtu, workers, removed, tap: OnceLock::new(), veths: OnceLock::new() };
         match (configured, devices.choose(None)) {

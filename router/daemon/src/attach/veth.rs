@@ -56,18 +56,19 @@ pub struct Veth {
 }
 
 impl Veths {
-    /// Makes the namespace, and tries AF_XDP with frames of up to this MTU. `removed` is told whenever a veth may have gone.
+    /// Makes the namespace, and tries AF_XDP with frames of up to this MTU. `removed` is told the number of a veth that has gone, and nothing
+    /// if any may have.
     ///
     /// # Errors
     /// Why AF_XDP cannot be used.
-    pub fn start(mtu: u32, workers: u32, removed: Sender<()>) -> anyhow::Result<Arc<Veths>> {
+    pub fn start(mtu: u32, workers: u32, removed: Sender<Option<u32>>) -> anyhow::Result<Arc<Veths>> {
         let namespace = new_network().context("cannot make a network namespace (CAP_SYS_ADMIN)")?;
         let inside = || {
             let (mut netlink, mut links) = (Netlink::open()?, Netlink::follow_links()?);
             let probed = probe(mtu)?;
             let is_silent = fs::write("/proc/sys/net/ipv6/conf/default/addr_gen_mode", "1").is_ok();
             let idle = add_idle(&mut netlink, mtu, workers).context("cannot make a veth")?;
-            let follow = move || while links.await_removal().is_ok() && removed.send(()).is_ok() {};
+            let follow = move || while links.await_removal().is_ok_and(|index| removed.send(index).is_ok()) {};
             Ok::<_, anyhow::Error>((netlink, is_silent, idle, probed, follow))
         };
         let made = enter(namespace.as_fd(), || Ok(inside())).context("cannot enter a network namespace")?;
