@@ -23,7 +23,7 @@ pub fn set(netlink: &mut Netlink, device: &mut Made, wanted: &Wanted) -> io::Res
     if change.mac.is_some() || change.mtu.is_some() {
         let queue = Some(pod::QUEUE);
         let gso_max_segments = Some(pod::gso_max_segments(wanted.mtu));
-        netlink.change_link(device.index, LinkChange { queue, gso_max_segments, ..change })?;
+        netlink.change_new_link(device.index, LinkChange { queue, gso_max_segments, ..change })?;
     }
     set_behaviour(wanted)?;
     if !link.up {
