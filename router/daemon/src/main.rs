@@ -13,6 +13,7 @@ mod log;
 mod metrics;
 mod netlink;
 mod node;
+mod sysctl;
 mod uplink;
 
 use std::path::{Path, PathBuf};
@@ -194,6 +195,7 @@ async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: L
     node.orders = following.as_ref().map(|following| following.orders.clone());
     let node = Arc::new(node);
     watch_veths(&node, removals)?;
+    attach::watch::start(&node).context("cannot start a thread (ulimit -u)")?;
     hostport::watch::start(&node, kicked)?;
     let listener = Arc::downgrade(&node);
     node.uplink.on_path_mtu(move || {
@@ -402,14 +404,15 @@ fn watch_data_plane(node: &Arc<Node>) -> anyhow::Result<mpsc::Receiver<()>> {
 }
 
 /// Follows the ends of veths.
-fn watch_veths(node: &Arc<Node>, removals: Receiver<()>) -> anyhow::Result<()> {
+fn watch_veths(node: &Arc<Node>, removals: Receiver<Option<u32>>) -> anyhow::Result<()> {
     let node: Weak<Node> = Arc::downgrade(node);
     let follow = move || {
-        while removals.recv().is_ok() {
+        while let Ok(removed) = removals.recv() {
             let Some(node) = node.upgrade() else { break };
-            // One look sees all that has gone until then.
-            while removals.try_recv().is_ok() {}
-            node.veths_removed();
+            match removed {
+                Some(index) => node.veth_removed(index),
+                None => node.veths_removed(),
+            }
         }
     };
     let thread = std::thread::Builder::new().name("weft-removals".into()).stack_size(256 * 1024);

@@ -133,6 +133,7 @@ mod tests {
             bandwidth: None,
             given: Vec::new(),
             routes: None,
+            trusted: Vec::new(),
             labels: std::collections::BTreeMap::new(),
         }
     }
