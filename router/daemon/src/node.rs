@@ -130,7 +130,7 @@ impl Node {
         if let Some(recovery) = store.recovery() {
             tracing::warn!("{recovery}; it was cut off");
         }
-        store.set_rules(rules(&config));
+        store.set_rules(rules(&config, &store, &view.pods));
         // What rests is written down by the clock of its boot: before anything else is asked of the store.
         store.begin_boot(census.boot(), since_boot()).context("cannot write to the lease store")?;
         let workers = config.workers.unwrap_or_else(|| default_workers(cpus()));

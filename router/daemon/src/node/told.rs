@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::Context;
 use ipnet::IpNet;
 use weft_api::{Failure, code};
-use weft_ipam::{Range, Rules};
+use weft_ipam::{Range, Rules, Store};
 use weft_router::tables::Mode;
 
 use super::{Node, State};
@@ -88,7 +88,7 @@ impl Node {
         self.log_level.set(config.log.level);
         let mut whole = joined(&config, state.view.cluster.as_deref());
         self.keep_former(&state, &mut whole);
-        self.store.set_rules(self.rules(&state, &whole));
+        self.store.set_rules(rules(&whole, &self.store, &state.view.pods));
         let desired = state.desired.reconfigured(Arc::new(whole));
         state.local = Arc::new(config);
         self.put_in_force(&mut state, desired);
@@ -110,12 +110,12 @@ impl Node {
         let mut state = self.state();
         if *state.view.pods != *view.pods {
             state.view.pods = Arc::clone(&view.pods);
-            self.store.set_rules(self.rules(&state, &state.desired.config));
+            self.store.set_rules(rules(&state.desired.config, &self.store, &state.view.pods));
         }
         state.view = view;
         let Some((cluster, mut config)) = new.zip(config) else { return false };
         self.keep_former(&state, &mut config);
-        self.store.set_rules(self.rules(&state, &config));
+        self.store.set_rules(rules(&config, &self.store, &state.view.pods));
         let desired = state.desired.reconfigured(Arc::new(config));
         self.put_in_force(&mut state, desired);
         self.tell_former(&mut state);
@@ -138,15 +138,6 @@ impl Node {
             config.gateway.ipv4 = before.gateway.ipv4.or(config.gateway.ipv4);
             config.gateway.ipv6 = before.gateway.ipv6.or(config.gateway.ipv6);
         }
-    }
-
-    /// What holds for addresses. One that the engine says a pod has, and that is no lease here, is not given to another one: leases were
-    /// lost, or the pod is about to go, and whoever is told of pods by the engine would take one for the other.
-    fn rules(&self, state: &State, config: &Config) -> Rules {
-        let mut rules = rules(config);
-        let strays = state.view.pods.iter().filter(|address| self.store.by_address("", **address).is_none());
-        rules.reserved.extend(strays.map(|address| IpNet::from(*address)));
-        rules
     }
 
     /// Whether pods have addresses of a range.
@@ -207,7 +198,9 @@ fn log_denied(cluster: &Cluster, before: Option<&Cluster>) {
 }
 
 /// What the configuration wants of the lease store.
-pub(super) fn rules(config: &Config) -> Rules {
+/// What holds for addresses. One that the engine says a pod has, and that is no lease here, is not given to another one: leases were
+/// lost, or the pod is about to go, and whoever is told of pods by the engine would take one for the other.
+pub(super) fn rules(config: &Config, store: &Store, pods: &[IpAddr]) -> Rules {
     let mut reserved = config.leases.reserved.clone();
     // A gateway may be one of former ranges; after a restart it is that of the ranges of then.
     if config.mode == Mode::Routed {
@@ -215,5 +208,7 @@ pub(super) fn rules(config: &Config) -> Rules {
         let is_other = |address: &IpAddr| config.gateway_for(*address) != Some(*address);
         reserved.extend(v4.into_iter().chain(v6).filter(is_other).map(IpNet::from));
     }
+    let strays = pods.iter().filter(|address| store.by_address("", **address).is_none());
+    reserved.extend(strays.map(|address| IpNet::from(*address)));
     Rules { rest: Duration::from_secs(config.leases.rest), reserved }
 }

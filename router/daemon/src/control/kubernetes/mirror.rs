@@ -216,7 +216,7 @@ impl<K: Kind> Session<'_, K> {
 
     /// Follows one connection until it ends.
     async fn run(&mut self, server: usize) -> Result<(), Failure> {
-        let client = Client::new(&self.config, server)?;
+        let client = Client::of_first(&self.config, server).await?;
         if self.version.is_none() {
             self.version = Some(self.list(&client).await?);
         }

@@ -205,7 +205,7 @@ impl Write {
     }
 
     async fn patch(&self) -> Result<(), Failure> {
-        let client = Client::new(&self.config, self.server)?;
+        let client = Client::of_first(&self.config, self.server).await?;
         let doing = Doing { verb: "patch", what: self.what };
         let sub = self.what.strip_prefix(Node::WHAT).unwrap_or_default();
         let path = format!("{}/{}{sub}?fieldManager={FIELD_MANAGER}", Node::PATH, escaped(&self.node));
