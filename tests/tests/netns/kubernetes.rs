@@ -269,14 +269,20 @@ fn thousands_of_nodes_and_pods_fit() {
     formed.attach();
     std::thread::sleep(Duration::from_secs(2));
     let resident = formed.daemon(1).resident_kib();
-    let changed = Instant::now();
-    formed.api.add_node(NODES + 1);
-    eventually("one more is known", PATIENCE, || peers(&formed) == usize::from(NODES));
-    eprintln!(
-        "{NODES} Nodes: known after {known:?}, {} MiB, one more in force after {:?}",
-        resident >> 10,
-        changed.elapsed()
-    );
+    let mut changes: Vec<Duration> = Vec::new();
+    for more in 0..5 {
+        let changed = Instant::now();
+        formed.api.add_node(NODES + 1 + more);
+        while peers(&formed) != usize::from(NODES + more) {
+            assert!(changed.elapsed() < PATIENCE, "one more is not known");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        changes.push(changed.elapsed());
+        // Those that come soon after each other are gathered.
+        std::thread::sleep(Duration::from_millis(1100));
+    }
+    changes.sort_unstable();
+    eprintln!("{NODES} Nodes: known after {known:?}, {} MiB, one more after {:?}", resident >> 10, changes[2]);
     assert!(resident < 200 << 10, "{resident} KiB");
     assert!(formed.daemon(1).status().problems.iter().all(|problem| !problem.starts_with("kubernetes")));
 }
