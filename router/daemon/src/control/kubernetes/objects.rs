@@ -230,6 +230,19 @@ mod tests {
     }
 
     #[test]
+    fn no_object_panics() {
+        let whole = weft_tests::kubernetes::node(1).to_string();
+        for at in (0..whole.len()).step_by(3) {
+            let _ = Node::read(whole.get(..at).unwrap_or_default());
+            for by in ["\"", "{", "null", "9e999", "\\u0000", "]"] {
+                let (Some(before), Some(after)) = (whole.get(..at), whole.get(at + 1..)) else { continue };
+                let spoilt = format!("{before}{by}{after}");
+                let _ = (Node::read(&spoilt), Pod::read(&spoilt));
+            }
+        }
+    }
+
+    #[test]
     fn only_a_pod_that_lives_and_has_a_network_of_its_own_has_addresses() {
         let pod = |spec: &str, phase: &str| {
             let text = format!(
