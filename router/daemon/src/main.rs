@@ -61,6 +61,10 @@ const MISCONFIGURED: u8 = 2;
   SIGHUP            read the configuration again; a wrong one is logged and the old one stays
   SIGTERM, SIGINT   stop
 
+Environment, with [kubernetes] in the configuration:
+  NODE_NAME                                         this node's name, if the configuration has none
+  KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT  the API server, if the configuration has none
+
 Exit codes:
   0  stopped by SIGTERM or SIGINT; or the configuration is valid (--check)
   1  could not start, or the data plane stopped
