@@ -36,6 +36,9 @@ pub struct Uninstall {
     /// Keep the configuration and the leases, for another installation.
     #[arg(long)]
     keep: bool,
+    /// Wait for a signal afterwards, for what a DaemonSet runs shall not end.
+    #[arg(long)]
+    wait: bool,
     /// The root folder of the node, when it is not `/`: in a container.
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
@@ -92,6 +95,11 @@ pub fn uninstall(args: &Uninstall, socket: &Path) -> Result<()> {
         folder.parent().into_iter().for_each(remove_if_empty);
     }
     output::progress("Weft is gone from this node");
+    if args.wait {
+        loop {
+            std::thread::park();
+        }
+    }
     Ok(())
 }
 

@@ -18,6 +18,7 @@ mod etcd;
 mod footprint;
 mod hostile;
 mod hostport;
+mod image;
 mod installing;
 mod interop;
 mod ipam_plugins;
