@@ -28,7 +28,7 @@ const STATE_DIR: &str = "/var/lib/weft";
 const UNIT: &str = "etc/systemd/system/weftd.service";
 
 /// What `weft uninstall` takes.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct Uninstall {
     /// Go on although pods are attached, which lose their network.
     #[arg(long)]
@@ -199,7 +199,7 @@ mod tests {
     use super::*;
 
     fn args(root: &Path) -> Uninstall {
-        Uninstall { force: false, keep: false, root: root.to_owned(), conf_dir: None, bin_dir: None, state_dir: None }
+        Uninstall { root: root.to_owned(), ..Uninstall::default() }
     }
 
     fn write(root: &Path, path: &str, content: &str) {
