@@ -14,6 +14,7 @@
 pub mod addresses;
 pub mod census;
 pub mod device;
+pub mod dhcp;
 pub mod given;
 pub mod namespace;
 pub mod only_lease;
@@ -23,6 +24,7 @@ pub mod reserve;
 pub mod tombstone;
 pub mod turn;
 pub mod veth;
+pub mod watch;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -36,7 +38,7 @@ use weft_api::{
     code,
 };
 use weft_encap::mac::Mac;
-use weft_ipam::{Facts, LeaseError, Owner, Store};
+use weft_ipam::{Facts, LeaseError, Owner};
 use weft_router::pace::{Limit, Limits};
 use weft_router::tables::Pod;
 use weft_router::{Device, PortId, RouterError};
@@ -47,7 +49,7 @@ use crate::netlink::Route;
 use crate::node::{Attachment, Node, since_boot};
 use device::Chosen;
 use namespace::Namespace;
-use pod::{Interface, Observed};
+use pod::{Interface, Observed, Raw};
 use veth::{Veth, Veths};
 
 /// Longest network name and container id in bytes. Runtimes use 64 digits; anything much longer is no id.
@@ -65,9 +67,10 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
     let namespace = Namespace::check(fd, &request.netns)?;
     tombstone::honour_all(node);
     let _turn = node.turns.take(&request.key);
+    refuse_known(node, &request.key)?;
     let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
     let mut interface = attempt.lease(request, mac, &namespace)?;
-    attempt.open(kind, &namespace, &mut interface)?;
+    attempt.open(kind, &namespace, &request.netns, &mut interface)?;
     attempt.finish();
     tracing::info!(
         network = request.key.network, container = request.key.container, ifname = request.key.ifname,
@@ -75,6 +78,15 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
         "attached"
     );
     Ok(attached(&interface))
+}
+
+/// An attachment that has a port is another ADD's.
+fn refuse_known(node: &Node, key: &AttachmentKey) -> Result<(), Failure> {
+    if !node.state().attachments.contains_key(key) {
+        return Ok(());
+    }
+    let msg = format!("container {} is attached by {} already", key.container, key.ifname);
+    Err(Failure::new(code::EXISTS, msg).with_details("DEL comes before another ADD"))
 }
 
 /// Whether the attachment has a lease or a port.
@@ -217,20 +229,13 @@ impl Attempt<'_> {
         let netns = self.node.census.describe(namespace);
         let config = Arc::clone(&self.node.state().desired.config);
         let mtu = choose_mtu(&config, request.mtu)?;
-        let mac = choose_mac(&self.node.store, &config, mac)?;
+        let mac = choose_mac(self.node, &config, mac)?;
         let given = given::addresses(request)?;
         let (sets, requested) = match given.as_slice() {
             [] => (addresses::sets(&config, request)?, request.requested.clone()),
             given => (given::sets(&config, given)?, given.iter().map(|(net, _)| net.addr()).collect()),
         };
-        let facts = Facts {
-            pool: String::new(),
-            time: seconds(),
-            mac: Some(mac.0),
-            boot: self.node.census.boot().to_owned(),
-            netns,
-            labels: request.labels.clone(),
-        };
+        let facts = facts(self.node, request, mac, netns);
         let record = self.node.store.lease(&owner(self.key), &sets, &requested, facts, since_boot());
         let record = record.map_err(|error| refusal(&error))?;
         self.leased = true;
@@ -243,6 +248,7 @@ impl Attempt<'_> {
             addresses,
             routes: Vec::new(),
             bandwidth: request.bandwidth.unwrap_or_default(),
+            dhcp: dhcp::granted(&request.trusted)?,
         };
         interface.routes = given::routes(request.routes.as_deref(), &interface)?;
         Ok(interface)
@@ -254,13 +260,14 @@ impl Attempt<'_> {
         &mut self,
         kind: Option<PortKind>,
         namespace: &Namespace,
+        netns: &str,
         interface: &mut Interface,
     ) -> Result<(), Failure> {
         let devices = &self.node.devices;
         if let Chosen::Veth(veths) = devices.choose(kind)? {
             return self.open_veth(&veths, namespace, interface);
         }
-        let Err(failure) = self.open_tap(namespace, interface) else { return Ok(()) };
+        let Err(failure) = self.open_tap(namespace, netns, interface) else { return Ok(()) };
         let Some(veths) = devices.instead_of_tap(kind) else { return Err(failure) };
         self.undo_port();
         self.open_veth(&veths, namespace, interface).map_err(|_| failure.clone())?;
@@ -274,10 +281,15 @@ impl Attempt<'_> {
         }
     }
 
-    fn open_tap(&mut self, namespace: &Namespace, interface: &mut Interface) -> Result<(), Failure> {
-        let tap = device::make_tap(namespace, interface)?;
+    fn open_tap(&mut self, namespace: &Namespace, netns: &str, interface: &mut Interface) -> Result<(), Failure> {
+        let place = self.node.watch.place(namespace, netns);
+        let tap = device::make_tap(namespace, place.is_some(), interface)?;
         let port = self.enter(interface, None)?;
-        self.node.router.add_port(port, Device::Tap(tap)).map_err(|error| refused(&error))
+        self.node.router.add_port(port, Device::Tap(tap)).map_err(|error| refused(&error))?;
+        if let Some(place) = place {
+            self.node.watch.keep(self.key, port, place);
+        }
+        Ok(())
     }
 
     fn open_veth(
@@ -286,11 +298,11 @@ impl Attempt<'_> {
         namespace: &Namespace,
         interface: &mut Interface,
     ) -> Result<(), Failure> {
-        let device::NewVeth { veth, name } = self.node.devices.make_veth(veths, namespace, interface.mtu)?;
-        let veth = Arc::new(veth);
+        let veth = Arc::new(self.node.devices.make_veth(veths, namespace, interface)?);
         let port = self.enter(interface, Some(Arc::clone(&veth)))?;
         device::open_veth(&self.node.router, port, &veth).map_err(|error| refused(&error))?;
-        device::set_up(namespace, &name, interface)?;
+        let name = interface.name.clone();
+        device::set_up(namespace, Raw { name: &name, is_complete: true }, interface)?;
         if let Some(attachment) = self.node.state().attachments.get_mut(self.key) {
             attachment.interface.routes.clone_from(&interface.routes);
         }
@@ -323,6 +335,12 @@ impl Drop for Attempt<'_> {
     }
 }
 
+/// What is written down beside a pod's addresses.
+fn facts(node: &Node, request: &Attach, mac: Mac, netns: Option<weft_ipam::Netns>) -> Facts {
+    let boot = node.census.boot().to_owned();
+    Facts { pool: String::new(), time: seconds(), mac: Some(mac.0), boot, netns, labels: request.labels.clone() }
+}
+
 /// Seconds since 1970, for people.
 fn seconds() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
@@ -336,11 +354,12 @@ fn random<const N: usize>() -> io::Result<[u8; N]> {
 }
 
 /// The MAC that was asked for, or a random one; nobody else's on this node.
-fn choose_mac(store: &Store, config: &Config, asked: Option<Mac>) -> Result<Mac, Failure> {
+fn choose_mac(node: &Node, config: &Config, asked: Option<Mac>) -> Result<Mac, Failure> {
     let taken = |mac: Mac| {
         [config.gateway.mac, config.vtep_mac].contains(&mac)
             || config.peers.iter().any(|peer| peer.vtep_mac == mac)
-            || store.read(|leases| leases.has_mac(mac.0))
+            || node.store.read(|leases| leases.has_mac(mac.0))
+            || node.router.tables().macs.contains_key(&mac)
     };
     match asked {
         Some(mac) if taken(mac) => Err(Failure {
@@ -446,6 +465,7 @@ fn attached(interface: &Interface) -> Attached {
         mtu: interface.mtu,
         addresses: interface.addresses.iter().map(address).collect(),
         routes: interface.routes.iter().map(given::told).collect(),
+        trusted: dhcp::told(interface.dhcp),
     }
 }
 
@@ -458,6 +478,7 @@ impl Attachment {
             ipv6: Vec::new(),
             mtu: interface.mtu,
             limits: limits(&interface.bandwidth),
+            dhcp: interface.dhcp,
         };
         for (net, _) in &interface.addresses {
             match net.addr() {
@@ -505,6 +526,7 @@ mod tests {
             bandwidth: None,
             given: Vec::new(),
             routes: None,
+            trusted: Vec::new(),
             labels: std::collections::BTreeMap::new(),
         }
     }

@@ -233,6 +233,23 @@ impl Port for XdpUnderlay {
         Some(self.readable.as_fd())
     }
 
+    fn peek(&mut self) -> Option<bool> {
+        Some(self.channels.iter_mut().any(Channel::is_waiting))
+    }
+
+    /// The kernel's socket stays where it is.
+    fn watch(&mut self, on: bool) -> bool {
+        for channel in &self.channels {
+            let fd = channel.as_fd();
+            // What is not told of now is found when nothing else seems to be there.
+            let _ = match on {
+                true => epoll::add(&self.readable, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN),
+                false => epoll::delete(&self.readable, fd),
+            };
+        }
+        true
+    }
+
     /// Everything is cut and summed here.
     fn capabilities(&self) -> Capabilities {
         Capabilities::default()
