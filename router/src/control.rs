@@ -302,6 +302,16 @@ impl Router {
         self.workers.add_port(id, device)
     }
 
+    /// Opens a veth that is nobody's port, by its number in the calling thread's network namespace, and keeps it open: it has a queue for
+    /// each worker. As long as one veth is open, opening another one is quick, for the workers' memory is registered with the kernel and
+    /// the program is in use.
+    ///
+    /// # Errors
+    /// Those of [`Router::add_port`] with a veth.
+    pub fn keep_veths(&self, interface: u32) -> io::Result<()> {
+        self.workers.keep_veths(interface)
+    }
+
     /// Takes a port away from all workers and closes its device. Returns its last counters; `None` if there was no such port.
     ///
     /// # Errors

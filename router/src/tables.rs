@@ -1,10 +1,12 @@
 //! What the control plane wrote: one immutable snapshot, with an epoch.
 //!
 //! The daemon compiles its desired state into [`Tables`] and hands them over as one `Arc`; each worker loads it once per
-//! batch. Nothing in here changes while frames pass. What frames themselves teach (learned MACs,
+//! batch. What pods have no part in is shared with the snapshot before, so that a pod that comes or goes costs a copy of what concerns
+//! this node's pods, however large the cluster is. Nothing in here changes while frames pass. What frames themselves teach (learned MACs,
 //! flows) is the workers' and lives in [`crate::bridge`] and [`crate::conntrack`].
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 use hashbrown::HashMap;
@@ -15,6 +17,12 @@ use weft_encap::vxlan::Vni;
 
 use crate::pace::Limits;
 use crate::port::PortId;
+
+/// No path by IPv6 carries less (RFC 8200, section 5), so packets of this length must pass whatever is below.
+pub const LEAST_V6: u32 = 1280;
+/// Linux believes in no narrower path by IPv4, and from then on sends packets of this length that may be fragmented:
+/// <https://elixir.bootlin.com/linux/v6.18/A/ident/DEFAULT_MIN_PMTU>.
+pub const LEAST_V4: u32 = 552;
 
 /// Number of a node in [`Tables::nodes`]. Stable for a peer as long as the daemon runs, so that counters stay with it.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -87,6 +95,14 @@ pub struct Pod {
     pub dhcp: Dhcp,
 }
 
+impl Pod {
+    /// All addresses at which it is a neighbour, the link-local one included.
+    pub fn neighbours(&self) -> impl Iterator<Item = IpAddr> {
+        let v4 = self.ipv4.iter().copied().map(IpAddr::V4);
+        v4.chain(self.ipv6.iter().copied().chain([self.mac.link_local()]).map(IpAddr::V6))
+    }
+}
+
 /// Who is behind a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -131,7 +147,7 @@ pub struct Neighbour {
 pub type ExactMap<K, V> = HashMap<K, V, RandomState>;
 
 /// The snapshot.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Tables {
     /// Grows with each change; a flow decided under another epoch is decided anew.
     pub epoch: u64,
@@ -149,24 +165,26 @@ pub struct Tables {
     pub host: Option<Neighbour>,
     /// MTU of packets inside the tunnel in bytes: underlay MTU less the encapsulation.
     pub tunnel_mtu: u32,
-    /// The same towards nodes that less can be sent to at once: a router on the way said so.
-    pub path_mtus: ExactMap<NodeId, u32>,
+    /// The same towards nodes that less can be sent to at once, as a route or a router on the way says.
+    pub path_mtus: Arc<ExactMap<NodeId, u32>>,
     /// Who is behind each port, indexed by [`PortId`].
-    pub ports: Vec<Option<Role>>,
+    pub ports: Vec<Option<Arc<Role>>>,
     /// The other nodes, indexed by [`NodeId`]; a hole is a node that left.
-    pub nodes: Vec<Option<Node>>,
+    pub nodes: Arc<Vec<Option<Node>>>,
     /// Underlay address to node.
-    pub members: ExactMap<IpAddr, NodeId>,
+    pub members: Arc<ExactMap<IpAddr, NodeId>>,
     /// IPv4 routes.
-    pub routes4: PrefixMap<Ipv4Net, Via>,
+    pub routes4: Arc<PrefixMap<Ipv4Net, Via>>,
     /// IPv6 routes.
-    pub routes6: PrefixMap<Ipv6Net, Via>,
+    pub routes6: Arc<PrefixMap<Ipv6Net, Via>>,
     /// Local pods and this node itself by address, link-local addresses included.
     pub neighbours: ExactMap<IpAddr, Neighbour>,
     /// Local pods and this node itself by MAC; these never move.
     pub macs: ExactMap<Mac, PortId>,
-    /// Ports that take part in floods: those of local pods and of this node itself.
+    /// Ports that take part in floods, in ascending order: those of local pods and of this node itself.
     pub flood: Vec<PortId>,
+    /// How often an address or a MAC was entered that another port had already. The later one has it.
+    pub overlaps: usize,
 }
 
 impl Tables {
@@ -181,15 +199,16 @@ impl Tables {
             underlay: None,
             host: None,
             tunnel_mtu: 1450,
-            path_mtus: ExactMap::default(),
+            path_mtus: Arc::default(),
             ports: Vec::new(),
-            nodes: Vec::new(),
-            members: ExactMap::default(),
-            routes4: PrefixMap::new(),
-            routes6: PrefixMap::new(),
+            nodes: Arc::default(),
+            members: Arc::default(),
+            routes4: Arc::default(),
+            routes6: Arc::default(),
             neighbours: ExactMap::default(),
             macs: ExactMap::default(),
             flood: Vec::new(),
+            overlaps: 0,
         }
     }
 
@@ -207,14 +226,29 @@ impl Tables {
 
     fn add_neighbour(&mut self, port: PortId, pod: &Pod) -> Neighbour {
         let neighbour = Neighbour { mac: pod.mac, port };
-        let v4 = pod.ipv4.iter().copied().map(IpAddr::V4);
-        let v6 = pod.ipv6.iter().copied().chain([pod.mac.link_local()]).map(IpAddr::V6);
-        for address in v4.chain(v6) {
-            self.neighbours.insert(address, neighbour);
+        for address in pod.neighbours() {
+            self.overlaps += usize::from(self.neighbours.insert(address, neighbour).is_some());
         }
-        self.macs.insert(pod.mac, port);
-        self.flood.push(port);
+        self.overlaps += usize::from(self.macs.insert(pod.mac, port).is_some());
+        let at = self.flood.partition_point(|other| *other < port);
+        self.flood.insert(at, port);
         neighbour
+    }
+
+    /// Takes a pod out again. To be used without overlaps only, for who had its addresses before is not known. Routes stay.
+    pub fn remove_pod(&mut self, port: PortId) {
+        let Some(role) = self.ports.get_mut(port.index()).and_then(Option::take) else { return };
+        let Role::Pod(pod) = &*role else {
+            self.ports[port.index()] = Some(role);
+            return;
+        };
+        for address in pod.neighbours() {
+            self.neighbours.remove(&address);
+        }
+        self.macs.remove(&pod.mac);
+        self.flood.retain(|other| *other != port);
+        let used = self.ports.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
+        self.ports.truncate(used);
     }
 
     /// Enters the port to the other nodes.
@@ -228,29 +262,32 @@ impl Tables {
         for range in &node.ranges {
             self.add_route(*range, Via::Node(id));
         }
-        self.members.insert(node.underlay, id);
-        if self.nodes.len() <= id.index() {
-            self.nodes.resize_with(id.index() + 1, || None);
+        Arc::make_mut(&mut self.members).insert(node.underlay, id);
+        let nodes = Arc::make_mut(&mut self.nodes);
+        if nodes.len() <= id.index() {
+            nodes.resize_with(id.index() + 1, || None);
         }
-        self.nodes[id.index()] = Some(node);
+        nodes[id.index()] = Some(node);
     }
 
     /// Enters a route.
     pub fn add_route(&mut self, destination: IpNet, via: Via) {
         match destination {
-            IpNet::V4(destination) => drop(self.routes4.insert(destination.trunc(), via)),
-            IpNet::V6(destination) => drop(self.routes6.insert(destination.trunc(), via)),
+            IpNet::V4(to) => drop(Arc::make_mut(&mut self.routes4).insert(to.trunc(), via)),
+            IpNet::V6(to) => drop(Arc::make_mut(&mut self.routes6).insert(to.trunc(), via)),
         }
     }
 
     /// Who is behind a port.
     pub fn role(&self, port: PortId) -> Option<&Role> {
-        self.ports.get(port.index()).and_then(Option::as_ref)
+        self.ports.get(port.index()).and_then(Option::as_deref)
     }
 
-    /// How long a packet to a node may be, inside the tunnel.
-    pub fn mtu_to(&self, id: NodeId) -> u32 {
-        self.path_mtus.get(&id).map_or(self.tunnel_mtu, |mtu| self.tunnel_mtu.min(*mtu))
+    /// How long a packet to a node may be, inside the tunnel. Nobody is asked for less than senders know of: the underlay then
+    /// sends fragments.
+    pub fn mtu_to(&self, id: NodeId, is_v6: bool) -> u32 {
+        let least = if is_v6 { LEAST_V6 } else { LEAST_V4 };
+        self.path_mtus.get(&id).map_or(self.tunnel_mtu, |mtu| self.tunnel_mtu.min((*mtu).max(least)))
     }
 
     /// What whoever is behind a port may send and receive.
@@ -270,6 +307,6 @@ impl Tables {
         if self.ports.len() <= port.index() {
             self.ports.resize_with(port.index() + 1, || None);
         }
-        self.ports[port.index()] = Some(role);
+        self.ports[port.index()] = Some(Arc::new(role));
     }
 }

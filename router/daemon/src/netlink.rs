@@ -26,6 +26,7 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use rustix::io::Errno;
 use weft_encap::mac::Mac;
 
 use crate::control::host::{Host, Interface};
@@ -85,12 +86,16 @@ pub struct LinkChange<'a> {
 /// A veth to be made: its host end here, its other end in a pod. Neither end speaks by itself.
 #[derive(Debug, Clone, Copy)]
 pub struct VethPair<'a> {
-    /// The name of both ends.
-    pub names: [&'a str; 2],
-    /// The MTU of each in bytes: of what it sends, and of what it takes from the other.
-    pub mtus: [u32; 2],
-    /// The namespace of the pod's end; here if there is none.
-    pub pod: Option<BorrowedFd<'a>>,
+    /// The name of the host end.
+    pub name: &'a str,
+    /// Its number; the kernel's choice if it is zero.
+    pub index: u32,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// Whether it is up at once. Then the namespace has to see to it that it stays silent.
+    pub up: bool,
+    /// What the other end is: its namespace, here if there is none, and name, MAC, MTU and queue.
+    pub pod: LinkChange<'a>,
     /// How many queues the host end sends by, each of which is received by one of the pod's end.
     pub queues: u32,
 }
@@ -140,7 +145,7 @@ impl Netlink {
         message.attributes.push(LinkAttribute::IfName(name.to_owned()));
         match self.ask(RouteNetlinkMessage::GetLink(message), NLM_F_ACK) {
             Ok(answers) => Ok(answers.into_iter().find_map(link_of)),
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) => Ok(None),
+            Err(error) if error.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -153,40 +158,31 @@ impl Netlink {
 
     /// Changes an interface.
     pub fn change_link(&mut self, index: u32, change: LinkChange<'_>) -> io::Result<()> {
-        let mut message = LinkMessage::default();
-        message.header.index = index;
-        if change.up {
-            message.header.flags = LinkFlags::Up;
-        }
-        if change.up || change.down {
-            message.header.change_mask = LinkFlags::Up;
-        }
-        let attributes = [
-            change.namespace.map(|namespace| LinkAttribute::NetNsFd(namespace.as_raw_fd())),
-            change.name.map(|name| LinkAttribute::IfName(name.to_owned())),
-            change.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())),
-            change.mtu.map(LinkAttribute::Mtu),
-            change.queue.map(LinkAttribute::TxQueueLen),
-            change.gso_max_segments.map(LinkAttribute::GsoMaxSegs),
-        ];
-        message.attributes.extend(attributes.into_iter().flatten());
+        let message = link_message(index, change);
         self.ask(RouteNetlinkMessage::SetLink(message), NLM_F_ACK).map(drop)
+    }
+
+    /// The same for an interface that is down, and has it make its link-local address of its MAC when it comes up. Where the interface has
+    /// no IPv6 there is nothing to be made.
+    ///
+    /// This could be asked of `/proc/sys` as well, but while anybody else changes interfaces that answers by spinning.
+    pub fn change_new_link(&mut self, index: u32, change: LinkChange<'_>) -> io::Result<()> {
+        let mut message = link_message(index, change);
+        message.attributes.push(address_generation(In6AddrGenMode::Eui64));
+        match self.ask(RouteNetlinkMessage::SetLink(message), NLM_F_ACK) {
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::AFNOSUPPORT) => self.change_link(index, change),
+            result => result.map(drop),
+        }
     }
 
     /// Makes a veth.
     pub fn add_veth(&mut self, pair: VethPair<'_>) -> io::Result<()> {
-        let [host, pod] = pair.names;
-        let end = |name: &str, mtu: u32, transmit: u32, receive: u32| {
-            let mut message = LinkMessage::default();
-            message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-            message.attributes.push(LinkAttribute::Mtu(mtu));
-            message.attributes.push(LinkAttribute::NumTxQueues(transmit));
-            message.attributes.push(LinkAttribute::NumRxQueues(receive));
-            message
-        };
-        let mut peer = end(pod, pair.mtus[1], 1, pair.queues);
-        peer.attributes.extend(pair.pod.map(|pod| LinkAttribute::NetNsFd(pod.as_raw_fd())));
-        let mut message = end(host, pair.mtus[0], pair.queues, 1);
+        let mut peer = LinkMessage::default();
+        peer.attributes.extend(attributes(pair.pod));
+        peer.attributes.extend([LinkAttribute::NumTxQueues(1), LinkAttribute::NumRxQueues(pair.queues)]);
+        let host = LinkChange { name: Some(pair.name), mtu: Some(pair.mtu), up: pair.up, ..LinkChange::default() };
+        let mut message = link_message(pair.index, host);
+        message.attributes.extend([LinkAttribute::NumTxQueues(pair.queues), LinkAttribute::NumRxQueues(1)]);
         let data = InfoData::Veth(InfoVeth::Peer(peer));
         message.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(data)]));
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
@@ -195,36 +191,33 @@ impl Netlink {
 
     /// Sets an interface up without giving it an IPv6 address of its own, so that the kernel says nothing by it.
     pub fn set_up_silently(&mut self, index: u32) -> io::Result<()> {
-        let mut message = LinkMessage::default();
-        message.header.index = index;
-        let silent = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
-        message.attributes.push(LinkAttribute::AfSpecUnspec(vec![silent]));
+        let mut message = link_message(index, LinkChange::default());
+        message.attributes.push(address_generation(In6AddrGenMode::None));
         match self.ask(RouteNetlinkMessage::SetLink(message), NLM_F_ACK) {
             // A kernel without IPv6 is silent anyway.
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()) => {}
+            Err(error) if error.raw_os_error() == Some(Errno::AFNOSUPPORT.raw_os_error()) => {}
             result => drop(result?),
         }
         self.change_link(index, LinkChange { up: true, ..LinkChange::default() })
     }
 
-    /// Waits until an interface of this namespace may have gone. For this the socket has to be [`Netlink::follow_links`]'s.
+    /// Waits until an interface of this namespace has gone, and returns its number; `None` if the kernel had more to say than the socket could
+    /// hold, for then any may have gone. For this the socket has to be [`Netlink::follow_links`]'s.
     ///
     /// # Errors
-    /// The kernel's; not that it had more to say than the socket could hold, for then something may have gone.
-    pub fn await_removal(&mut self) -> io::Result<()> {
+    /// The kernel's.
+    pub fn await_removal(&mut self) -> io::Result<Option<u32>> {
         loop {
             let mut buffer = Vec::with_capacity(BUFFER);
             match self.socket.recv(&mut buffer, 0) {
                 Ok(_) => {}
-                Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(Errno::NOBUFS.raw_os_error()) => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             }
-            let told = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&buffer);
-            if told
-                .is_ok_and(|told| matches!(told.payload, NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(_))))
-            {
-                return Ok(());
+            let Ok(told) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&buffer) else { continue };
+            if let NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(link)) = told.payload {
+                return Ok(Some(link.header.index));
             }
         }
     }
@@ -241,7 +234,7 @@ impl Netlink {
         let mut message = LinkMessage::default();
         message.header.index = index;
         match self.ask(RouteNetlinkMessage::DelLink(message), NLM_F_ACK) {
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) => Ok(()),
+            Err(error) if error.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => Ok(()),
             result => result.map(drop),
         }
     }
@@ -330,7 +323,7 @@ impl Netlink {
             addresses: addresses.iter().filter(|(at, _)| *at == link.index).map(|(_, net)| net.addr()).collect(),
         };
         let interfaces = self.links()?.into_iter().map(interface).collect();
-        Ok(Host { interfaces, defaults: Vec::new() })
+        Ok(Host { interfaces, ..Host::default() })
     }
 
     /// Gives a namespace a number here.
@@ -389,6 +382,35 @@ impl Netlink {
             }
         }
     }
+}
+
+fn link_message(index: u32, change: LinkChange<'_>) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    if change.up {
+        message.header.flags = LinkFlags::Up;
+    }
+    if change.up || change.down {
+        message.header.change_mask = LinkFlags::Up;
+    }
+    message.attributes.extend(attributes(change));
+    message
+}
+
+fn attributes(change: LinkChange<'_>) -> impl Iterator<Item = LinkAttribute> {
+    let attributes = [
+        change.namespace.map(|namespace| LinkAttribute::NetNsFd(namespace.as_raw_fd())),
+        change.name.map(|name| LinkAttribute::IfName(name.to_owned())),
+        change.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())),
+        change.mtu.map(LinkAttribute::Mtu),
+        change.queue.map(LinkAttribute::TxQueueLen),
+        change.gso_max_segments.map(LinkAttribute::GsoMaxSegs),
+    ];
+    attributes.into_iter().flatten()
+}
+
+fn address_generation(mode: In6AddrGenMode) -> LinkAttribute {
+    LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(mode)])])
 }
 
 fn namespace_message(namespace: BorrowedFd<'_>) -> NsidMessage {
@@ -488,6 +510,6 @@ mod tests {
     fn a_refusal_is_the_kernels_error() {
         let mut netlink = Netlink::open().unwrap();
         let error = netlink.change_link(u32::MAX >> 1, LinkChange::default()).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::NODEV.raw_os_error()));
+        assert_eq!(error.raw_os_error(), Some(Errno::NODEV.raw_os_error()));
     }
 }

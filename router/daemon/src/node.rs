@@ -1,10 +1,12 @@
 //! The node as it is: data plane, leases and attachments, kept in step.
 //!
 //! One mutex holds what requests change; it is held for memory work, never for work on devices, inside namespaces or for the disk. The lease
-//! store has locks of its own. The data plane is told by [`Node::put_in_force`] only, which compiles the whole state anew.
+//! store has locks of its own. The data plane is told by [`Node::put_in_force`], which compiles the whole state anew, and by
+//! [`Node::follow_pod`], which makes the tables with a pod of those without it.
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
@@ -16,7 +18,7 @@ use weft_api::{AttachmentKey, Counters, Failure, code};
 use weft_ipam::{Rules, Store};
 use weft_router::stats::PortStats;
 use weft_router::tables::Pod;
-use weft_router::{PortEnd, PortId, Router, RouterConfig, Snapshot, TakenOver};
+use weft_router::{PortEnd, PortId, Router, RouterConfig, Snapshot, Tables, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
 use crate::attach::census::Census;
@@ -25,11 +27,14 @@ use crate::attach::pod::Interface;
 use crate::attach::reconcile::Suspects;
 use crate::attach::turn::Turns;
 use crate::attach::veth::Veth;
+use crate::attach::watch::Watch;
 use crate::control::cluster::Cluster;
-use crate::control::compile::compile;
+use crate::control::compile::{compile, with_pod, without_pod};
+use crate::control::config::kubernetes::NODE_NAME;
 use crate::control::config::reader::{Problem, decode};
+use crate::control::config::source::SourceConfig;
 use crate::control::config::{Checked, Config, default_workers};
-use crate::control::desired::{DesiredState, HOST, UNDERLAY};
+use crate::control::desired::{DesiredState, HOST, PortNumbers, UNDERLAY};
 use crate::control::host::Host;
 use crate::control::saved;
 use crate::control::source::{Order, View};
@@ -62,6 +67,8 @@ pub struct Node {
     pub census: Census,
     /// Leases whose namespace was gone at the last look.
     pub suspects: Suspects,
+    /// Namespaces that live as long as our descriptors.
+    pub watch: Watch,
     /// One request at a time for each attachment.
     pub turns: Turns,
     /// Where the source takes orders, if it is not the file.
@@ -90,8 +97,8 @@ pub struct State {
     pub retired: PortStats,
     /// The counters of the last while.
     pub samples: Samples,
-    /// Ports whose removal from the workers is under way: their numbers are not free yet.
-    leaving: Vec<PortId>,
+    /// Which ports can be given. One whose removal from the workers is under way is not yet among them.
+    numbers: PortNumbers,
     epoch: u64,
 }
 
@@ -106,9 +113,13 @@ pub struct Attachment {
     pub veth: Option<Arc<Veth>>,
 }
 
-/// Reads the configuration and checks it against this machine.
-pub fn read_config(path: &Path) -> anyhow::Result<Checked> {
-    let look = |mut netlink: Netlink| Ok(Host { defaults: netlink.default_devices()?, ..netlink.host()? });
+/// Reads the configuration and checks it against this machine, whose underlay address, unless the file says it, is `address` if that
+/// is known.
+pub fn read_config(path: &Path, address: Option<IpAddr>) -> anyhow::Result<Checked> {
+    let node_name = std::env::var(NODE_NAME).ok();
+    let look = |mut netlink: Netlink| {
+        Ok(Host { defaults: netlink.default_devices()?, node_name, node_address: address, ..netlink.host()? })
+    };
     let host = Netlink::open().and_then(look).context("cannot list this machine's interfaces")?;
     read_config_for(path, &host)
 }
@@ -131,8 +142,8 @@ fn read_config_for(path: &Path, host: &Host) -> anyhow::Result<Checked> {
 }
 
 impl Node {
-    /// Opens the lease store, starts the data plane and gives it the underlay. `kicks` reaches whoever keeps the host port. What it returns beside the node says that veths may have
-    /// gone: [`Node::veths_removed`].
+    /// Opens the lease store, starts the data plane and gives it the underlay. `kicks` reaches whoever keeps the host port. What it returns beside the node says which veths have
+    /// gone: [`Node::veth_removed`], [`Node::veths_removed`].
     ///
     /// # Errors
     /// What could not be had, and what to do.
@@ -142,7 +153,7 @@ impl Node {
         config_path: PathBuf,
         log_level: LogLevel,
         kicks: mpsc::Sender<()>,
-    ) -> anyhow::Result<(Node, mpsc::Receiver<()>)> {
+    ) -> anyhow::Result<(Node, mpsc::Receiver<Option<u32>>)> {
         let config = joined(&local, view.cluster.as_deref());
         let folder = config.state_dir.join(LEASES);
         let census = Census::new(&config.leases.boot_id);
@@ -170,7 +181,7 @@ impl Node {
             attachments: BTreeMap::new(),
             retired: PortStats::default(),
             samples: Samples::default(),
-            leaving: Vec::new(),
+            numbers: PortNumbers::default(),
             epoch,
         };
         let node = Node {
@@ -182,6 +193,7 @@ impl Node {
             store,
             census,
             suspects: Suspects::default(),
+            watch: Watch::new(),
             turns: Turns::default(),
             orders: None,
             host: HostPort::new(kicks),
@@ -209,11 +221,14 @@ impl Node {
     /// Enters an attachment and puts it in force; `None` if no port number is free.
     pub fn attach(&self, key: &AttachmentKey, interface: Interface, veth: Option<Arc<Veth>>) -> Option<PortId> {
         let mut state = self.state();
-        let port = state.desired.free_port(|port| state.leaving.contains(&port))?;
-        let mut desired = state.desired.clone();
-        desired.pods.insert(port, Attachment::pod(&interface));
+        let port = state.numbers.take()?;
+        let pod = Attachment::pod(&interface);
         state.attachments.insert(key.clone(), Attachment { port, interface, veth });
-        self.put_in_force(&mut state, desired);
+        self.follow_pod(&mut state, |before, desired, epoch| {
+            let tables = with_pod(before, desired, port, &pod, epoch);
+            desired.pods.insert(port, pod);
+            tables
+        });
         Some(port)
     }
 
@@ -234,18 +249,19 @@ impl Node {
         let attachment = {
             let mut state = self.state();
             let Some(attachment) = state.attachments.remove(key) else { return false };
-            let mut desired = state.desired.clone();
-            desired.pods.remove(&attachment.port);
-            state.leaving.push(attachment.port);
-            self.put_in_force(&mut state, desired);
+            self.follow_pod(&mut state, |before, desired, epoch| {
+                let pod = desired.pods.remove(&attachment.port)?;
+                without_pod(before, desired, attachment.port, &pod, epoch)
+            });
             attachment
         };
         let port = attachment.port;
+        self.watch.forget(port);
         // Closing a device takes the kernel a while: not with the state held.
         let last = self.router.remove_port(port);
         drop(attachment);
         let mut state = self.state();
-        state.leaving.retain(|leaving| *leaving != port);
+        state.numbers.give_back(port);
         match last {
             Ok(Some(stats)) => state.retired += &stats,
             Ok(None) => {}
@@ -299,6 +315,29 @@ impl Node {
                     "the pod is cut off, for its port's code panicked, see above: recreate the pod, and report this as a bug"
                 ),
             }
+        }
+    }
+
+    /// Nobody but us has the namespace of this port's pod any more.
+    pub fn given_up(&self, key: &AttachmentKey, port: PortId) {
+        // The runtime may have asked for another since.
+        let _turn = self.turns.take(key);
+        let is_there = self.state().attachments.get(key).is_some_and(|attachment| attachment.port == port);
+        if is_there && self.detach(key) {
+            log_gone(key);
+        }
+    }
+
+    /// The veth of that number is gone: with the namespace of its pod, unless we removed it. The lease stays until DEL or GC.
+    pub fn veth_removed(&self, index: u32) {
+        let found = {
+            let state = self.state();
+            let mut all = state.attachments.iter();
+            let is_it = |attachment: &Attachment| attachment.veth.as_ref().is_some_and(|veth| veth.index() == index);
+            all.find(|(_, attachment)| is_it(attachment)).map(|(key, _)| key.clone())
+        };
+        if let Some(key) = found {
+            self.veth_gone(&key, index);
         }
     }
 
@@ -376,7 +415,11 @@ impl Node {
             Err(Failure { code: code::CONFIG, msg, details: details.into() })
         };
         let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
-        let Checked { config, warnings } = match read_config(&self.config_path) {
+        let address = {
+            let local = Arc::clone(&self.state().local);
+            matches!(local.source, SourceConfig::Kubernetes(_)).then_some(local.underlay.address)
+        };
+        let Checked { config, warnings } = match read_config(&self.config_path, address) {
             Ok(checked) => checked,
             Err(error) => return refuse(format!("{error:#}"), "the old configuration stays in force"),
         };
@@ -427,7 +470,7 @@ impl Node {
             (Arc::clone(&state.local), state.view.cluster.clone())
         };
         let Some(cluster) = cluster else { return };
-        if let Err(error) = saved::save(&local.state_dir, &local.node, &cluster) {
+        if let Err(error) = saved::save(&local.state_dir, &local, &cluster) {
             tracing::warn!(%error, "the state of the cluster cannot be kept in {}", local.state_dir.display());
         }
     }
@@ -454,15 +497,29 @@ impl Node {
         self.state().samples.push(sample);
     }
 
+    /// A pod comes or goes: `change` changes what is desired, and says what the tables before become by that, if it can be said so.
+    fn follow_pod(&self, state: &mut State, change: impl FnOnce(&Tables, &mut DesiredState, u64) -> Option<Tables>) {
+        state.epoch += 1;
+        let tables = change(&self.router.tables(), &mut state.desired, state.epoch);
+        match tables {
+            Some(tables) => self.router.set_tables(tables),
+            None => self.put_compiled(&state.desired, state.epoch),
+        }
+    }
+
     fn put_in_force(&self, state: &mut State, desired: DesiredState) {
         if state.desired == desired {
             return;
         }
         state.epoch += 1;
-        let tables = compile(&desired, state.epoch);
+        self.put_compiled(&desired, state.epoch);
+        state.desired = desired;
+    }
+
+    fn put_compiled(&self, desired: &DesiredState, epoch: u64) {
+        let tables = compile(desired, epoch);
         self.uplink.set_nodes(tables.members.keys().copied());
         self.router.set_tables(tables);
-        state.desired = desired;
     }
 }
 

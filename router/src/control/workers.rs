@@ -18,7 +18,7 @@ use super::{
 use crate::port::PortId;
 use crate::port::sys::xsk::Umem;
 use crate::port::udp::{Sockets, Underlay};
-use crate::port::xdp::{OpenUplink, PodProgram, XdpDevice};
+use crate::port::xdp::{KeptProgram, OpenUplink, PodProgram, XdpDevice};
 use crate::stats::PortStats;
 use crate::worker::{self, Spawned};
 
@@ -29,6 +29,8 @@ pub(super) struct Workers {
     owners: Mutex<BTreeMap<PortId, Owner>>,
     /// What leads frames from veths to their sockets; loaded for the first.
     pods: Mutex<Option<Arc<PodProgram>>>,
+    /// A veth that is always open.
+    kept: Mutex<Option<KeptVeth>>,
 }
 
 /// Who receives from a port.
@@ -37,6 +39,12 @@ struct Owner {
     worker: usize,
     /// Whether another worker can receive instead.
     is_movable: bool,
+}
+
+/// What keeps the workers' memory registered, and the pods' program in the kernel's table of programs.
+struct KeptVeth {
+    _program: KeptProgram,
+    _sockets: Vec<XdpDevice>,
 }
 
 /// One worker; its thread ends with this.
@@ -61,7 +69,7 @@ impl Workers {
             Ok(Handle { commands, waker, umem, ended, thread: Some(thread) })
         };
         let all = (0..count).map(start).collect::<io::Result<_>>()?;
-        Ok(Workers { all, owners: Mutex::default(), pods: Mutex::default() })
+        Ok(Workers { all, owners: Mutex::default(), pods: Mutex::default(), kept: Mutex::default() })
     }
 
     pub(super) fn count(&self) -> usize {
@@ -169,6 +177,18 @@ impl Workers {
         let device = XdpDevice::open_with(interface, &self.all[owner].umem, &self.pod_program()?)?;
         halves.push((owner, Half::Xdp { device: Box::new(device), receives: true }));
         Ok(halves)
+    }
+
+    pub(super) fn keep_veths(&self, interface: u32) -> io::Result<()> {
+        let running = (0..).zip(&self.all).filter(|(_, worker)| worker.runs());
+        let kept = KeptVeth {
+            _program: self.pod_program()?.keep(interface).map_err(io::Error::other)?,
+            _sockets: running
+                .map(|(queue, worker)| XdpDevice::open_sender(interface, queue, &worker.umem))
+                .collect::<io::Result<_>>()?,
+        };
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
+        Ok(())
     }
 
     fn pod_program(&self) -> io::Result<Arc<PodProgram>> {

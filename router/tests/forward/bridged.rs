@@ -88,8 +88,8 @@ fn a_flow_follows_a_mac_that_moves_and_tables_that_change() {
             assert_eq!(out[0].1.outer.unwrap().peer, peer);
         }
     }
-    bed.tables.nodes[0] = None;
-    bed.tables.members.remove(&PEER);
+    std::sync::Arc::make_mut(&mut bed.tables.nodes)[0] = None;
+    std::sync::Arc::make_mut(&mut bed.tables.members).remove(&PEER);
     bed.tables.epoch += 1;
     let frame = Frame::from_bytes(&sent, PortId(1), &bed.pool).unwrap();
     let out = bed.give(frame);

@@ -106,7 +106,8 @@ fn to_everybody(mac: Mac, from: Ipv4Addr, ports: (u16, u16)) -> Vec<u8> {
 
 fn bed_with(port: u16, dhcp: Dhcp) -> Bed {
     let mut bed = Bed::new(Mode::Bridged, 2);
-    let Some(Some(Role::Pod(pod))) = bed.tables.ports.get_mut(usize::from(port)) else { panic!("there is such a pod") };
+    let role = bed.tables.ports[usize::from(port)].as_mut().map(std::sync::Arc::make_mut);
+    let Some(Role::Pod(pod)) = role else { panic!("there is such a pod") };
     pod.dhcp = dhcp;
     bed
 }

@@ -6,6 +6,7 @@
 //! pod first asks for it, and what came of it holds until weftd is started again.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
 
@@ -15,7 +16,7 @@ use weft_router::port::tap::Tap;
 use weft_router::{Device, PortId, Router, RouterError};
 
 use super::namespace::Namespace;
-use super::pod::{self, Interface, SetUpError};
+use super::pod::{self, Interface, Raw, SetUpError};
 use super::veth::{Veth, Veths};
 use super::{DRAWS, random};
 use crate::control::config::PortKind;
@@ -28,7 +29,7 @@ pub struct Devices {
     mtu: u32,
     /// How many workers a veth is made for.
     workers: u32,
-    removed: Sender<()>,
+    removed: Sender<Option<u32>>,
     tap: OnceLock<Result<(), String>>,
     veths: OnceLock<Result<Arc<Veths>, String>>,
 }
@@ -43,8 +44,9 @@ pub enum Chosen {
 }
 
 impl Devices {
-    /// For a node where `configured` is the rule. Tries what that needs. `removed` is told whenever a veth may have gone.
-    pub fn new(configured: PortKind, mtu: u32, workers: usize, removed: Sender<()>) -> Devices {
+    /// For a node where `configured` is the rule. Tries what that needs. `removed` is told the number of a veth that has gone, and nothing
+    /// if any may have.
+    pub fn new(configured: PortKind, mtu: u32, workers: usize, removed: Sender<Option<u32>>) -> Devices {
         let workers = u32::try_from(workers).unwrap_or(u32::MAX);
         let devices = Devices { configured, mtu, workers, removed, tap: OnceLock::new(), veths: OnceLock::new() };
         match (configured, devices.choose(None)) {
@@ -105,7 +107,7 @@ impl Devices {
     }
 
     fn veths(&self) -> Result<&Arc<Veths>, &String> {
-        let start = || Veths::start(self.mtu, self.removed.clone()).map_err(|error| format!("{error:#}"));
+        let start = || Veths::start(self.mtu, self.workers, self.removed.clone()).map_err(|error| format!("{error:#}"));
         self.veths.get_or_init(start).as_ref()
     }
 
@@ -114,31 +116,17 @@ impl Devices {
         self.veths.get()?.as_ref().ok()
     }
 
-    /// Makes a veth, one end of it in the pod and still down.
+    /// Makes a veth, one end of it in the pod, complete and still down.
     ///
     /// # Errors
-    /// The kernel refuses.
-    pub fn make_veth(&self, veths: &Arc<Veths>, namespace: &Namespace, mtu: u32) -> Result<NewVeth, Failure> {
-        use std::os::fd::AsFd;
-        let failed = |error| kernel("make a veth into the pod's network namespace", &error);
-        for _ in 0..DRAWS {
-            let name = random_name().map_err(failed)?;
-            match veths.make(&name, namespace.as_fd(), mtu, self.workers) {
-                Err(error) if Errno::from_io_error(&error) == Some(Errno::EXIST) => {}
-                made => return Ok(NewVeth { veth: made.map_err(failed)?, name }),
-            }
-        }
-        Err(failed(Errno::EXIST.into()))
+    /// The interface's name is taken, or the kernel refuses.
+    pub fn make_veth(&self, veths: &Arc<Veths>, namespace: &Namespace, interface: &Interface) -> Result<Veth, Failure> {
+        let pod = LinkChange { namespace: Some(namespace.as_fd()), ..interface.change() };
+        veths.make(pod, self.workers).map_err(|error| match Errno::from_io_error(&error) {
+            Some(Errno::EXIST) => exists(interface),
+            _ => kernel("make a veth into the pod's network namespace", &error),
+        })
     }
-}
-
-/// A veth whose other end is in the pod and has not yet been set up.
-#[derive(Debug)]
-pub struct NewVeth {
-    /// The veth.
-    pub veth: Veth,
-    /// What the other end is called until then.
-    pub name: String,
 }
 
 /// Gives a veth to the workers.
@@ -146,34 +134,52 @@ pub struct NewVeth {
 /// # Errors
 /// Those of [`Router::add_port`].
 pub fn open_veth(router: &Router, port: PortId, veth: &Veth) -> Result<(), RouterError> {
+    veth.keep_ready(router);
     let added = veth.enter(|index| Ok(router.add_port(port, Device::Veth(index))));
     added.unwrap_or_else(|error| Err(RouterError::Device(error)))
 }
 
-/// Makes the TAP here and moves it into the pod. A descriptor opened there would keep the namespace alive.
+/// Makes a TAP that is the pod's interface. If the pod's namespace is to be `watched`, so that somebody notices when it is given up, it
+/// is made there; otherwise here, and moved, which takes the kernel much longer: a descriptor opened there keeps the namespace alive.
 /// Dropping the TAP is the undo, wherever the device is.
 ///
 /// # Errors
 /// What the kernel refuses, and what to do.
-pub fn make_tap(namespace: &Namespace, interface: &mut Interface) -> Result<Tap, Failure> {
+pub fn make_tap(namespace: &Namespace, watched: bool, interface: &mut Interface) -> Result<Tap, Failure> {
+    if watched {
+        let name = interface.name.clone();
+        let made = namespace.enter(|| {
+            // The kernel would take a TAP of that name for the one that is meant.
+            if pod::index_of(&name)?.is_some() {
+                return Err(Errno::EXIST.into());
+            }
+            let tap = Tap::create(&name)?;
+            Ok((tap, pod::set_up(Raw { name: &name, is_complete: false }, &*interface)))
+        });
+        let (tap, set_up) = made.map_err(|error| match Errno::from_io_error(&error) {
+            Some(Errno::EXIST | Errno::BUSY) => exists(interface),
+            _ => kernel("make a TAP device in the pod's network namespace", &error),
+        })?;
+        return made_with(set_up, interface).map(|()| tap);
+    }
     let tap = create_tap().map_err(|error| kernel("make a TAP device", &error))?;
     let name = tap.name().to_owned();
     let moved = (|| {
         let mut netlink = Netlink::open()?;
-        let link = netlink.link(&name)?.ok_or(Errno::NODEV)?;
-        use std::os::fd::AsFd;
-        netlink.change_link(link.index, LinkChange { namespace: Some(namespace.as_fd()), ..LinkChange::default() })
+        let index = pod::index_of(&name)?.ok_or(Errno::NODEV)?;
+        netlink.change_link(index, LinkChange { namespace: Some(namespace.as_fd()), ..LinkChange::default() })
     })();
     moved.map_err(|error| kernel("move the TAP device into the pod's network namespace", &error))?;
-    set_up(namespace, &name, interface).map(|()| tap)
+    set_up(namespace, Raw { name: &name, is_complete: false }, interface).map(|()| tap)
 }
 
-/// Makes the device `name`, which is in the pod, what it shall be.
+/// Makes the device `raw`, which is in the pod, what it shall be.
 ///
 /// # Errors
 /// The interface's name is taken, or the kernel refuses.
-pub fn set_up(namespace: &Namespace, name: &str, interface: &mut Interface) -> Result<(), Failure> {
-    take(namespace.enter(|| Ok(pod::set_up(name, &*interface))), interface)
+pub fn set_up(namespace: &Namespace, raw: Raw<'_>, interface: &mut Interface) -> Result<(), Failure> {
+    let set_up = namespace.enter(|| Ok(pod::set_up(raw, &*interface)));
+    made_with(set_up.map_err(|error| kernel("enter the pod's network namespace", &error))?, interface)
 }
 
 /// Gives an interface that was made without addresses those that it has by now.
@@ -181,21 +187,26 @@ pub fn set_up(namespace: &Namespace, name: &str, interface: &mut Interface) -> R
 /// # Errors
 /// The kernel refuses.
 pub fn complete(namespace: &Namespace, interface: &mut Interface) -> Result<(), Failure> {
-    take(namespace.enter(|| Ok(pod::complete(&*interface))), interface)
+    let completed = namespace.enter(|| Ok(pod::complete(&*interface)));
+    made_with(completed.map_err(|error| kernel("enter the pod's network namespace", &error))?, interface)
 }
 
-fn take(set_up: io::Result<Result<Vec<Route>, SetUpError>>, interface: &mut Interface) -> Result<(), Failure> {
-    match set_up.map_err(|error| kernel("enter the pod's network namespace", &error))? {
+fn made_with(set_up: Result<Vec<Route>, SetUpError>, interface: &mut Interface) -> Result<(), Failure> {
+    match set_up {
         Ok(routes) => {
             interface.routes = routes;
             Ok(())
         }
-        Err(SetUpError::Exists) => Err(Failure {
-            code: code::EXISTS,
-            msg: format!("the pod has an interface {} already", interface.name),
-            details: "DEL comes before another ADD; or choose another CNI_IFNAME".into(),
-        }),
+        Err(SetUpError::Exists) => Err(exists(interface)),
         Err(SetUpError::Step(what, error)) => Err(kernel(&format!("{what} in the pod"), &error)),
+    }
+}
+
+fn exists(interface: &Interface) -> Failure {
+    Failure {
+        code: code::EXISTS,
+        msg: format!("the pod has an interface {} already", interface.name),
+        details: "DEL comes before another ADD; or choose another CNI_IFNAME".into(),
     }
 }
 

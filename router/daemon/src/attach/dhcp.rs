@@ -76,7 +76,7 @@ pub fn prepare(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Att
         dhcp: Dhcp::Asking,
     };
     let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
-    attempt.open(kind, &namespace, &mut interface)?;
+    attempt.open(kind, &namespace, &request.netns, &mut interface)?;
     attempt.finish();
     Ok(attached(&interface))
 }

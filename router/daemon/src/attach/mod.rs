@@ -24,6 +24,7 @@ pub mod reserve;
 pub mod tombstone;
 pub mod turn;
 pub mod veth;
+pub mod watch;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -48,7 +49,7 @@ use crate::netlink::Route;
 use crate::node::{Attachment, Node, since_boot};
 use device::Chosen;
 use namespace::Namespace;
-use pod::{Interface, Observed};
+use pod::{Interface, Observed, Raw};
 use veth::{Veth, Veths};
 
 /// Longest network name and container id in bytes. Runtimes use 64 digits; anything much longer is no id.
@@ -69,7 +70,7 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
     refuse_known(node, &request.key)?;
     let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
     let mut interface = attempt.lease(request, mac, &namespace)?;
-    attempt.open(kind, &namespace, &mut interface)?;
+    attempt.open(kind, &namespace, &request.netns, &mut interface)?;
     attempt.finish();
     tracing::info!(
         network = request.key.network, container = request.key.container, ifname = request.key.ifname,
@@ -259,13 +260,14 @@ impl Attempt<'_> {
         &mut self,
         kind: Option<PortKind>,
         namespace: &Namespace,
+        netns: &str,
         interface: &mut Interface,
     ) -> Result<(), Failure> {
         let devices = &self.node.devices;
         if let Chosen::Veth(veths) = devices.choose(kind)? {
             return self.open_veth(&veths, namespace, interface);
         }
-        let Err(failure) = self.open_tap(namespace, interface) else { return Ok(()) };
+        let Err(failure) = self.open_tap(namespace, netns, interface) else { return Ok(()) };
         let Some(veths) = devices.instead_of_tap(kind) else { return Err(failure) };
         self.undo_port();
         self.open_veth(&veths, namespace, interface).map_err(|_| failure.clone())?;
@@ -279,10 +281,15 @@ impl Attempt<'_> {
         }
     }
 
-    fn open_tap(&mut self, namespace: &Namespace, interface: &mut Interface) -> Result<(), Failure> {
-        let tap = device::make_tap(namespace, interface)?;
+    fn open_tap(&mut self, namespace: &Namespace, netns: &str, interface: &mut Interface) -> Result<(), Failure> {
+        let place = self.node.watch.place(namespace, netns);
+        let tap = device::make_tap(namespace, place.is_some(), interface)?;
         let port = self.enter(interface, None)?;
-        self.node.router.add_port(port, Device::Tap(tap)).map_err(|error| refused(&error))
+        self.node.router.add_port(port, Device::Tap(tap)).map_err(|error| refused(&error))?;
+        if let Some(place) = place {
+            self.node.watch.keep(self.key, port, place);
+        }
+        Ok(())
     }
 
     fn open_veth(
@@ -291,11 +298,11 @@ impl Attempt<'_> {
         namespace: &Namespace,
         interface: &mut Interface,
     ) -> Result<(), Failure> {
-        let device::NewVeth { veth, name } = self.node.devices.make_veth(veths, namespace, interface.mtu)?;
-        let veth = Arc::new(veth);
+        let veth = Arc::new(self.node.devices.make_veth(veths, namespace, interface)?);
         let port = self.enter(interface, Some(Arc::clone(&veth)))?;
         device::open_veth(&self.node.router, port, &veth).map_err(|error| refused(&error))?;
-        device::set_up(namespace, &name, interface)?;
+        let name = interface.name.clone();
+        device::set_up(namespace, Raw { name: &name, is_complete: true }, interface)?;
         if let Some(attachment) = self.node.state().attachments.get_mut(self.key) {
             attachment.interface.routes.clone_from(&interface.routes);
         }

@@ -2,7 +2,6 @@
 //!
 //! Everything here runs on the thread that [`super::namespace::Namespace::enter`] made.
 
-use std::fs;
 use std::io;
 use std::net::IpAddr;
 
@@ -13,6 +12,7 @@ use weft_encap::mac::Mac;
 use weft_router::tables::Dhcp;
 
 use crate::netlink::{Link, LinkChange, Netlink, Route};
+use crate::sysctl;
 
 /// Frames that the pod's transmit queue holds. It gives TCP no backpressure, so it bounds memory, not delay.
 pub const QUEUE: u32 = 1000;
@@ -97,22 +97,58 @@ fn queue(mtu: u32, rate: u64) -> (u32, u32) {
     (segments as u32, frames as u32)
 }
 
-/// Turns the device `temporary`, which has just been moved here, into `interface`. Returns the routes that it made: where
+/// A device in the pod that is to become its interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Raw<'a> {
+    /// What it is called so far.
+    pub name: &'a str,
+    /// Whether it was made with everything that [`Interface::change`] names.
+    pub is_complete: bool,
+}
+
+impl Interface {
+    /// What a device has to be before it can be the interface.
+    pub fn change(&self) -> LinkChange<'_> {
+        let (segments, frames) = queue(self.mtu, self.bandwidth.egress_rate);
+        LinkChange {
+            name: Some(&self.name),
+            mac: Some(self.mac),
+            mtu: Some(self.mtu),
+            queue: Some(frames),
+            gso_max_segments: Some(segments),
+            ..LinkChange::default()
+        }
+    }
+}
+
+/// The number of the calling thread's interface of that name, if there is one. Waits for nobody.
+pub fn index_of(name: &str) -> io::Result<Option<u32>> {
+    let socket = rustix::net::socket_with(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::DGRAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )?;
+    match rustix::net::netdevice::name_to_index(&socket, name) {
+        Err(Errno::NODEV) => Ok(None),
+        found => Ok(Some(found?)),
+    }
+}
+
+/// Turns the device `raw`, which is here and down, into `interface`. Returns the routes that it made: where
 /// another interface of the pod has a default route of a family already, that one stays.
-pub fn set_up(temporary: &str, interface: &Interface) -> Result<Vec<Route>, SetUpError> {
+pub fn set_up(raw: Raw<'_>, interface: &Interface) -> Result<Vec<Route>, SetUpError> {
     let mut netlink = Netlink::open().map_err(step("open a netlink socket"))?;
-    let device = netlink.link(temporary).map_err(step("find the new device"))?;
-    let index = device.ok_or_else(|| step("find the new device")(Errno::NODEV.into()))?.index;
-    let (segments, frames) = queue(interface.mtu, interface.bandwidth.egress_rate);
-    let change = LinkChange {
-        name: Some(&interface.name),
-        mac: Some(interface.mac),
-        mtu: Some(interface.mtu),
-        queue: Some(frames),
-        gso_max_segments: Some(segments),
-        ..LinkChange::default()
+    let index = index_of(raw.name).map_err(step("find the new device"))?;
+    let index = index.ok_or_else(|| step("find the new device")(Errno::NODEV.into()))?;
+    let all = interface.change();
+    let change = if raw.is_complete {
+        LinkChange::default()
+    } else {
+        // A name that is changed, even into itself, costs a grace period.
+        LinkChange { name: all.name.filter(|name| *name != raw.name), ..all }
     };
-    netlink.change_link(index, change).map_err(|error| match Errno::from_io_error(&error) {
+    netlink.change_new_link(index, change).map_err(|error| match Errno::from_io_error(&error) {
         Some(Errno::EXIST) => SetUpError::Exists,
         _ => SetUpError::Step("set name, MAC and MTU".into(), error),
     })?;
@@ -135,7 +171,9 @@ fn address(netlink: &mut Netlink, index: u32, interface: &Interface) -> Result<V
     set_ipv6(&interface.name, interface.has_ipv6()).map_err(step("set the interface's IPv6 behaviour"))?;
     announce_when_up(&interface.name);
     let up = LinkChange { up: true, ..LinkChange::default() };
-    if let Some(lo) = netlink.link("lo").map_err(step("find lo"))? {
+    if let Some(lo) = netlink.link("lo").map_err(step("find lo"))?
+        && !lo.up
+    {
         netlink.change_link(lo.index, up).map_err(step("set lo up"))?;
     }
     for (address, _) in &interface.addresses {
@@ -176,26 +214,17 @@ pub fn shown(route: &Route) -> String {
     format!("to {}{by}", route.destination)
 }
 
-/// No router advertisement shall change what was set; the link-local address is made of the MAC, as the router
-/// expects, and is usable at once like the others.
+/// No router advertisement shall change what was set, and the link-local address is usable at once like the others.
 pub fn set_ipv6(ifname: &str, has_ipv6: bool) -> io::Result<()> {
-    let folder = format!("/proc/sys/net/ipv6/conf/{ifname}");
-    if !has_ipv6 && fs::metadata(&folder).is_err() {
+    let folder = format!("ipv6/conf/{ifname}");
+    if !has_ipv6 && !sysctl::exists(&folder) {
         return Ok(());
     }
-    let mut wanted = vec![("accept_ra", "0"), ("addr_gen_mode", "0"), ("accept_dad", "0")];
+    let mut wanted = vec![("accept_ra", "0"), ("accept_dad", "0")];
     if has_ipv6 {
         wanted.push(("disable_ipv6", "0"));
     }
-    for (name, value) in wanted {
-        let path = format!("{folder}/{name}");
-        let named = |error: io::Error| io::Error::new(error.kind(), format!("{path}: {error}"));
-        // Inside a container /proc/sys may be read-only, which is no harm as long as the value is right.
-        if fs::read_to_string(&path).map_err(named)?.trim() != value {
-            fs::write(&path, value).map_err(named)?;
-        }
-    }
-    Ok(())
+    wanted.into_iter().try_for_each(|(name, value)| sysctl::set(&format!("{folder}/{name}"), value))
 }
 
 /// Has the pod's kernel announce its addresses as it comes up (gratuitous ARP, unsolicited advertisement): whoever knew one of
@@ -203,7 +232,7 @@ pub fn set_ipv6(ifname: &str, has_ipv6: bool) -> io::Result<()> {
 /// the port is open. Where `/proc/sys` is read-only the pod is found as soon as it speaks.
 pub fn announce_when_up(ifname: &str) {
     for (family, name) in [("ipv4", "arp_notify"), ("ipv6", "ndisc_notify")] {
-        let _ = fs::write(format!("/proc/sys/net/{family}/conf/{ifname}/{name}"), "1");
+        let _ = sysctl::set(&format!("{family}/conf/{ifname}/{name}"), "1");
     }
 }
 

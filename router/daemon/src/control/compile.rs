@@ -1,5 +1,8 @@
 //! Desired state to tables. Pure: the same state and epoch give the same tables.
 //!
+//! A pod that comes or goes changes little, so that its tables are made of those before ([`with_pod`], [`without_pod`]): the result is what
+//! [`compile`] would say, or nothing, and then that has to be asked.
+//!
 //! Fails closed: what is not entered here does not pass. A port without a role forwards nothing, a node without an
 //! entry is no member, an address without a route is unreachable.
 //!
@@ -10,10 +13,11 @@
 //! | a peer's ranges | `Via::Node` | `Via::Node`, likewise for packets to the gateway's MAC |
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
-use weft_router::Tables;
 use weft_router::tables::{Node, Pod, Via};
+use weft_router::{PortId, Tables};
 
 use super::config::Underlay;
 use super::desired::{DesiredState, HOST, UNDERLAY};
@@ -33,7 +37,7 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
         let node = Node { underlay: peer.underlay, vtep_mac: peer.vtep_mac, ranges: peer.ranges.clone() };
         tables.add_node(id, node);
         if let Some(mtu) = state.path_mtus.get(&peer.underlay) {
-            tables.path_mtus.insert(id, mtu.saturating_sub(Underlay::overhead(peer.underlay)));
+            Arc::make_mut(&mut tables.path_mtus).insert(id, mtu.saturating_sub(Underlay::overhead(peer.underlay)));
         }
     }
     for range in &config.ranges {
@@ -43,7 +47,7 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
         tables.add_host(HOST, host.clone());
     }
     for (port, pod) in &state.pods {
-        for address in addresses(pod).filter(|address| !config.ranges.iter().any(|range| range.contains(address))) {
+        for address in foreign(state, pod) {
             tables.add_route(IpNet::from(address), Via::Local);
         }
         tables.add_pod(*port, pod.clone());
@@ -51,8 +55,34 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
     tables
 }
 
+/// The tables with one more pod than `before`; `None` if it has something that another one has, or routes of its own.
+pub fn with_pod(before: &Tables, state: &DesiredState, port: PortId, pod: &Pod, epoch: u64) -> Option<Tables> {
+    if before.overlaps > 0 || foreign(state, pod).next().is_some() {
+        return None;
+    }
+    let mut tables = Tables { epoch, ..before.clone() };
+    tables.add_pod(port, pod.clone());
+    (tables.overlaps == 0).then_some(tables)
+}
+
+/// The tables without the pod that was behind this port in `before`.
+pub fn without_pod(before: &Tables, state: &DesiredState, port: PortId, pod: &Pod, epoch: u64) -> Option<Tables> {
+    if before.overlaps > 0 || foreign(state, pod).next().is_some() {
+        return None;
+    }
+    let mut tables = Tables { epoch, ..before.clone() };
+    tables.remove_pod(port);
+    Some(tables)
+}
+
+/// Addresses of a pod that lie outside of this node's ranges.
+fn foreign<'a>(state: &'a DesiredState, pod: &'a Pod) -> impl Iterator<Item = IpAddr> + 'a {
+    let ranges = &state.config.ranges;
+    addresses(pod).filter(|address| !ranges.iter().any(|range| range.contains(address)))
+}
+
 /// All addresses of a pod but the link-local one.
-pub fn addresses(pod: &Pod) -> impl Iterator<Item = IpAddr> {
+pub fn addresses(pod: &Pod) -> impl Iterator<Item = IpAddr> + '_ {
     pod.ipv4.iter().copied().map(IpAddr::V4).chain(pod.ipv6.iter().copied().map(IpAddr::V6))
 }
 
@@ -61,7 +91,6 @@ mod tests {
     use std::fmt::Write;
     use std::sync::Arc;
 
-    use weft_router::PortId;
     use weft_router::pace::Limits;
     use weft_router::tables::{Dhcp, Role};
 
@@ -92,9 +121,9 @@ mod tests {
         writeln!(out, "gateway {} {:?} {:?}", gateway.mac, gateway.ipv4, gateway.ipv6).unwrap();
         writeln!(out, "vtep {} underlay {:?}", tables.vtep_mac, tables.underlay).unwrap();
         for (number, role) in tables.ports.iter().enumerate() {
-            match role {
+            match role.as_deref() {
                 Some(Role::Pod(pod) | Role::Host(pod)) => {
-                    let kind = if matches!(role, Some(Role::Host(_))) { "host" } else { "pod" };
+                    let kind = if matches!(role.as_deref(), Some(Role::Host(_))) { "host" } else { "pod" };
                     let all: Vec<String> = addresses(pod).map(|address| address.to_string()).collect();
                     writeln!(out, "port {number} {kind} {} {} mtu {}", pod.mac, all.join(" "), pod.mtu).unwrap();
                 }
@@ -163,6 +192,52 @@ mod tests {
         let mut state = state(&config);
         state.pods.insert(PortId(1), pod("0a:00:00:00:00:02", "10.244.2.9", "fd00:10:244:1::2"));
         assert_eq!(text(&compile(&state, 1)), include_str!("golden/bridged.txt"));
+    }
+
+    /// The pod of that number. Some have a MAC that another one has, some an address of another node's range.
+    fn some_pod(number: u16) -> Pod {
+        let low = number % 200 + 10;
+        let mac = format!("0a:00:00:00:00:{:02x}", if number.is_multiple_of(37) { 1 } else { low });
+        let ipv4 = if number.is_multiple_of(29) { format!("10.244.2.{low}") } else { format!("10.244.1.{low}") };
+        pod(&mac, &ipv4, &format!("fd00:10:244:1::{low:x}"))
+    }
+
+    #[test]
+    fn tables_that_follow_pods_one_by_one_are_those_of_a_whole_compile() {
+        let bridged = ROUTED.replace("\"routed\"", "\"bridged\"\nsegment = [\"10.244.0.0/16\", \"fd00:10:244::/48\"]");
+        for config in [ROUTED, &bridged] {
+            let mut state = state(config);
+            state.host = Some(pod("0a:00:00:00:00:fe", "10.244.1.254", "fd00:10:244:1::fe"));
+            let (mut tables, mut random, mut followed) = (compile(&state, 0), 1_u64, 0);
+            for epoch in 1..3000 {
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let port = PortId(2 + (random >> 33) as u16 % 40);
+                let next = match state.pods.remove(&port) {
+                    Some(pod) => without_pod(&tables, &state, port, &pod, epoch),
+                    None => {
+                        let pod = some_pod((random >> 45) as u16);
+                        state.pods.insert(port, pod.clone());
+                        with_pod(&tables, &state, port, &pod, epoch)
+                    }
+                };
+                followed += u32::from(next.is_some());
+                let whole = compile(&state, epoch);
+                tables = next.unwrap_or_else(|| compile(&state, epoch));
+                assert_eq!((text(&tables), tables.overlaps), (text(&whole), whole.overlaps));
+            }
+            assert!((100..2900).contains(&followed), "{followed} were made of those before");
+        }
+    }
+
+    #[test]
+    fn a_pod_that_comes_shares_what_is_of_other_nodes() {
+        let mut state = state(ROUTED);
+        let before = compile(&state, 1);
+        let pod = some_pod(1);
+        state.pods.insert(PortId(2), pod.clone());
+        let after = with_pod(&before, &state, PortId(2), &pod, 2).unwrap();
+        assert!(Arc::ptr_eq(&before.nodes, &after.nodes) && Arc::ptr_eq(&before.routes4, &after.routes4));
+        assert!(Arc::ptr_eq(&before.members, &after.members) && Arc::ptr_eq(&before.routes6, &after.routes6));
     }
 
     #[test]

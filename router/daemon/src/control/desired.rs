@@ -1,6 +1,6 @@
 //! What should be: the configuration and the pods that are attached, with the numbers they go by.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -49,15 +49,38 @@ impl DesiredState {
             path_mtus: self.path_mtus.clone(),
         }
     }
-
-    /// The lowest port number that no pod has; `None` when all are in use.
-    pub fn free_port(&self, reserved: impl Fn(PortId) -> bool) -> Option<PortId> {
-        (HOST.0 + 1..=MAX_PORT).map(PortId).find(|port| !self.pods.contains_key(port) && !reserved(*port))
-    }
 }
 
 /// Ports are indexes of arrays in the data plane: this bounds them.
 const MAX_PORT: u16 = 4095;
+
+/// The port numbers that no pod has.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PortNumbers {
+    /// So many pods have ever had a number at once.
+    used: u16,
+    /// Those of them that were given back.
+    free: BTreeSet<PortId>,
+}
+
+impl PortNumbers {
+    /// Takes the lowest one; `None` when all are in use.
+    pub fn take(&mut self) -> Option<PortId> {
+        if let Some(port) = self.free.pop_first() {
+            return Some(port);
+        }
+        let port = PortId(HOST.0 + 1 + self.used);
+        (port.0 <= MAX_PORT).then(|| {
+            self.used += 1;
+            port
+        })
+    }
+
+    /// Gives one back that was taken.
+    pub fn give_back(&mut self, port: PortId) {
+        self.free.insert(port);
+    }
+}
 
 /// Numbers of peers. A peer keeps its number over reloads, also when it left and came back, so that its counters stay
 /// with it; the number of the one that left first is given away when no fresh one is left.
@@ -80,7 +103,7 @@ impl NodeNumbers {
     }
 
     fn follow(&mut self, peers: &[Peer]) {
-        let names: std::collections::BTreeSet<&str> = peers.iter().map(|peer| peer.name.as_str()).collect();
+        let names: BTreeSet<&str> = peers.iter().map(|peer| peer.name.as_str()).collect();
         let gone: Vec<String> = self.current.keys().filter(|name| !names.contains(name.as_str())).cloned().collect();
         for name in gone {
             if let Some(id) = self.current.remove(&name) {
@@ -125,6 +148,17 @@ mod tests {
             vtep_mac: weft_encap::mac::Mac::ZERO,
         };
         names.iter().map(peer).collect()
+    }
+
+    #[test]
+    fn the_lowest_free_port_is_given_until_all_are_in_use() {
+        let mut numbers = PortNumbers::default();
+        let all: Vec<PortId> = std::iter::from_fn(|| numbers.take()).collect();
+        assert_eq!((all.first(), all.last()), (Some(&PortId(2)), Some(&PortId(MAX_PORT))));
+        assert_eq!(all.len(), usize::from(MAX_PORT) - 1);
+        [700, 9, 4095].into_iter().for_each(|port| numbers.give_back(PortId(port)));
+        let again: Vec<u16> = std::iter::from_fn(|| numbers.take()).map(|port| port.0).collect();
+        assert_eq!(again, [9, 700, 4095]);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! <https://elixir.bootlin.com/linux/v6.18/A/ident/bpf_dispatcher_change_prog>), and each change of that table is followed by a grace
 //! period of RCU, as is the removal of a program that nobody has any more: several ticks of the kernel's clock, in which a pod waits
 //! for its network. A program that is there already changes nothing. So it is one for all, which tells devices apart by their
-//! interfaces' numbers.
+//! interfaces' numbers, and there is always one that has it ([`PodProgram::keep`]).
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, AsRawFd};
@@ -48,9 +48,23 @@ impl PodProgram {
         Ok(Some(PodLead { _link: self.program.attach(interface, Mode::Native)?, _place: place }))
     }
 
+    /// Attaches it to a device of nobody's, so that it stays in the kernel's table while pods come and go.
+    ///
+    /// # Errors
+    /// As for a pod's device.
+    pub fn keep(&self, interface: u32) -> Result<KeptProgram, BpfError> {
+        Ok(KeptProgram { _link: self.program.attach(interface, Mode::Native)? })
+    }
+
     fn places(&self) -> MutexGuard<'_, HashSet<u32>> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// An attachment of a [`PodProgram`] that leads nowhere.
+#[derive(Debug)]
+pub struct KeptProgram {
+    _link: Link,
 }
 
 /// A device's place among the sockets of a [`PodProgram`].
