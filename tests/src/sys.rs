@@ -68,7 +68,7 @@ pub fn receive_tagged(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<(usize,
     let message = unsafe { libc::CMSG_FIRSTHDR(&raw const header).as_ref() };
     let is_ours = |message: &&libc::cmsghdr| {
         (message.cmsg_level, message.cmsg_type) == (libc::SOL_PACKET, libc::PACKET_AUXDATA)
-            && message.cmsg_len as usize >= size_of::<libc::cmsghdr>() + size_of::<libc::tpacket_auxdata>()
+            && message.cmsg_len >= size_of::<libc::cmsghdr>() + size_of::<libc::tpacket_auxdata>()
     };
     let tag = message.filter(is_ours).map(|message| {
         // SAFETY: the message is long enough for this type, which is plain numbers; it may lie unaligned.
