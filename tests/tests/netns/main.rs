@@ -15,6 +15,7 @@ mod cni;
 mod conformance;
 mod dhcp;
 mod etcd;
+mod faults;
 mod footprint;
 mod hostile;
 mod hostport;

@@ -47,6 +47,7 @@ use crate::control::config::{Config, PortKind};
 use crate::control::derive;
 use crate::netlink::Route;
 use crate::node::{Attachment, Node, since_boot};
+use crate::shortage::is_shortage;
 use device::Chosen;
 use namespace::Namespace;
 use pod::{Interface, Observed, Raw};
@@ -381,8 +382,9 @@ fn choose_mac(node: &Node, config: &Config, asked: Option<Mac>) -> Result<Mac, F
 
 fn refused(error: &RouterError) -> Failure {
     let no_memory = matches!(error, RouterError::Device(error) if error.kind() == io::ErrorKind::OutOfMemory);
+    let passes = matches!(error, RouterError::Device(error) if is_shortage(error));
     Failure {
-        code: if no_memory { code::TRY_AGAIN } else { code::INTERNAL },
+        code: if passes { code::TRY_AGAIN } else { code::INTERNAL },
         msg: format!("the data plane refused the device: {error}"),
         details: if no_memory { "raise limits.chunks in weftd's configuration" } else { "see weftd's log" }.into(),
     }

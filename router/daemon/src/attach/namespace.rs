@@ -16,6 +16,7 @@ use weft_ipam::Netns;
 use weft_router::port::sys::namespace::cookie;
 
 use super::census;
+use crate::shortage::{ADVICE, is_shortage};
 
 /// `NSFS_MAGIC`, <https://github.com/torvalds/linux/blob/v6.12/include/uapi/linux/magic.h#L94>.
 const NSFS_MAGIC: u64 = 0x6e73_6673;
@@ -33,15 +34,22 @@ impl Namespace {
     pub fn check(fd: Option<OwnedFd>, path: &str) -> Result<Namespace, Failure> {
         let refuse = |what: String| failure(path, what);
         let fd = fd.ok_or_else(|| refuse("no descriptor came with the request".into()))?;
-        let kernel = |error: Errno| refuse(format!("it cannot be looked at: {error}"));
+        let unseen = |what: &str, error: io::Error| {
+            let passes = is_shortage(&error);
+            let failure = refuse(format!("{what}: {error}"));
+            if passes { Failure { code: code::TRY_AGAIN, details: ADVICE.into(), ..failure } } else { failure }
+        };
+        let kernel = |error: Errno| unseen("it cannot be looked at", error.into());
         if u64::try_from(fstatfs(&fd).map_err(kernel)?.f_type).ok() != Some(NSFS_MAGIC) {
             return Err(refuse("it is not a namespace".into()));
         }
         let identity = identity(&fd).map_err(kernel)?;
-        let own =
-            of_process("thread-self").map_err(|error| refuse(format!("it cannot be told from weftd's: {error}")))?;
+        let own = of_process("thread-self").map_err(|error| unseen("it cannot be told from weftd's", error))?;
         // Without permission to look at process 1 its namespace cannot be ours to configure either.
-        let first = of_process("1").ok();
+        let first = match of_process("1") {
+            Err(error) if is_shortage(&error) => return Err(unseen("it cannot be told from process 1's", error)),
+            first => first.ok(),
+        };
         for (whose, other) in [("weftd's own", Some(own)), ("that of process 1", first)] {
             if other.as_ref() == Some(&identity) {
                 return Err(refuse(format!("it is {whose}; a pod needs one of its own")));
@@ -56,7 +64,7 @@ impl Namespace {
             Err(error) if Errno::from_io_error(&error) == Some(Errno::INVAL) => {
                 Err(refuse("it is a namespace, but not a network namespace".into()))
             }
-            Err(error) => Err(refuse(format!("it cannot be entered: {error}"))),
+            Err(error) => Err(unseen("it cannot be entered", error)),
         }
     }
 
