@@ -15,6 +15,7 @@ mod cni;
 mod conformance;
 mod etcd;
 mod footprint;
+mod given_up;
 mod hostile;
 mod hostport;
 mod installing;
