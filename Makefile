@@ -13,7 +13,7 @@ BENCH ?= full
 # Seconds for each target of `make fuzz`.
 FUZZ_SECONDS ?= 60
 
-.PHONY: help demo test check bench fuzz build install uninstall clean
+.PHONY: help demo test check bench fuzz build image install uninstall clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -61,7 +61,10 @@ install: ## Put Weft on this node, for systemd and a container runtime (root)
 	@deploy/install "$(WEFT_BIN_DIR)"
 
 uninstall: ## Take it away again, and leave the node as it was (root)
-	@deploy/uninstall
+	@deploy/uninstall "$(WEFT_BIN_DIR)"
+
+image: build ## A container image of it, by podman or docker: localhost/weft
+	@deploy/image "$(WEFT_BIN_DIR)"
 
 clean: ## Remove what was built
 	@cargo clean

@@ -16,7 +16,7 @@ use weft_router::pool::Pool;
 use weft_router::port::sys::arena::Super;
 use weft_router::port::{Batch, Outbox, PortId};
 use weft_router::returns::Returns;
-use weft_router::tables::{Gateway, Mode, Node, NodeId, Pod, Tables, Via};
+use weft_router::tables::{Dhcp, Gateway, Mode, Node, NodeId, Pod, Tables, Via};
 use weft_router::{Instant, RouterConfig};
 
 use crate::cpu_time::{clock_cost, cpu_time};
@@ -170,6 +170,7 @@ pub fn tables(mode: Mode, nodes: u16) -> Tables {
             ipv6: vec![pod_v6(number)],
             mtu: 1450,
             limits: Limits::default(),
+            dhcp: Dhcp::default(),
         };
         tables.add_pod(PortId(number), pod);
     }

@@ -43,6 +43,7 @@ reasons! {
     #[fine] NoReceiver = "a broadcast or multicast frame with nobody else in its segment to hear it",
     #[fine] Hairpin = "the destination is behind the port the frame came in on",
     #[fine] Bandwidth = "the pod is sent more than its limit of bandwidth lets through",
+    #[fine] AddressPending = "the pod waits for its address: until it has one its port is open for the DHCP client alone",
     #[fine] PortAbsent = "the port has no device yet or no longer: its pod is being attached or removed",
 
     // Reading the frame.

@@ -301,9 +301,11 @@ impl Forwarder {
             (Sender::Node(_), _) => Err(DropReason::NotForUs),
             (Sender::Port(_), Mode::Routed) => Err(DropReason::UnknownMac),
             (Sender::Port(_), Mode::Bridged) => match self.fdb.find(mac, now) {
-                Some(learned) if tables.node(learned.node).is_some() => {
-                    Ok((Hop::Node(learned.node), bridged(tables.mtu_to(learned.node)), Some(learned)))
-                }
+                Some(learned) if tables.node(learned.node).is_some() => Ok((
+                    Hop::Node(learned.node),
+                    bridged(tables.mtu_to(learned.node, packet.ip().is_some_and(|ip| ip.dst.is_ipv6()))),
+                    Some(learned),
+                )),
                 _ if tables.members.is_empty() => Err(DropReason::UnknownMac),
                 _ => Ok((Hop::Flood { ports: false, nodes: true }, bridged(tables.tunnel_mtu), None)),
             },
@@ -559,7 +561,7 @@ fn route_to(ip: &Ip, packet: &Packet, tables: &Tables) -> Result<Way, DropReason
         Ok(Via::Node(_)) if matches!(packet.sender, Sender::Node(_)) => Err(DropReason::NotForUs),
         Ok(Via::Node(id)) => {
             let node = tables.node(id).ok_or(DropReason::NoRoute)?;
-            Ok((Hop::Node(id), routed(node.vtep_mac, tables.vtep_mac, tables.mtu_to(id)), None))
+            Ok((Hop::Node(id), routed(node.vtep_mac, tables.vtep_mac, tables.mtu_to(id, ip.dst.is_ipv6())), None))
         }
     }
 }

@@ -4,8 +4,10 @@
 //! as its segments. A bucket is one word, the time at which all that passed is paid for; so workers share it without locks, and an idle one
 //! needs no upkeep. Whatever was let through may overdraw it by one frame, which is paid for before the next one.
 //!
+//! Linux's `tbf` also counts the Ethernet headers, 14 bytes of each packet.
+//!
 //! From a pod nothing is read that is over the limit: its own queue fills, and its kernel slows down who sends. Towards a pod there is a
-//! short queue, and what does not fit ends here. See [`crate::worker`].
+//! short queue, and what does not fit ends here; at low rates superframes are cut before they wait ([`cut`]). See [`crate::worker`].
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -15,6 +17,8 @@ use std::time::Duration;
 use crate::frame::Frame;
 use crate::packet::L3;
 use crate::time::Instant;
+
+pub mod cut;
 
 /// What passes at least after a pause, whatever the burst: a worker sleeps by the millisecond, and may be kept waiting for some.
 const LEAST_DEPTH: Duration = Duration::from_millis(20);
@@ -102,11 +106,21 @@ impl Bucket {
 
     /// So many bytes have passed.
     pub fn charge(&self, bytes: u64, now: Instant) {
-        let cost = u128::from(bytes) * u128::from(8 * SECOND) / u128::from(self.limit.rate);
-        let cost = u64::try_from(cost).unwrap_or(u64::MAX).min(LONGEST);
+        let cost = self.time(bytes);
         let pay = |paid_at: u64| Some(paid_at.max(now.0.saturating_sub(self.depth)).saturating_add(cost));
         // The closure never declines.
         let _ = self.paid_at.fetch_update(Relaxed, Relaxed, pay);
+    }
+
+    /// Whether a frame is a superframe that overdraws the bucket by more than what passes after a pause at least.
+    pub fn is_coarse(&self, frame: &Frame) -> bool {
+        frame.offload.gso.is_some() && self.time(cost(frame)) > LEAST_DEPTH.as_nanos() as u64
+    }
+
+    /// How long so many bytes take at its rate, in nanoseconds.
+    fn time(&self, bytes: u64) -> u64 {
+        let cost = u128::from(bytes) * u128::from(8 * SECOND) / u128::from(self.limit.rate);
+        u64::try_from(cost).unwrap_or(u64::MAX).min(LONGEST)
     }
 
     /// How many bytes may wait for it.

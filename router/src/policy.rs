@@ -1,7 +1,8 @@
 //! Who may send what: source checks.
 //!
 //! A pod speaks for its own MAC and addresses and for nobody else's, in Ethernet, IP, ARP and neighbour discovery; it is not a
-//! router and not a DHCP server. A node speaks for the addresses that live on it, and as itself. This node's own kernel is a router, which passes
+//! router, and not a DHCP server unless its port is trusted to be one. A pod that waits for its address asks for it, and says nothing
+//! else. A node speaks for the addresses that live on it, and as itself. This node's own kernel is a router, which passes
 //! on what others sent: what comes by the host port may have any source. Link-local traffic
 //! (`fe80::`, `::` and `0.0.0.0`) passes where the protocols that configure a link need it: towards link-local
 //! destinations, and not in another's name.
@@ -15,10 +16,11 @@ use weft_encap::mac::Mac;
 use crate::drop_reason::DropReason;
 use crate::packet::{Discovery, Ip, Network, Packet};
 use crate::port::PortId;
-use crate::tables::{ExactMap, Gateway, Mode, Neighbour, Node, Pod};
+use crate::tables::{Dhcp, ExactMap, Gateway, Mode, Neighbour, Node, Pod};
 
 /// To this port only servers and relays send, from whichever port (RFC 2131, section 4.1; RFC 8415, section 7.2).
 const DHCP_CLIENT: u16 = 68;
+const DHCP_SERVER: u16 = 67;
 const DHCPV6_CLIENT: u16 = 546;
 
 /// Who is known on this node: what nobody else may claim.
@@ -51,6 +53,9 @@ impl Known<'_> {
 pub fn check_pod(pod: &Pod, packet: &Packet, known: Known<'_>) -> Result<(), DropReason> {
     if packet.src != pod.mac {
         return Err(DropReason::SourceMac);
+    }
+    if pod.dhcp == Dhcp::Asking && !packet.ip().is_some_and(asks_for_address) {
+        return Err(DropReason::AddressPending);
     }
     match &packet.network {
         Network::Arp(arp) => {
@@ -108,8 +113,7 @@ fn check_pod_address(pod: &Pod, ip: &Ip, known: Known<'_>) -> Result<(), DropRea
 
 fn check_pod_message(pod: &Pod, ip: &Ip, known: Known<'_>) -> Result<(), DropReason> {
     match (ip.src, ip.protocol) {
-        (IpAddr::V4(_), ip::UDP) if ip.dst_port == Some(DHCP_CLIENT) => Err(DropReason::DhcpServer),
-        (IpAddr::V6(_), ip::UDP) if ip.dst_port == Some(DHCPV6_CLIENT) => Err(DropReason::DhcpServer),
+        _ if pod.dhcp != Dhcp::Server && answers_dhcp(ip) => Err(DropReason::DhcpServer),
         _ if is_router_message(ip) => Err(DropReason::RouterMessage),
         _ => match &ip.neighbour {
             Some(message) => check_discovery(pod, message, ip.src.is_unspecified(), known),
@@ -168,6 +172,17 @@ fn check_bridged(network: &Network, known: Known<'_>) -> Result<(), DropReason> 
         Network::Other => false,
     };
     if taken { Err(DropReason::TunnelSource) } else { Ok(()) }
+}
+
+fn answers_dhcp(ip: &Ip) -> bool {
+    let client = if ip.src.is_ipv4() { DHCP_CLIENT } else { DHCPV6_CLIENT };
+    ip.protocol == ip::UDP && ip.dst_port == Some(client)
+}
+
+/// A client that has no address (RFC 2131, section 4.1): from 0.0.0.0, to everybody.
+fn asks_for_address(ip: &Ip) -> bool {
+    let ends = (ip.src, ip.dst) == (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::BROADCAST.into());
+    ends && ip.protocol == ip::UDP && ip.ports == Some((DHCP_CLIENT, DHCP_SERVER))
 }
 
 fn is_router_message(ip: &Ip) -> bool {

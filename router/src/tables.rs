@@ -18,6 +18,12 @@ use weft_encap::vxlan::Vni;
 use crate::pace::Limits;
 use crate::port::PortId;
 
+/// No path by IPv6 carries less (RFC 8200, section 5), so packets of this length must pass whatever is below.
+pub const LEAST_V6: u32 = 1280;
+/// Linux believes in no narrower path by IPv4, and from then on sends packets of this length that may be fragmented:
+/// <https://elixir.bootlin.com/linux/v6.18/A/ident/DEFAULT_MIN_PMTU>.
+pub const LEAST_V4: u32 = 552;
+
 /// Number of a node in [`Tables::nodes`]. Stable for a peer as long as the daemon runs, so that counters stay with it.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(pub u16);
@@ -60,6 +66,18 @@ impl Gateway {
     }
 }
 
+/// What a port may say of DHCP.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub enum Dhcp {
+    /// It may ask; to answer is for servers.
+    #[default]
+    Client,
+    /// It is trusted to answer.
+    Server,
+    /// It asks for its address, and may say nothing else before it has one.
+    Asking,
+}
+
 /// A pod's attachment: what its port may send as.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
@@ -73,6 +91,8 @@ pub struct Pod {
     pub mtu: u32,
     /// What it may send and receive.
     pub limits: Limits,
+    /// What it may say of DHCP.
+    pub dhcp: Dhcp,
 }
 
 impl Pod {
@@ -145,7 +165,7 @@ pub struct Tables {
     pub host: Option<Neighbour>,
     /// MTU of packets inside the tunnel in bytes: underlay MTU less the encapsulation.
     pub tunnel_mtu: u32,
-    /// The same towards nodes that less can be sent to at once: a router on the way said so.
+    /// The same towards nodes that less can be sent to at once, as a route or a router on the way says.
     pub path_mtus: Arc<ExactMap<NodeId, u32>>,
     /// Who is behind each port, indexed by [`PortId`].
     pub ports: Vec<Option<Arc<Role>>>,
@@ -263,9 +283,11 @@ impl Tables {
         self.ports.get(port.index()).and_then(Option::as_deref)
     }
 
-    /// How long a packet to a node may be, inside the tunnel.
-    pub fn mtu_to(&self, id: NodeId) -> u32 {
-        self.path_mtus.get(&id).map_or(self.tunnel_mtu, |mtu| self.tunnel_mtu.min(*mtu))
+    /// How long a packet to a node may be, inside the tunnel. Nobody is asked for less than senders know of: the underlay then
+    /// sends fragments.
+    pub fn mtu_to(&self, id: NodeId, is_v6: bool) -> u32 {
+        let least = if is_v6 { LEAST_V6 } else { LEAST_V4 };
+        self.path_mtus.get(&id).map_or(self.tunnel_mtu, |mtu| self.tunnel_mtu.min((*mtu).max(least)))
     }
 
     /// What whoever is behind a port may send and receive.

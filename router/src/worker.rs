@@ -16,6 +16,8 @@
 //! panicked; the thread goes on. Whatever was counted for that frame before the panic stays counted, so
 //! conservation is not exact after it. A panic anywhere else ends the thread, and its counters with it; the daemon hears of that, too.
 
+mod attention;
+
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -45,11 +47,12 @@ use crate::pool::Pool;
 use crate::port::sys::xsk::Umem;
 use crate::port::tap::TapPort;
 use crate::port::udp::UdpPort;
-use crate::port::xdp::{XdpPort, XdpUnderlay};
+use crate::port::xdp::{KernelWay, XdpPort, XdpUnderlay};
 use crate::port::{BATCH, Batch, Capabilities, Outbox, Port, PortId, QUEUE, Queue, Received};
 use crate::returns::{Returns, ReturnsUse};
 use crate::tables::Tables;
 use crate::time::Instant;
+use attention::Attention;
 
 /// The waker's token; ports' are their numbers.
 const WAKER: Token = Token(usize::MAX);
@@ -130,6 +133,7 @@ struct Slot {
     shared: control::Shared,
     ready: bool,
     busy: bool,
+    can_peek: bool,
 }
 
 struct Worker {
@@ -153,6 +157,7 @@ struct Worker {
     outbox: Outbox,
     next_tick: Option<Instant>,
     batch: Batch,
+    attention: Attention,
 }
 
 impl Worker {
@@ -173,6 +178,7 @@ impl Worker {
             outbox: Outbox::new(),
             next_tick: None,
             batch: Batch::new(),
+            attention: Attention::default(),
         })
     }
 
@@ -180,6 +186,7 @@ impl Worker {
     fn run(&mut self, inbox: &Receiver<Command>) -> bool {
         let mut ready = Events::with_capacity(256);
         loop {
+            self.attend();
             match self.poll.poll(&mut ready, self.patience()) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -188,7 +195,7 @@ impl Worker {
             }
             for event in &ready {
                 if event.token() != WAKER {
-                    self.mark_ready(PortId(event.token().0 as u16));
+                    self.told(event.token());
                 }
             }
             // Commands need no event of their own: looking costs nothing beside the poll.
@@ -259,6 +266,7 @@ impl Worker {
             received
         });
         let worked = !self.batch.is_empty();
+        self.attention.note(id, self.batch.len(), slot.can_peek);
         if let Some((limit, now)) = limit {
             limit.charge(self.batch.iter().map(pace::cost).sum(), now);
         }
@@ -322,6 +330,7 @@ impl Worker {
         let Some((port, busy)) = slot.and_then(|slot| Some((slot.port.as_mut()?, &mut slot.busy))) else {
             return self.empty_queue(id);
         };
+        pace::cut::to_packets(queue, limit, now, &self.pool, self.scarce.0, self.forwarder.stats());
         while limit.allows(now)
             && let Some(frame) = queue.pop_front()
         {
@@ -363,9 +372,12 @@ impl Worker {
         }
         let queue = self.outbox.queue(id);
         let slot = self.ports.get_mut(id.index()).and_then(Option::as_mut);
-        let Some((port, busy)) = slot.and_then(|slot| Some((slot.port.as_mut()?, &mut slot.busy))) else {
+        let Some((port, busy, can_peek)) =
+            slot.and_then(|slot| Some((slot.port.as_mut()?, &mut slot.busy, slot.can_peek)))
+        else {
             return self.empty_queue(id);
         };
+        self.attention.note(id, queue.len(), can_peek);
         match guarded(|| port.transmit(queue, self.forwarder.stats())) {
             Ok(()) if queue.is_empty() => {}
             Ok(()) => {
@@ -402,7 +414,9 @@ impl Worker {
         if let Some(Some(slot)) = self.ports.get_mut(id.index())
             && let Some(port) = slot.port.take()
         {
-            if let Some(fd) = port.readable() {
+            if self.attention.forget(id)
+                && let Some(fd) = port.readable()
+            {
                 // Closing alone is not enough if someone else holds the descriptor too.
                 let _ = self.poll.registry().deregister(&mut SourceFd(&fd.as_raw_fd()));
             }
@@ -466,15 +480,17 @@ impl Worker {
     }
 
     /// A worker without a queue of the uplink has the sockets alone.
-    fn uplink(&self, id: PortId, half: UplinkHalf, tunnel_mtu: u32) -> io::Result<Box<dyn Port>> {
+    fn uplink(&self, id: PortId, mut half: UplinkHalf, tunnel_mtu: u32) -> io::Result<Box<dyn Port>> {
+        let fragmenting = half.sockets.fragmenting(id);
         let kernel = Box::new(UdpPort::new(half.sockets, id, tunnel_mtu));
         if half.devices.is_empty() {
             return Ok(kernel);
         }
+        let kernel = KernelWay::new(kernel, fragmenting);
         Ok(Box::new(XdpUnderlay::new(half.devices, half.tunnel, half.hops, kernel, &self.pool, id)?))
     }
 
-    fn insert(&mut self, id: PortId, port: Box<dyn Port>, shared: control::Shared) -> io::Result<()> {
+    fn insert(&mut self, id: PortId, mut port: Box<dyn Port>, shared: control::Shared) -> io::Result<()> {
         if self.ports.len() <= id.index() {
             self.ports.resize_with(id.index() + 1, || None);
         }
@@ -485,7 +501,8 @@ impl Worker {
         watch(&self.poll, id, &*port)?;
         let (kind, capabilities) = (port.kind(), port.capabilities());
         self.forwarder.open_port(id, shared.receivers);
-        *slot = Some(Slot { port: Some(port), kind, capabilities, shared, ready: false, busy: false });
+        let can_peek = port.peek().is_some();
+        *slot = Some(Slot { port: Some(port), kind, capabilities, shared, ready: false, busy: false, can_peek });
         self.mark_ready(id);
         Ok(())
     }
@@ -553,7 +570,7 @@ mod tests {
     use crate::port::memory::{MemoryPort, Wire};
     use crate::port::sample;
     use crate::stats::Stats;
-    use crate::tables::{Gateway, Pod, Role};
+    use crate::tables::{Dhcp, Gateway, Pod, Role};
     use std::os::fd::BorrowedFd;
     use weft_encap::mac::Mac;
 
@@ -573,6 +590,7 @@ mod tests {
                     ipv6: Vec::new(),
                     mtu: 1450,
                     limits: Limits::default(),
+                    dhcp: Dhcp::default(),
                 },
             );
         }
@@ -699,7 +717,10 @@ mod tests {
         {
             let mac = Mac([2, 0, 0, 0, 0, number]);
             let ipv4 = vec![[10, 0, 0, number].into()];
-            tables.set_port(port, Role::Pod(Pod { mac, ipv4, ipv6: Vec::new(), mtu: 1450, limits }));
+            tables.set_port(
+                port,
+                Role::Pod(Pod { mac, ipv4, ipv6: Vec::new(), mtu: 1450, limits, dhcp: Dhcp::default() }),
+            );
         }
         shared.tables.store(Arc::new(tables));
         let config = RouterConfig { chunks: 2048, supers: 16, ..RouterConfig::default() };

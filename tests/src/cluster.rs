@@ -3,7 +3,8 @@
 //! It is what `weft lab` does not do: nodes that are not ours, configurations of one's own, a daemon that is killed and
 //! started again.
 
-use std::net::Ipv4Addr;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -25,6 +26,9 @@ pub struct Cluster {
     pub folder: tempfile::TempDir,
     underlay: OwnNetns,
     kind: Option<String>,
+    /// Of single nodes.
+    kinds: BTreeMap<u8, String>,
+    is_v6: bool,
 }
 
 /// A node with a weftd.
@@ -49,7 +53,7 @@ impl Cluster {
         underlay.ip("link add br0 type bridge");
         underlay.ip("link set br0 up");
         let folder = tempfile::tempdir().expect("there is a folder for temporary files");
-        Cluster { name, folder, underlay, kind: underlay_kind() }
+        Cluster { name, folder, underlay, kind: underlay_kind(), kinds: BTreeMap::new(), is_v6: false }
     }
 
     /// With this kind of underlay, whatever the tests' environment says.
@@ -59,19 +63,47 @@ impl Cluster {
         self
     }
 
+    /// With this kind for a node, whatever the others have.
+    #[must_use]
+    pub fn with(mut self, number: u8, kind: &str) -> Cluster {
+        self.kinds.insert(number, kind.to_owned());
+        self
+    }
+
+    /// With an underlay by IPv6.
+    #[must_use]
+    pub fn over_v6(self) -> Cluster {
+        Cluster { is_v6: true, ..self }
+    }
+
+    /// The underlay address of a node.
+    pub fn address(&self, number: u8) -> IpAddr {
+        if self.is_v6 {
+            Ipv6Addr::new(0xfd00, 0x10, 0x200, 0, 0, 0, 0, number.into()).into()
+        } else {
+            Ipv4Addr::new(10, 200, 0, number).into()
+        }
+    }
+
+    /// A `[[peers]]` section.
+    pub fn peer(&self, number: u8, vtep_mac: Option<&str>) -> String {
+        peer(number, vtep_mac).replace(&format!("10.200.0.{number}"), &self.address(number).to_string())
+    }
+
     /// The underlay's own namespace.
     pub fn underlay(&self) -> &OwnNetns {
         &self.underlay
     }
 
-    /// A namespace at the underlay with the address 10.200.0.`number` on its interface `uplink`.
+    /// A namespace at the underlay with its [`Cluster::address`] on its interface `uplink`.
     #[track_caller]
     pub fn machine(&self, number: u8) -> OwnNetns {
         let netns = OwnNetns::new(&format!("{}-n{number}", self.name));
         let underlay = &self.underlay.0;
         netns.ip(&format!("link add uplink type veth peer name n{number} netns {underlay}"));
         self.underlay.ip(&format!("link set n{number} master br0 up"));
-        netns.ip(&format!("address add 10.200.0.{number}/24 dev uplink"));
+        let (address, end) = (self.address(number), if self.is_v6 { "/64 dev uplink nodad" } else { "/24 dev uplink" });
+        netns.ip(&format!("address add {address}{end}"));
         netns.ip("link set uplink up");
         netns.set("net/ipv4/ip_forward", "1");
         netns.set("net/ipv6/conf/all/forwarding", "1");
@@ -131,12 +163,14 @@ impl Cluster {
             ""
         };
         let port = port().map(|port| format!("port = \"{port}\"\n")).unwrap_or_default();
-        let kind = self.kind.as_ref().map(|kind| format!("kind = \"{kind}\"\n")).unwrap_or_default();
+        let kind = self.kinds.get(&number).or(self.kind.as_ref());
+        let (address, mtu) = (self.address(number), if self.is_v6 { 1430 } else { 1450 });
+        let kind = kind.map(|kind| format!("kind = \"{kind}\"\n")).unwrap_or_default();
         format!(
-            "{port}node = \"n{number}\"\nmode = \"{mode}\"\nvni = 1\nmtu = 1450\n\
+            "{port}node = \"n{number}\"\nmode = \"{mode}\"\nvni = 1\nmtu = {mtu}\n\
              socket = \"{folder}/n{number}.sock\"\nstate_dir = \"{folder}/n{number}.state\"\n\
              ranges = [\"10.244.{number}.0/24\", \"fd00:10:244:{number}::/64\"]\n{segment}\
-             \n[underlay]\naddress = \"10.200.0.{number}\"\nport = 8472\ndevice = \"uplink\"\n{kind}\n{more}"
+             \n[underlay]\naddress = \"{address}\"\nport = 8472\ndevice = \"uplink\"\n{kind}\n{more}"
         )
     }
 }

@@ -1,6 +1,6 @@
 //! A cluster of real daemons, made by `weft lab up` and ended whatever happens.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::process::Command;
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ pub struct Node {
     /// Its namespace.
     pub netns: String,
     /// Its underlay address.
-    pub underlay: Ipv4Addr,
+    pub underlay: IpAddr,
     /// weftd's socket.
     pub socket: std::path::PathBuf,
     /// weftd's process id.

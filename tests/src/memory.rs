@@ -16,7 +16,7 @@ use weft_router::pool::Pool;
 use weft_router::port::memory::Packet;
 use weft_router::port::{Batch, Outbox};
 use weft_router::stats::PortStats;
-use weft_router::tables::{Gateway, Mode, Node, NodeId, Pod, Via};
+use weft_router::tables::{Dhcp, Gateway, Mode, Node, NodeId, Pod, Via};
 use weft_router::{DropReason, Instant, PortId, RouterConfig, Tables};
 
 /// The port to the other nodes in [`tables`].
@@ -97,6 +97,7 @@ pub fn tables(mode: Mode) -> Tables {
             ipv6: vec![pod6(port)],
             mtu: 1450,
             limits: Limits::default(),
+            dhcp: Dhcp::default(),
         };
         tables.add_pod(PortId(port), pod);
     }

@@ -30,6 +30,8 @@ pub struct Network {
     pub version: String,
     /// The plugins' own keys.
     pub plugins: Vec<Value>,
+    /// Where plugins look for others, if not where they are.
+    pub path: Option<String>,
 }
 
 /// What the runtime attaches to a network.
@@ -73,7 +75,7 @@ impl Network {
     #[track_caller]
     pub fn new(node: &Netns, name: &str, plugins: Vec<Value>) -> Network {
         assert!(Path::new(REFERENCE).join("host-local").is_file(), "apt-get install containernetworking-plugins");
-        Network { node: node.clone(), name: name.to_owned(), version: "1.0.0".to_owned(), plugins }
+        Network { node: node.clone(), name: name.to_owned(), version: "1.0.0".to_owned(), plugins, path: None }
     }
 
     /// Runs the list. As soon as one plugin fails, its answer is the outcome.
@@ -161,7 +163,8 @@ impl Network {
         let program = if kind == "weft-cni" { binary(kind) } else { Path::new(REFERENCE).join(kind) };
         let mut call = Command::new("ip");
         call.args(["netns", "exec", &self.node.0]).arg(program).env_clear();
-        call.env("CNI_COMMAND", command).env("CNI_PATH", format!("{}:{REFERENCE}", binaries().display()));
+        let path = self.path.clone().unwrap_or_else(|| format!("{}:{REFERENCE}", binaries().display()));
+        call.env("CNI_COMMAND", command).env("CNI_PATH", path);
         call.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         let texts = [
             ("CNI_CONTAINERID", &attachment.container),

@@ -39,6 +39,45 @@ pub fn virtio_headers(socket: &OwnedFd) -> io::Result<()> {
     if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Has a raw socket tell which VLAN tag was taken off a frame: PACKET_AUXDATA of packet(7). See [`receive_tagged`].
+pub fn tell_tags(socket: &OwnedFd) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    let len = size_of_val(&on) as libc::socklen_t;
+    // SAFETY: the pointer and the length describe `on`, which lives beyond the call; setsockopt(2) only reads it.
+    let set = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_PACKET, libc::PACKET_AUXDATA, (&raw const on).cast(), len)
+    };
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Receives a frame, and the tag that was taken off it: its type and its value.
+pub fn receive_tagged(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<(usize, Option<[u16; 2]>)> {
+    // As long as a control message with `tpacket_auxdata` is, and aligned as one.
+    let mut control = [0_u64; 8];
+    let mut slice = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: `msghdr` is plain numbers and pointers, for which zero is a value.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut slice;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = size_of_val(&control) as _;
+    // SAFETY: the header points to one slice and to the control buffer, with their lengths; both live beyond the call.
+    let len = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_DONTWAIT) };
+    let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: the kernel has filled the header in; the macros stay within the control buffer that it describes.
+    let message = unsafe { libc::CMSG_FIRSTHDR(&raw const header).as_ref() };
+    let is_ours = |message: &&libc::cmsghdr| {
+        (message.cmsg_level, message.cmsg_type) == (libc::SOL_PACKET, libc::PACKET_AUXDATA)
+            && message.cmsg_len >= size_of::<libc::cmsghdr>() + size_of::<libc::tpacket_auxdata>()
+    };
+    let tag = message.filter(is_ours).map(|message| {
+        // SAFETY: the message is long enough for this type, which is plain numbers; it may lie unaligned.
+        unsafe { libc::CMSG_DATA(message).cast::<libc::tpacket_auxdata>().read_unaligned() }
+    });
+    let valid = tag.filter(|tag| tag.tp_status & libc::TP_STATUS_VLAN_VALID != 0);
+    Ok((len, valid.map(|tag| [tag.tp_vlan_tpid, tag.tp_vlan_tci])))
+}
+
 /// Has the kernel cut what is sent by this socket into datagrams of so many bytes: UDP_SEGMENT of udp(7), for which `rustix` has no call.
 pub fn segment(socket: &std::net::UdpSocket, size: usize) -> io::Result<()> {
     let size = size as libc::c_int;

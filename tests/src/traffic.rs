@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::{Child, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -151,4 +152,35 @@ pub fn iperf3(from: &Netns, to: &Netns, address: IpAddr, args: &str) -> f64 {
         }
     }
     panic!("iperf3 {args} from {} to {address}: {last}", from.0);
+}
+
+/// Pings that must all be answered: every 20 ms, for as long as the test goes on.
+pub struct Pings(Child);
+
+impl Pings {
+    /// Begins.
+    #[track_caller]
+    pub fn start(from: &Netns, to: IpAddr) -> Pings {
+        let mut command = from.command("ping");
+        command.args(["-q", "-i", "0.02", "-W", "2", &to.to_string()]);
+        Pings(command.stdout(Stdio::piped()).spawn().expect("ping is there"))
+    }
+
+    /// Ends them: at least so many were sent, and none was lost.
+    #[track_caller]
+    pub fn assert_none_lost(self, at_least: u64) {
+        let pid = rustix::process::Pid::from_raw(self.0.id() as i32).expect("a process id is not zero");
+        rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("it runs");
+        let said = String::from_utf8(self.0.wait_with_output().expect("it ends").stdout).expect("text");
+        let numbers: Vec<u64> = said
+            .lines()
+            .find(|line| line.contains("packets transmitted"))
+            .unwrap_or_else(|| panic!("ping said: {said}"))
+            .split(|c: char| !c.is_ascii_digit())
+            .filter_map(|word| word.parse().ok())
+            .collect();
+        let (sent, received) = (numbers[0], numbers[1]);
+        // The last one may be on its way when ping is told to end.
+        assert!(sent >= at_least && sent - received <= 1, "{said}");
+    }
 }

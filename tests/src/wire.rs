@@ -19,6 +19,7 @@ const CONGESTED: Duration = Duration::from_secs(5);
 /// An interface, open for raw frames.
 pub struct Wire {
     socket: OwnedFd,
+    has_tags: bool,
 }
 
 impl Wire {
@@ -30,7 +31,15 @@ impl Wire {
         let index = links[0]["ifindex"].as_u64().expect("an interface has an index") as u32;
         let socket = netns.inside(|| sys::packet_socket(index)).expect("root may open a packet socket");
         let _ = sockopt::set_socket_recv_buffer_size_force(&socket, BUFFER);
-        Wire { socket }
+        Wire { socket, has_tags: false }
+    }
+
+    /// Opens it so that VLAN tags are where they are on a wire: the kernel takes the outermost one off before it shows a frame.
+    #[track_caller]
+    pub fn with_tags(netns: &Netns, ifname: &str) -> Wire {
+        let wire = Wire::open(netns, ifname);
+        sys::tell_tags(&wire.socket).expect("packet sockets tell tags");
+        Wire { has_tags: true, ..wire }
     }
 
     /// Opens it so that virtio's header stands before each frame, in both directions.
@@ -69,9 +78,11 @@ impl Wire {
         let mut buffer = vec![0; 70_000];
         let deadline = Instant::now() + patience;
         loop {
-            match rustix::net::recv(&self.socket, &mut buffer[..], rustix::net::RecvFlags::empty()) {
-                Ok((_, len)) => {
+            match self.receive(&mut buffer) {
+                Ok((len, tag)) => {
                     buffer.truncate(len);
+                    let tag = tag.into_iter().flatten().flat_map(u16::to_be_bytes);
+                    buffer.splice(12..12, tag);
                     return Some(buffer);
                 }
                 Err(Errno::AGAIN | Errno::INTR) => {}
@@ -81,6 +92,14 @@ impl Wire {
             let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
             let _ = poll(&mut [PollFd::new(&self.socket.as_fd(), PollFlags::IN)], Some(&left));
         }
+    }
+
+    fn receive(&self, buffer: &mut [u8]) -> Result<(usize, Option<[u16; 2]>), Errno> {
+        if self.has_tags {
+            let received = sys::receive_tagged(&self.socket, buffer);
+            return received.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO));
+        }
+        rustix::net::recv(&self.socket, buffer, rustix::net::RecvFlags::empty()).map(|(_, len)| (len, None))
     }
 
     /// All frames that pass within a time.

@@ -283,7 +283,7 @@ impl Line {
             return Err(refuse(code::REQUEST, msg));
         }
         let envelope: Envelope = serde_json::from_slice(&self.bytes).map_err(unreadable)?;
-        let wanted = matches!(envelope.request, Request::Add(_) | Request::Check(_) | Request::Del(_));
+        let wanted = envelope.request.has_descriptor();
         Ok(Incoming { request: envelope.request, descriptor: self.descriptor.filter(|_| wanted) })
     }
 }

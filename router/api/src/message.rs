@@ -25,6 +25,12 @@ pub struct Envelope {
 pub enum Request {
     /// CNI ADD. Carries the namespace's descriptor. Answer: [`Attached`].
     Add(Attach),
+    /// The first half of an ADD for a plugin that asks for addresses from inside the pod, by DHCP: makes the interface, whose port is open
+    /// for the DHCP client alone. Carries the namespace's descriptor. Answer: [`Attached`] without addresses. Undone by [`Request::Del`].
+    Prepare(Attach),
+    /// The second half: the addresses have come, in [`Attach::given`], and the port opens. Carries the namespace's descriptor. Answer: [`Attached`].
+    /// If it fails, the interface is as it was before.
+    Complete(Attach),
     /// CNI DEL. Repeatable; an attachment that is not known is success. Answer: [`Empty`].
     Del(AttachmentKey),
     /// CNI CHECK. Carries the namespace's descriptor. Answer: [`Empty`] or an error that says what is missing.
@@ -64,6 +70,20 @@ pub enum Request {
     Reserve(Reserve),
     /// Reads the configuration file again. Answer: [`Empty`], or an error with line and key; the old one stays in force.
     Reload,
+}
+
+impl Request {
+    /// Whether a descriptor may come with it.
+    pub(crate) fn has_descriptor(&self) -> bool {
+        match self {
+            Self::Add(_) | Self::Prepare(_) | Self::Complete(_) | Self::Lease(_) | Self::Check(_) | Self::Del(_) => {
+                true
+            }
+            Self::Gc(_) | Self::CheckLease(_) | Self::Find(_) | Self::Ready | Self::Status | Self::Ports => false,
+            Self::Routes | Self::Fdb | Self::Neigh | Self::Flows | Self::Leases | Self::Drops | Self::Nodes => false,
+            Self::Leave | Self::Reserve(_) | Self::Reload => false,
+        }
+    }
 }
 
 /// One line from the daemon.
@@ -199,6 +219,9 @@ pub struct Attach {
     /// route by each family's gateway. A route that the pod has already stays as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub routes: Option<Vec<AttachedRoute>>,
+    /// What the pod is trusted with: `dhcp`, to answer as a DHCP server. The answer names what was granted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trusted: Vec<String>,
     /// `K8S_POD_NAMESPACE`, `K8S_POD_NAME`, `K8S_POD_UID` and the like, for people.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
@@ -253,6 +276,9 @@ pub struct Attached {
     pub addresses: Vec<AttachedAddress>,
     /// Routes made in the pod.
     pub routes: Vec<AttachedRoute>,
+    /// What the pod is trusted with. A daemon that knows nothing of trust says nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trusted: Vec<String>,
 }
 
 /// One address of an attachment.

@@ -7,7 +7,8 @@
 //! | STATUS | waits, then code 50 |
 //!
 //! Where another plugin gives the addresses, it is asked before the daemon when something is made, so that the daemon knows
-//! them, and after it when something is freed, so that nobody gets an address while it is in use.
+//! them, and after it when something is freed, so that nobody gets an address while it is in use. The plugin `dhcp` is different: it
+//! speaks from inside the pod, so the daemon makes the interface before it is asked, and takes it away after.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
@@ -109,7 +110,7 @@ fn add(version: Version, config: &Config) -> Result<Value, Failure> {
     // A result that could not be written is found before anything is made.
     outcome::added(version, config, &netns, &blank(&key), None)?;
     let descriptor = netns::open_pod(&netns)?;
-    let mut request = Attach {
+    let request = Attach {
         key,
         netns: netns.clone(),
         requested: wanted.requested,
@@ -120,26 +121,64 @@ fn add(version: Version, config: &Config) -> Result<Value, Failure> {
         bandwidth: wanted.bandwidth,
         given: Vec::new(),
         routes: wanted.routes,
+        trusted: wanted.trusted,
         labels: arguments.labels,
     };
-    let make = |request: &Attach| -> Result<Attached, Failure> {
+    let make = |request: Request| -> Result<Attached, Failure> {
         let wait = config.wait.unwrap_or(WAIT);
-        let request = Request::Add(request.clone());
         daemon::ask(&config.socket, wait, daemon::ANSWER, &request, Some(descriptor.as_fd())).map_err(daemon::failure)
     };
     let Some(delegate) = delegate else {
-        return outcome::added(version, config, &netns, &make(&request)?, None);
+        let attached =
+            make(Request::Add(request.clone())).and_then(|attached| as_trusted(config, &request, attached))?;
+        return outcome::added(version, config, &netns, &attached, None);
     };
     let delegate = Delegate::find(&delegate)?;
-    refuse_known(config, &request.key)?;
-    let Given { addresses, routes, dns } = delegate.add(&config.document)?;
-    (request.given, request.routes) = (addresses, routes);
-    let made = make(&request).and_then(|attached| as_given(config, &request, attached));
-    let result = made.and_then(|attached| outcome::added(version, config, &netns, &attached, dns.as_ref()));
-    if result.is_err() {
-        delegate.undo(&config.document);
+    if delegate.comes_after_the_interface() {
+        make(Request::Prepare(request.clone())).map_err(unless_old)?;
+    } else {
+        refuse_known(config, &request.key)?;
     }
-    result
+    let undo = |made: bool| {
+        if made {
+            delegate.undo(&config.document);
+        }
+        if delegate.comes_after_the_interface()
+            && let Err(failure) = free(config, &request.key, None)
+        {
+            eprintln!("weft-cni: the interface could not be taken away, which is left to the runtime's DEL: {failure}");
+        }
+    };
+    let Given { addresses, routes, dns } = delegate.add(&config.document).inspect_err(|_| undo(false))?;
+    let request = Attach { given: addresses, routes, ..request.clone() };
+    let complete = if delegate.comes_after_the_interface() { Request::Complete } else { Request::Add };
+    let made = make(complete(request.clone()));
+    let made = made.and_then(|attached| as_given(config, &request, attached));
+    let made = made.and_then(|attached| as_trusted(config, &request, attached));
+    made.and_then(|attached| outcome::added(version, config, &netns, &attached, dns.as_ref()))
+        .inspect_err(|_| undo(true))
+}
+
+/// A daemon of an older release does not know what it was asked for.
+fn unless_old(failure: Failure) -> Failure {
+    if failure.code != code::REQUEST {
+        return failure;
+    }
+    Failure::new(
+        code::UNSUPPORTED_FIELD,
+        "this weftd cannot make an interface before its addresses are known, as dhcp needs it",
+    )
+    .with_details("install weftd and weft-cni of the same release")
+}
+
+/// A daemon of an older release knows nothing of trust, and would leave a server without its voice.
+fn as_trusted(config: &Config, request: &Attach, attached: Attached) -> Result<Attached, Failure> {
+    if request.trusted.iter().all(|word| attached.trusted.contains(word)) {
+        return Ok(attached);
+    }
+    free(config, &request.key, None)?;
+    Err(Failure::new(code::UNSUPPORTED_FIELD, "this weftd knows nothing of trusted pods")
+        .with_details("install weftd and weft-cni of the same release"))
 }
 
 /// A second ADD fails. It must do so before another plugin is asked, whose undoing would take away what the first was given.
@@ -174,12 +213,17 @@ fn del(config: &Config) -> Result<(), Failure> {
     let key = environment::attachment(&config.network)?;
     let netns = environment::variable("CNI_NETNS").ok().flatten();
     let descriptor = netns.and_then(|path| netns::open_pod(&path).ok());
-    free(config, &key, descriptor.as_ref().map(AsFd::as_fd))?;
-    match config.role() {
-        Ok(Role::Delegating(name)) => Delegate::find(&name)?.run("DEL", &config.document).map(drop),
-        // What an ADD would be refused for is not in a DEL's way.
-        _ => Ok(()),
+    let free = || free(config, &key, descriptor.as_ref().map(AsFd::as_fd));
+    // What an ADD would be refused for is not in a DEL's way.
+    let Ok(Role::Delegating(name)) = config.role() else { return free() };
+    let delegate = Delegate::find(&name);
+    if delegate.as_ref().is_ok_and(Delegate::comes_after_the_interface) {
+        // It gives the address back by the interface. That goes even if the plugin fails.
+        let released = delegate?.run("DEL", &config.document);
+        return free().and(released.map(drop));
     }
+    free()?;
+    delegate?.run("DEL", &config.document).map(drop)
 }
 
 fn free(config: &Config, key: &AttachmentKey, descriptor: Option<BorrowedFd<'_>>) -> Result<(), Failure> {
@@ -296,5 +340,6 @@ fn not_available(failure: Failure) -> Failure {
 
 /// An attachment without addresses, to try whether a result can be written.
 fn blank(key: &AttachmentKey) -> Attached {
-    Attached { ifname: key.ifname.clone(), mac: String::new(), mtu: 0, addresses: Vec::new(), routes: Vec::new() }
+    let (mac, addresses, routes, trusted) = (String::new(), Vec::new(), Vec::new(), Vec::new());
+    Attached { ifname: key.ifname.clone(), mac, mtu: 0, addresses, routes, trusted }
 }

@@ -70,6 +70,11 @@ impl Delegate {
         Ok(Delegate { name: name.to_owned(), path, whose: None })
     }
 
+    /// Whether it works by the interface that the addresses are for: then it comes after that is made, and before it goes.
+    pub fn comes_after_the_interface(&self) -> bool {
+        self.name == "dhcp"
+    }
+
     /// Has it give addresses. If it fails, what it may have taken is freed.
     pub fn add(&self, document: &Value) -> Result<Given, Failure> {
         let given = self.run("ADD", document).and_then(|result| self.given(&result));

@@ -38,6 +38,7 @@ pub fn add(version: Version, config: &Config) -> Result<Value, Failure> {
         bandwidth: None,
         given: Vec::new(),
         routes: None,
+        trusted: Vec::new(),
         labels: arguments.labels,
     });
     let wait = config.wait.unwrap_or(WAIT);

@@ -135,6 +135,7 @@ pub fn expected(previous: &Map<String, Value>, ifname: &str) -> Result<Attached,
         mtu: interface["mtu"].as_u64().and_then(|mtu| u32::try_from(mtu).ok()).unwrap_or(0),
         addresses,
         routes: items("routes").iter().filter_map(route).collect(),
+        trusted: Vec::new(),
     })
 }
 
@@ -168,7 +169,14 @@ fn say_family(version: Version, ip: &mut Map<String, Value>) {
 pub fn expected_leases(previous: &Map<String, Value>) -> Result<Attached, Failure> {
     let ips = previous.get("ips").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
     let addresses = ips.iter().map(expected_address).collect::<Result<Vec<_>, _>>()?;
-    Ok(Attached { ifname: String::new(), mac: String::new(), mtu: 0, addresses, routes: Vec::new() })
+    Ok(Attached {
+        ifname: String::new(),
+        mac: String::new(),
+        mtu: 0,
+        addresses,
+        routes: Vec::new(),
+        trusted: Vec::new(),
+    })
 }
 
 fn unspecified(is_v6: bool) -> IpAddr {
@@ -200,6 +208,7 @@ mod tests {
                 AttachedAddress { address: "fd00::2/64".into(), gateway: "fd00::1".parse().unwrap() },
             ],
             routes: vec![AttachedRoute::new("0.0.0.0/0", "10.1.0.1".parse().unwrap())],
+            trusted: Vec::new(),
         }
     }
 

@@ -1,7 +1,8 @@
 //! What an ADD asks for: the administrator's keys, the runtime's `runtimeConfig`, `args.cni` and `CNI_ARGS` in one.
 //!
 //! Keys of the configuration, all optional: `mtu` (0 or absent: the node's), `port` (`tap`, `xdp` or `auto`; absent: the
-//! node's), `bandwidth` (limits as the capability has them), `dns`, and `ipam` with type `weft` (or none): `ranges`, or the old `subnet`,
+//! node's), `bandwidth` (limits as the capability has them), `trusted` (a list of what the network's pods may do that others may not: `dhcp`, to
+//! answer as a DHCP server), `dns`, and `ipam` with type `weft` (or none): `ranges`, or the old `subnet`,
 //! `rangeStart`, `rangeEnd`, `gateway`, as host-local reads them, and `routes`. From the runtime:
 //! `runtimeConfig.{ips,ipRanges,mac,bandwidth,dns,portMappings}`, `args.cni.{ips,mac}`.
 //!
@@ -30,6 +31,7 @@ pub struct Wanted {
     pub mtu: Option<u32>,
     pub port: Option<String>,
     pub bandwidth: Option<Bandwidth>,
+    pub trusted: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -92,6 +94,7 @@ impl Config {
             mtu: section(&self.document, "/mtu")?.filter(|&mtu: &u32| mtu != 0),
             port: self.port()?,
             bandwidth: self.bandwidth(runtime.bandwidth)?,
+            trusted: self.trusted()?,
             ..Wanted::default()
         };
         if matches!(self.role()?, Role::Delegating(_)) {
@@ -175,6 +178,20 @@ impl Config {
             }
         }
         Ok(Some(asked).filter(|asked| asked.ingress_rate > 0 || asked.egress_rate > 0))
+    }
+
+    /// The administrator says it, never the runtime or who makes pods.
+    fn trusted(&self) -> Result<Vec<String>, Failure> {
+        if self.role()? == Role::Ipam {
+            return Ok(Vec::new());
+        }
+        let trusted: Vec<String> = section(&self.document, "/trusted")?.unwrap_or_default();
+        match trusted.iter().find(|word| *word != "dhcp") {
+            Some(word) => {
+                Err(unsupported("trusted", &json!(word), "the pods of a network can be trusted with \"dhcp\""))
+            }
+            None => Ok(trusted),
+        }
     }
 
     fn port(&self) -> Result<Option<String>, Failure> {
@@ -310,6 +327,7 @@ mod tests {
             (json!({ "ipam": {} }), "ipam without a type"),
             (json!({ "ipam": "weft" }), "ipam without a type with the value \"weft\""),
             (json!({ "ipam": { "type": "weft", "dataDir": "/tmp" } }), "ipam.dataDir"),
+            (json!({ "trusted": ["dhcp", "all"] }), "trusted with the value \"all\""),
         ];
         for (keys, named) in cases {
             let failure = wanted(keys).unwrap_err();
@@ -376,6 +394,22 @@ mod tests {
         assert_eq!(limits(json!({ "bandwidth": low })), Some(one));
         assert_eq!(limits(json!({ "bandwidth": low, "runtimeConfig": { "bandwidth": high } })), Some(other));
         assert_eq!(limits(json!({ "runtimeConfig": { "bandwidth": {} } })), None);
+    }
+
+    #[test]
+    fn trust_is_the_administrators_to_give() {
+        let trusted = |keys| wanted(keys).unwrap().trusted;
+        assert_eq!(trusted(json!({ "trusted": ["dhcp"] })), ["dhcp"]);
+        let word = json!({ "trusted": ["dhcp"] });
+        for keys in [
+            json!({}),
+            json!({ "trusted": null }),
+            json!({ "runtimeConfig": word }),
+            json!({ "args": { "cni": word } }),
+        ] {
+            assert!(trusted(keys).is_empty());
+        }
+        assert_eq!(wanted(json!({ "trusted": "dhcp" })).unwrap_err().code, code::CONFIG);
     }
 
     #[test]

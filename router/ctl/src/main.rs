@@ -16,6 +16,7 @@ mod lab;
 mod output;
 mod show;
 mod table;
+mod uninstall;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -71,6 +72,8 @@ enum Command {
     Leave,
     /// Put the plugin where this node's container runtime looks for it.
     InstallCni(install_cni::Install),
+    /// Take Weft off this node, and leave it as it was. Refused while pods are attached.
+    Uninstall(uninstall::Uninstall),
     /// Is this node fit for Weft? What is not, and what to change. Exits with 3 if there is a problem.
     Doctor(doctor::Doctor),
     /// A cluster on this machine, from network namespaces.
@@ -123,6 +126,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 .map(|found_problems| if found_problems { EXIT_PROBLEMS } else { 0 });
         }
         Command::InstallCni(args) => return install_cni::install(&args).map(|()| 0),
+        Command::Uninstall(args) => return uninstall::uninstall(&args, &cli.socket).map(|()| 0),
         Command::Ipam(command) => return ipam::run(command, &cli.socket),
         Command::Lab(command) => return lab::run(command).map(|()| 0),
         Command::LabPeer(command) => return lab::run_peer(command).map(|()| 0),

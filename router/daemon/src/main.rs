@@ -13,6 +13,7 @@ mod log;
 mod metrics;
 mod netlink;
 mod node;
+mod sysctl;
 mod uplink;
 
 use std::path::{Path, PathBuf};
@@ -34,9 +35,11 @@ use weft_router::Event;
 use control::cluster::Cluster;
 use control::config::source::SourceConfig;
 use control::config::{Checked, Config, Log};
+use control::kubernetes::address;
 use control::saved;
-use control::source::{self, Following, View};
+use control::source::{self, Following, Order, View};
 use log::LogLevel;
+use metrics::http::Subject;
 use node::Node;
 
 /// How often [`keep_house`] is due.
@@ -85,7 +88,7 @@ fn main() -> ExitCode {
             return ExitCode::from(FAILED);
         }
     };
-    let Checked { config, warnings } = match node::read_config(&arguments.config) {
+    let Checked { config, warnings } = match node::read_config(&arguments.config, None) {
         Ok(checked) => checked,
         Err(error) => return misconfigured(&error),
     };
@@ -105,7 +108,7 @@ fn main() -> ExitCode {
 
 fn check(path: &Path) -> ExitCode {
     log::start(Log { level: tracing::Level::WARN, json: false });
-    match node::read_config(path) {
+    match node::read_config(path, None) {
         Ok(checked) => {
             node::log_warnings(path, &checked.warnings);
             println!("{} is valid", path.display());
@@ -160,19 +163,29 @@ fn run(runtime: Runtime, signals: Signals, config: Config, path: PathBuf, level:
 }
 
 /// Makes the node, as soon as it is known what it is, and serves.
-async fn begin(mut signals: Signals, config: Config, path: PathBuf, level: LogLevel) -> anyhow::Result<()> {
+async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: LogLevel) -> anyhow::Result<()> {
+    let mut early = None;
+    let subject = Arc::new(Subject::default());
+    if let Some(address) = config.metrics {
+        metrics::http::start(&subject, address).await?;
+    }
+    if config.source != SourceConfig::File {
+        let socket = api::socket::Bound::new(&config.socket)?;
+        match find_address(&config, &path, &socket, &mut signals, &subject).await? {
+            Some(found) => config = found,
+            None => return Ok(()),
+        }
+        early = Some(socket);
+    }
     let known = known_before(&config);
     let mut following = source::follow(&config, known.clone());
-    let mut early = None;
-    let view = match &mut following {
+    let view = match following.as_mut().zip(early.as_ref()) {
         None => View::default(),
-        Some(following) => {
-            let socket = api::socket::Bound::new(&config.socket)?;
-            let Some(view) = await_ranges(&socket, &mut signals, &mut following.views).await else {
+        Some((following, socket)) => {
+            let Some(view) = await_ranges(socket, &mut signals, &mut following.views, &subject).await else {
                 tracing::info!("stopping");
                 return Ok(());
             };
-            early = Some(socket);
             view
         }
     };
@@ -197,7 +210,44 @@ async fn begin(mut signals: Signals, config: Config, path: PathBuf, level: LogLe
     if let Some(Following { views, .. }) = following {
         drop(tokio::spawn(put_in_force(Arc::clone(&node), views)));
     }
-    serve(&node, signals, socket).await
+    serve(&node, signals, socket, &subject).await
+}
+
+/// The configuration with this machine's underlay address as the source has it, if the file does not say it; `None` if a signal came
+/// first.
+async fn find_address(
+    config: &Config,
+    path: &Path,
+    socket: &api::socket::Bound,
+    signals: &mut Signals,
+    subject: &Subject,
+) -> anyhow::Result<Option<Config>> {
+    let kubernetes = match &config.source {
+        SourceConfig::Kubernetes(kubernetes) if !config.underlay.is_given => kubernetes,
+        _ => return Ok(Some(config.clone())),
+    };
+    let had = saved::address(&config.state_dir);
+    let (sender, views) = watch::channel(View::default());
+    let tell = |why: String| {
+        subject.waits(&why);
+        drop(sender.send_replace(View { trouble: Some(why), ..View::default() }));
+    };
+    let found = address::discover(kubernetes, &config.node, had, tell);
+    tokio::pin!(found);
+    let waiting = api::waiting::Waiting::new(views.clone());
+    let found = loop {
+        tokio::select! {
+            found = &mut found => break found,
+            _ = signals.terminate.recv() => return Ok(None),
+            _ = signals.interrupt.recv() => return Ok(None),
+            Ok(stream) = socket.accept() => waiting.serve(stream),
+        }
+    };
+    let Some(found) = found else {
+        tracing::warn!(address = %config.underlay.address, "the cluster does not say this machine's address: taking its main one");
+        return Ok(Some(config.clone()));
+    };
+    Ok(Some(node::read_config(path, Some(found))?.config))
 }
 
 /// What was known of the cluster when weftd last ran.
@@ -219,6 +269,7 @@ async fn await_ranges(
     socket: &api::socket::Bound,
     signals: &mut Signals,
     views: &mut watch::Receiver<View>,
+    subject: &Subject,
 ) -> Option<View> {
     let waiting = api::waiting::Waiting::new(views.clone());
     loop {
@@ -226,6 +277,7 @@ async fn await_ranges(
         if view.cluster.as_ref().is_some_and(|cluster| !cluster.ranges.is_empty()) {
             return Some(view);
         }
+        subject.waits(view.trouble.as_deref().unwrap_or("its source has not answered yet"));
         match &view.trouble {
             Some(why) => tracing::warn!("waiting for this node's ranges: {why}"),
             None => tracing::info!("waiting for this node's ranges"),
@@ -246,21 +298,27 @@ async fn await_ranges(
     }
 }
 
-async fn serve(node: &Arc<Node>, mut signals: Signals, socket: api::socket::Bound) -> anyhow::Result<()> {
+async fn serve(
+    node: &Arc<Node>,
+    mut signals: Signals,
+    socket: api::socket::Bound,
+    subject: &Subject,
+) -> anyhow::Result<()> {
     let path = node.state().desired.config.socket.clone();
     // After the socket is bound and before anyone is served: a shim that still gave up finds the socket on its second try.
     attach::tombstone::honour_all(node);
     attach::reconcile::at_start(node);
     let mut data_plane = watch_data_plane(node)?;
     let server = api::Server::new(Arc::clone(node));
-    let metrics = node.state().desired.config.metrics;
-    if let Some(address) = metrics {
-        metrics::http::start(node, address).await?;
-    }
+    subject.is(node);
     let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
     housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut keeping: Option<JoinHandle<()>> = None;
     tracing::info!(socket = %path.display(), pid = std::process::id(), "ready");
+    if let Some(orders) = &node.orders {
+        // There is room for it: a source that has ended takes none, which ended with a panic.
+        let _ = orders.try_send(Order::Serving);
+    }
     let config = Arc::clone(&node.state().desired.config);
     drop(tokio::task::spawn_blocking(move || conflist::tell_runtime(&config)));
     loop {

@@ -323,7 +323,7 @@ impl Netlink {
             addresses: addresses.iter().filter(|(at, _)| *at == link.index).map(|(_, net)| net.addr()).collect(),
         };
         let interfaces = self.links()?.into_iter().map(interface).collect();
-        Ok(Host { interfaces, defaults: Vec::new() })
+        Ok(Host { interfaces, ..Host::default() })
     }
 
     /// Gives a namespace a number here.

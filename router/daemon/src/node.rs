@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
@@ -29,7 +30,9 @@ use crate::attach::veth::Veth;
 use crate::attach::watch::Watch;
 use crate::control::cluster::Cluster;
 use crate::control::compile::{compile, with_pod, without_pod};
+use crate::control::config::kubernetes::NODE_NAME;
 use crate::control::config::reader::{Problem, decode};
+use crate::control::config::source::SourceConfig;
 use crate::control::config::{Checked, Config, default_workers};
 use crate::control::desired::{DesiredState, HOST, PortNumbers, UNDERLAY};
 use crate::control::host::Host;
@@ -110,9 +113,13 @@ pub struct Attachment {
     pub veth: Option<Arc<Veth>>,
 }
 
-/// Reads the configuration and checks it against this machine.
-pub fn read_config(path: &Path) -> anyhow::Result<Checked> {
-    let look = |mut netlink: Netlink| Ok(Host { defaults: netlink.default_devices()?, ..netlink.host()? });
+/// Reads the configuration and checks it against this machine, whose underlay address, unless the file says it, is `address` if that
+/// is known.
+pub fn read_config(path: &Path, address: Option<IpAddr>) -> anyhow::Result<Checked> {
+    let node_name = std::env::var(NODE_NAME).ok();
+    let look = |mut netlink: Netlink| {
+        Ok(Host { defaults: netlink.default_devices()?, node_name, node_address: address, ..netlink.host()? })
+    };
     let host = Netlink::open().and_then(look).context("cannot list this machine's interfaces")?;
     read_config_for(path, &host)
 }
@@ -223,6 +230,18 @@ impl Node {
             tables
         });
         Some(port)
+    }
+
+    /// Puts in force what has become of an attachment's interface; `false` if it is gone.
+    pub fn change(&self, key: &AttachmentKey, interface: &Interface) -> bool {
+        let mut state = self.state();
+        let Some(attachment) = state.attachments.get_mut(key) else { return false };
+        attachment.interface = interface.clone();
+        let port = attachment.port;
+        let mut desired = state.desired.clone();
+        desired.pods.insert(port, Attachment::pod(interface));
+        self.put_in_force(&mut state, desired);
+        true
     }
 
     /// Takes an attachment's port and its place in the tables away; whether it had one. The lease stays.
@@ -396,7 +415,11 @@ impl Node {
             Err(Failure { code: code::CONFIG, msg, details: details.into() })
         };
         let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
-        let Checked { config, warnings } = match read_config(&self.config_path) {
+        let address = {
+            let local = Arc::clone(&self.state().local);
+            matches!(local.source, SourceConfig::Kubernetes(_)).then_some(local.underlay.address)
+        };
+        let Checked { config, warnings } = match read_config(&self.config_path, address) {
             Ok(checked) => checked,
             Err(error) => return refuse(format!("{error:#}"), "the old configuration stays in force"),
         };
@@ -447,7 +470,7 @@ impl Node {
             (Arc::clone(&state.local), state.view.cluster.clone())
         };
         let Some(cluster) = cluster else { return };
-        if let Err(error) = saved::save(&local.state_dir, &local.node, &cluster) {
+        if let Err(error) = saved::save(&local.state_dir, &local, &cluster) {
             tracing::warn!(%error, "the state of the cluster cannot be kept in {}", local.state_dir.display());
         }
     }

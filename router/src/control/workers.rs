@@ -317,7 +317,7 @@ mod tests {
     use crate::port::sample;
     use crate::port::tap::tests::{ALL, give, take, tap};
     use crate::tables::Tables;
-    use crate::tables::{Gateway, Pod};
+    use crate::tables::{Dhcp, Gateway, Pod};
     use rustix::event::{PollFd, PollFlags, poll};
     use std::os::fd::OwnedFd;
     use weft_encap::mac::Mac;
@@ -334,6 +334,7 @@ mod tests {
                 ipv6: Vec::new(),
                 mtu: 1450,
                 limits: Limits::default(),
+                dhcp: Dhcp::default(),
             };
             tables.add_pod(PortId(number.into()), pod);
         }

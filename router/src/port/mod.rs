@@ -206,6 +206,17 @@ pub trait Port {
     /// by whoever drives it.
     fn readable(&self) -> Option<BorrowedFd<'_>>;
 
+    /// Whether there may be something to receive, as far as that is seen without asking the kernel. `None` if it is not.
+    fn peek(&mut self) -> Option<bool> {
+        None
+    }
+
+    /// Has [`Port::readable`] tell of the frames of a port that can be looked at, or not any more. `false` if whoever polls that
+    /// descriptor has to see to it.
+    fn watch(&mut self, _on: bool) -> bool {
+        false
+    }
+
     /// Has a port that only sent receive, too: the worker that received from this device is gone.
     fn receive_too(&mut self) {}
 

@@ -49,6 +49,7 @@ pub struct Sockets {
     peer_port: u16,
     receive: OwnedFd,
     transmit: Vec<OwnedFd>,
+    fragmenting: Option<OwnedFd>,
 }
 
 impl Underlay {
@@ -76,9 +77,25 @@ impl Underlay {
         let sockets = std::iter::once(Ok(first)).chain(others).map(|receive| {
             let receive = receive?.into();
             let transmit = (0..transmit_sockets.max(1)).map(|_| open_transmit(local).map(OwnedFd::from));
-            Ok(Sockets { peer_port: local.port(), receive, transmit: transmit.collect::<io::Result<_>>()? })
+            Ok(Sockets {
+                peer_port: local.port(),
+                receive,
+                transmit: transmit.collect::<io::Result<_>>()?,
+                fragmenting: None,
+            })
         });
         Ok(Underlay { local, sockets: sockets.collect::<io::Result<_>>()? })
+    }
+
+    /// Opens one more socket for each worker, for [`Fragmenting`].
+    ///
+    /// # Errors
+    /// As for [`Underlay::open`].
+    pub fn allow_fragments(&mut self) -> io::Result<()> {
+        for sockets in &mut self.sockets {
+            sockets.fragmenting = Some(open_fragmenting(self.local)?.into());
+        }
+        Ok(())
     }
 
     /// Where it receives. Peers are reached at the same port.
@@ -130,10 +147,47 @@ fn open_transmit(mut local: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// The same, but what it sends may go in fragments: made here where a path's own length demands it, and by routers of IPv4.
+fn open_fragmenting(local: SocketAddr) -> io::Result<Socket> {
+    let socket = open_transmit(local)?;
+    match local {
+        SocketAddr::V4(_) => sockopt::set_ip_mtu_discover(&socket, sockopt::Ipv4PathMtuDiscovery::DONT)?,
+        SocketAddr::V6(_) => {
+            sockopt::set_ipv6_mtu_discover(&socket, sockopt::Ipv6PathMtuDiscovery::DONT)?;
+            // No router fragments IPv6, and each path carries what RFC 8200, section 5, says at least.
+            message::set_fragment_size_v6(&socket)?;
+        }
+    }
+    Ok(socket)
+}
+
 /// Beyond the administrator's limit if we may, up to it otherwise.
 fn force_receive_buffer(socket: &Socket) -> Result<(), Errno> {
     sockopt::set_socket_recv_buffer_size_force(socket, SOCKET_BUFFER)
         .or_else(|_| sockopt::set_socket_recv_buffer_size(socket, SOCKET_BUFFER))
+}
+
+/// A worker's socket for datagrams that are too long for the path to their node and have to get there all the same: IPv6 inside
+/// the tunnel demands 1280 bytes of any path (RFC 8200, section 5), and what is behind the tunnel cannot know why. The datagram then
+/// goes in fragments, as RFC 2473, section 7, has tunnels do; the kernel of the receiving node puts it together.
+pub struct Fragmenting(transmit::Sender);
+
+impl Fragmenting {
+    /// Sends all of the queue for the port of that number, superframes cut.
+    ///
+    /// # Errors
+    /// The socket is broken.
+    pub fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
+        self.0.transmit(queue, stats)
+    }
+}
+
+impl Sockets {
+    /// The socket for what may go in fragments, if it was opened, as a part of the port of that number.
+    pub fn fragmenting(&mut self, id: PortId) -> Option<Fragmenting> {
+        let socket = self.fragmenting.take()?;
+        Some(Fragmenting(transmit::Sender::single(id, self.peer_port, socket)))
+    }
 }
 
 /// One worker's [`Sockets`] as a port.
@@ -147,7 +201,7 @@ impl UdpPort {
     /// A port of that number. A packet inside the tunnel has at most `tunnel_mtu` bytes, its Ethernet header not
     /// counted.
     pub fn new(sockets: Sockets, id: PortId, tunnel_mtu: u32) -> UdpPort {
-        let Sockets { peer_port, receive, transmit } = sockets;
+        let Sockets { peer_port, receive, transmit, .. } = sockets;
         UdpPort {
             socket: receive,
             receiver: receive::Receiver::new(id, tunnel_mtu),

@@ -14,7 +14,7 @@ use weft_router::frame::{Frame, Outer};
 use weft_router::pace::Limits;
 use weft_router::pool::Pool;
 use weft_router::port::{Outbox, PortId};
-use weft_router::tables::{Gateway, Mode, Node, NodeId, Pod, Tables, Via};
+use weft_router::tables::{Dhcp, Gateway, Mode, Node, NodeId, Pod, Tables, Via};
 use weft_router::{DropReason, Instant, RouterConfig};
 
 pub const UNDERLAY: PortId = PortId(0);
@@ -63,6 +63,7 @@ impl Bed {
                 ipv6: vec![pod_v6(number)],
                 mtu: 1450,
                 limits: Limits::default(),
+                dhcp: Dhcp::default(),
             };
             tables.add_pod(PortId(number.into()), pod);
         }

@@ -7,7 +7,7 @@ use weft_encap::mac::Mac;
 use weft_router::DropReason;
 use weft_router::pace::Limits;
 use weft_router::port::PortId;
-use weft_router::tables::{Mode, Pod};
+use weft_router::tables::{Dhcp, Mode, Pod};
 
 use crate::bed::*;
 
@@ -21,8 +21,14 @@ const BEYOND6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 /// Two pods, another node, and this node itself on port 9.
 fn bed(mode: Mode) -> Bed {
     let mut bed = Bed::new(mode, 2);
-    let interface =
-        Pod { mac: HOST_MAC, ipv4: vec![HOST_V4], ipv6: vec![HOST_V6], mtu: 1450, limits: Limits::default() };
+    let interface = Pod {
+        mac: HOST_MAC,
+        ipv4: vec![HOST_V4],
+        ipv6: vec![HOST_V6],
+        mtu: 1450,
+        limits: Limits::default(),
+        dhcp: Dhcp::default(),
+    };
     bed.tables.add_host(PortId(HOST), interface);
     bed
 }

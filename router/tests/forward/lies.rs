@@ -9,7 +9,7 @@ use weft_encap::vxlan::{Vni, VxlanHeader};
 use weft_encap::zerocopy::IntoBytes;
 use weft_router::DropReason;
 use weft_router::port::PortId;
-use weft_router::tables::Mode;
+use weft_router::tables::{Dhcp, Mode, Role};
 
 use crate::bed::*;
 
@@ -94,6 +94,66 @@ fn a_pod_speaks_for_nobody_else() {
         bed.assert_only(1, reason, 1);
         assert_eq!(bed.forwarder.fdb(), []);
     }
+}
+
+/// What one pod says to everybody over UDP.
+fn to_everybody(mac: Mac, from: Ipv4Addr, ports: (u16, u16)) -> Vec<u8> {
+    let builder = PacketBuilder::ethernet2(mac.0, [0xff; 6]).ipv4(from.octets(), [255; 4], 64).udp(ports.0, ports.1);
+    let mut bytes = Vec::new();
+    builder.write(&mut bytes, &[0; 240]).unwrap();
+    bytes
+}
+
+fn bed_with(port: u16, dhcp: Dhcp) -> Bed {
+    let mut bed = Bed::new(Mode::Bridged, 2);
+    let role = bed.tables.ports[usize::from(port)].as_mut().map(std::sync::Arc::make_mut);
+    let Some(Role::Pod(pod)) = role else { panic!("there is such a pod") };
+    pod.dhcp = dhcp;
+    bed
+}
+
+#[test]
+fn a_trusted_pod_may_answer_as_a_dhcp_server_and_still_not_lie() {
+    let (m1, offer) = (pod_mac(1), to_everybody(pod_mac(1), pod_v4(1), (67, 68)));
+    // The other pod, and the other node.
+    assert_eq!(bed_with(1, Dhcp::Server).pod_sends(1, &offer).len(), 2);
+    let lies = [
+        (to_everybody(m1, pod_v4(2), (67, 68)), DropReason::SourceIp),
+        (to_everybody(pod_mac(2), pod_v4(1), (67, 68)), DropReason::SourceMac),
+    ];
+    for (bytes, reason) in lies {
+        let mut bed = bed_with(1, Dhcp::Server);
+        assert_eq!(bed.pod_sends(1, &bytes), [], "{reason:?}");
+        bed.assert_only(1, reason, 1);
+    }
+}
+
+#[test]
+fn a_pod_that_waits_for_its_address_asks_for_it_and_says_nothing_else() {
+    let (m1, m2) = (pod_mac(1), pod_mac(2));
+    let nobody = Ipv4Addr::UNSPECIFIED;
+    assert_eq!(bed_with(1, Dhcp::Asking).pod_sends(1, &to_everybody(m1, nobody, (68, 67))).len(), 2);
+    // Answers reach it, by its MAC or to everybody.
+    assert_eq!(bed_with(1, Dhcp::Asking).pod_sends(2, &udp4(m2, m1, pod_v4(2), pod_v4(1), 64, 1)).len(), 1);
+    let refused = [
+        to_everybody(m1, nobody, (68, 68)),
+        to_everybody(m1, nobody, (67, 67)),
+        to_everybody(m1, pod_v4(1), (68, 67)),
+        udp4(m1, GATEWAY, pod_v4(1), REMOTE, 64, 1),
+        udp4(m1, m2, pod_v4(1), pod_v4(2), 64, 1),
+        arp_request(m1, pod_v4(1), pod_v4(2)),
+        arp_request(m1, nobody, pod_v4(1)),
+        solicitation(m1, Ipv6Addr::UNSPECIFIED, m1.link_local()),
+        udp6(m1, m2, m1.link_local(), m2.link_local(), 64, 1),
+    ];
+    for bytes in refused {
+        let mut bed = bed_with(1, Dhcp::Asking);
+        assert_eq!(bed.pod_sends(1, &bytes), [], "{bytes:02x?}");
+        bed.assert_only(1, DropReason::AddressPending, 1);
+    }
+    let mut bed = bed_with(1, Dhcp::Asking);
+    assert_eq!(bed.pod_sends(1, &to_everybody(m2, nobody, (68, 67))), []);
+    bed.assert_only(1, DropReason::SourceMac, 1);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use weft_router::pace::Limits;
 use weft_router::port::sys::message::{self, Message};
 use weft_router::port::tap::Tap;
 use weft_router::port::udp::Underlay;
-use weft_router::tables::{Gateway, Node as Peer, NodeId, Pod, Tables, Via};
+use weft_router::tables::{Dhcp, Gateway, Node as Peer, NodeId, Pod, Tables, Via};
 use weft_router::{Device, PortId, Router, RouterConfig};
 
 const UNDERLAY: PortId = PortId(0);
@@ -128,7 +128,17 @@ impl Node {
         ip(&["-6", "route", "add", "default", "via", &format!("fd00:10:244:{}::1", self.number)]);
         let port = PortId(number.into());
         self.router().add_port(port, Device::Tap(tap)).unwrap();
-        self.pods.push((port, Pod { mac, ipv4: vec![ipv4], ipv6: vec![ipv6], mtu: 1450, limits: Limits::default() }));
+        self.pods.push((
+            port,
+            Pod {
+                mac,
+                ipv4: vec![ipv4],
+                ipv6: vec![ipv6],
+                mtu: 1450,
+                limits: Limits::default(),
+                dhcp: Dhcp::default(),
+            },
+        ));
         pod
     }
 

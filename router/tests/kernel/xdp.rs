@@ -24,7 +24,9 @@ use weft_router::port::tap::{Tap, TapPort};
 use weft_router::port::udp::{UdpPort, Underlay};
 use weft_router::port::xdp::outer::NextHop;
 use weft_router::port::xdp::programs::Tunnel;
-use weft_router::port::xdp::{Attachment, Hops, PodProgram, Verdict, XdpDevice, XdpPort, XdpUnderlay, programs};
+use weft_router::port::xdp::{
+    Attachment, Hops, KernelWay, PodProgram, Verdict, XdpDevice, XdpPort, XdpUnderlay, programs,
+};
 use weft_router::port::{Batch, Port, Queue};
 use weft_router::stats::Stats;
 use weft_router::{DropReason, PortId};
@@ -636,8 +638,11 @@ fn an_xdp_underlay_and_the_kernels_udp_understand_each_other() {
         let umem = Umem::of(pool.arena());
         let tunnel = Tunnel { addresses: vec![here], port: PORT, vlan: None, secret: 7 };
         let udp = |node: &Netns, address| {
-            let sockets = node.inside(|| Underlay::open((address, PORT).into(), 4).unwrap()).into_sockets().remove(0);
-            UdpPort::new(sockets, ONE, 1450)
+            let mut underlay = node.inside(|| Underlay::open((address, PORT).into(), 4).unwrap());
+            node.inside(|| underlay.allow_fragments().unwrap());
+            let mut sockets = underlay.into_sockets().remove(0);
+            let fragmenting = sockets.fragmenting(ONE);
+            (UdpPort::new(sockets, ONE, 1450), fragmenting)
         };
         let device = nodes[0].inside(|| {
             let any = socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
@@ -648,24 +653,25 @@ fn an_xdp_underlay_and_the_kernels_udp_understand_each_other() {
             XdpDevice::new(attachment, socket)
         });
         let hops = Arc::new(ArcSwap::from_pointee(Hops::default()));
-        let kernel = Box::new(udp(&nodes[0], here));
+        let (kernel, fragmenting) = udp(&nodes[0], here);
+        let kernel = KernelWay::new(Box::new(kernel), fragmenting);
         let mut xdp = XdpUnderlay::new(vec![device], tunnel, Arc::clone(&hops), kernel, &pool, ONE).unwrap();
-        let mut other = udp(&nodes[1], there);
+        let mut other = udp(&nodes[1], there).0;
         let sizes = [(18, 0), (1_300, 0), (20_000, 1_300)];
         let expected =
             |frames: &[Frame]| frames.iter().flat_map(|frame| frame.to_vec().split_off(50)).collect::<Vec<_>>();
-        // At first the node's next hop is not known, and the kernel finds it.
-        for known in [false, true] {
+        // At first the node's next hop is not known, and the kernel finds it. In the end the path is too narrow for most.
+        for (known, mtu) in [(false, 0), (true, 1500), (true, 1280)] {
             if known {
                 let [source, target] = [1, 2].map(|last| Mac([2, 0, 0, 0, 0, last]));
-                let hop = NextHop { source, target, vlan: None, mtu: 1500 };
+                let hop = NextHop { source, target, vlan: None, mtu };
                 hops.store(Arc::new([(there, hop.into())].into_iter().collect()));
             }
             for (len, size) in sizes {
                 let frames: Vec<Frame> = (0..3).map(|_| tunnelled(len, size, there, &pool)).collect();
                 let payload = expected(&frames);
                 let (came, peers) = carry(&pool, &mut xdp, &mut other, frames);
-                assert!(came == payload && peers.iter().all(|peer| *peer == here), "{len} bytes, {known}");
+                assert!(came == payload && peers.iter().all(|peer| *peer == here), "{len} bytes, {known} {mtu}");
                 let frames: Vec<Frame> = (0..3).map(|_| tunnelled(len, size, here, &pool)).collect();
                 let payload = expected(&frames);
                 let (came, peers) = carry(&pool, &mut other, &mut xdp, frames);

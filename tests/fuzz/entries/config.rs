@@ -13,7 +13,7 @@ pub fn config(bytes: &[u8]) {
         up: true,
         addresses: vec!["10.200.0.1".parse().expect("an address")],
     };
-    match Config::read(text, &Host { interfaces: vec![uplink], defaults: vec![2] }) {
+    match Config::read(text, &Host { interfaces: vec![uplink], defaults: vec![2], ..Host::default() }) {
         Ok(checked) => {
             let config = checked.config;
             assert!(config.mtu >= 68 && config.mtu <= u32::from(u16::MAX));

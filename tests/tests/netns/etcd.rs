@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use weft_api::{Empty, Failure, Request, code};
@@ -11,9 +10,9 @@ use weft_tests::command::eventually;
 use weft_tests::daemon::Daemon;
 use weft_tests::etcd::{ADDRESS, Etcd};
 use weft_tests::machine::turn;
-use weft_tests::netns::{Netns, OwnNetns};
+use weft_tests::netns::OwnNetns;
 use weft_tests::plugin;
-use weft_tests::traffic::await_answer;
+use weft_tests::traffic::{Pings, await_answer};
 
 /// The short lease, in seconds. etcd itself gives no shorter ones than two.
 const LEASE: u64 = 2;
@@ -83,34 +82,6 @@ fn engine(etcd: &Etcd, rest: u64, more: &str) -> String {
 
 fn ranges(daemon: &Daemon) -> Vec<String> {
     daemon.status().ranges
-}
-
-/// Pings that must all be answered: every 20 ms, for as long as the test goes on.
-struct Pings(Child);
-
-impl Pings {
-    fn start(from: &Netns, to: IpAddr) -> Pings {
-        let mut command = from.command("ping");
-        command.args(["-q", "-i", "0.02", "-W", "2", &to.to_string()]);
-        Pings(command.stdout(Stdio::piped()).spawn().unwrap())
-    }
-
-    #[track_caller]
-    fn assert_none_lost(self, at_least: u64) {
-        let pid = rustix::process::Pid::from_raw(self.0.id() as i32).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
-        let said = String::from_utf8(self.0.wait_with_output().unwrap().stdout).unwrap();
-        let numbers: Vec<u64> = said
-            .lines()
-            .find(|line| line.contains("packets transmitted"))
-            .unwrap_or_else(|| panic!("ping said: {said}"))
-            .split(|c: char| !c.is_ascii_digit())
-            .filter_map(|word| word.parse().ok())
-            .collect();
-        let (sent, received) = (numbers[0], numbers[1]);
-        // The last one may be on its way when ping is told to end.
-        assert!(sent >= at_least && sent - received <= 1, "{said}");
-    }
 }
 
 #[test]

@@ -38,7 +38,7 @@ fn everyone_reaches_the_nodes_and_the_nodes_everyone(mode: &str) {
             both(pod).iter().for_each(|address| pings(&node.netns(), *address, "-c 2"));
             own.iter().for_each(|address| pings(&pod.netns(), *address, "-c 2"));
             // The node's address among the nodes, as hostNetwork pods and the API server have it.
-            pings(&pod.netns(), node.underlay.into(), "-c 2");
+            pings(&pod.netns(), node.underlay, "-c 2");
         }
     }
     let (first, second) = (&lab.nodes[0], &lab.nodes[1]);
@@ -56,7 +56,7 @@ fn everyone_reaches_the_nodes_and_the_nodes_everyone(mode: &str) {
         for address in nodes[0].1 {
             traffic::transfer(&pod.netns(), &first.netns(), address, 32 << 20);
         }
-        traffic::transfer(&pod.netns(), &second.netns(), second.underlay.into(), 8 << 20);
+        traffic::transfer(&pod.netns(), &second.netns(), second.underlay, 8 << 20);
     }
     // Superframes pass whole: the node's kernel cut none of what went to its own pod.
     let host = first.daemon().ports().into_iter().find(|port| port.role == "host").expect("the node has a host port");
@@ -172,7 +172,7 @@ fn services_lead_to_backends_here_and_elsewhere_and_on_the_node() {
         for backend in [lab.pod(1, 2), lab.pod(2, 1)] {
             service_works(&clients, &node, service, (&backend.netns(), address(backend)), &SIZES);
         }
-        let host = if v4 { IpAddr::V4(lab.nodes[0].underlay) } else { own[1] };
+        let host = if v4 { lab.nodes[0].underlay } else { own[1] };
         service_works(&clients[..1], &node, service, (&node, host), &SIZES);
     }
     let info = lab.daemon(1).status().host_port.expect("the node has a host port");

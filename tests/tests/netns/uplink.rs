@@ -416,8 +416,8 @@ fn a_routers_word_about_a_packet_of_ours_narrows_the_way_and_others_do_not() {
     eventually("the pod is told", Duration::from_secs(3), || ping(1400).out.contains("mtu = 1350"));
     assert!(ping(1300).success);
     traffic::transfer(&pods[0].0, &pods[1].0, far, 4 << 20);
-    // No path is narrower than what every host can be sent.
+    // No path is narrower than what every host can be sent, and pods are told what Linux believes.
     assert!(attacks.send(&too_big(mac, packet, 68)));
-    eventually("the pod is told", Duration::from_secs(3), || ping(1000).out.contains("mtu = 526"));
+    eventually("the pod is told", Duration::from_secs(3), || ping(1000).out.contains("mtu = 552"));
     one.daemon().assert_conserved();
 }

@@ -10,8 +10,8 @@ use crate::folder::Folder;
 use crate::pod::Pod;
 use crate::runtime::{Call, config};
 
-/// An IPAM plugin of CNI up to `newest`: it answers an ADD with `result`, and fails every command that `fails` names.
-fn plugin(folder: &Folder, newest: &str, result: &Value, fails: &str) {
+/// An IPAM plugin `name` of CNI up to `newest`: it answers an ADD with `result`, and fails every command that `fails` names.
+pub fn plugin(folder: &Folder, name: &str, newest: &str, result: &Value, fails: &str) {
     let script = format!(
         r#"#!/bin/sh
 input=$(cat)
@@ -25,13 +25,13 @@ exit 0
 "#,
         folder = folder.path().display()
     );
-    let path = folder.path().join("giver");
+    let path = folder.path().join(name);
     std::fs::write(&path, script).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
 }
 
 /// The commands that the plugin was called with, each with its attachment.
-fn calls(folder: &Folder) -> Vec<String> {
+pub fn calls(folder: &Folder) -> Vec<String> {
     let all = std::fs::read_to_string(folder.path().join("calls")).unwrap_or_default();
     all.lines().map(|line| line.split(" netns=").next().unwrap().to_owned()).collect()
 }
@@ -45,14 +45,14 @@ fn call(folder: &Folder, command: &str, mut keys: Value) -> Call {
     call.set("PATH", "/usr/bin:/bin")
 }
 
-fn given() -> Value {
+pub fn given() -> Value {
     json!({
         "cniVersion": "1.0.0", "ips": [{ "address": "10.244.1.9/24", "gateway": "10.244.1.1" }],
         "routes": [{ "dst": "0.0.0.0/0" }], "dns": { "nameservers": ["10.0.0.3"] }
     })
 }
 
-fn attached() -> Value {
+pub fn attached() -> Value {
     json!({
         "ifname": "eth0", "mac": "02:00:00:00:00:02", "mtu": 1450,
         "addresses": [{ "address": "10.244.1.9/24", "gateway": "10.244.1.1" }],
@@ -73,7 +73,7 @@ fn daemon(folder: &Folder, known: bool) -> Daemon {
 fn what_it_gives_goes_to_the_daemon_and_into_the_result() {
     for newest in ["1.1.0", "1.0.0"] {
         let (folder, pod) = (Folder::new(), Pod::new());
-        plugin(&folder, newest, &given(), "");
+        plugin(&folder, "giver", newest, &given(), "");
         let daemon = daemon(&folder, false);
         let result = call(&folder, "ADD", json!({})).set("CNI_NETNS", pod.netns()).run().result();
         assert_eq!(result["cniVersion"], "1.1.0");
@@ -99,7 +99,7 @@ fn what_it_gives_goes_to_the_daemon_and_into_the_result() {
 #[test]
 fn what_it_gave_is_freed_when_a_later_step_fails() {
     let (folder, pod) = (Folder::new(), Pod::new());
-    plugin(&folder, "1.1.0", &given(), "");
+    plugin(&folder, "giver", "1.1.0", &given(), "");
     let _daemon = Daemon::start(folder.path(), |seen, _| match seen.request["op"].as_str().unwrap() {
         "find" => ok(json!({ "attached": false })),
         _ => refuse(code::NETNS, "no"),
@@ -111,14 +111,14 @@ fn what_it_gave_is_freed_when_a_later_step_fails() {
 #[test]
 fn an_add_that_it_fails_is_undone_and_told_as_it_told_it() {
     let (folder, pod) = (Folder::new(), Pod::new());
-    plugin(&folder, "1.1.0", &given(), "ADD");
+    plugin(&folder, "giver", "1.1.0", &given(), "ADD");
     let daemon = daemon(&folder, false);
     let text = call(&folder, "ADD", json!({})).set("CNI_NETNS", pod.netns()).run().error(123);
     assert!(text.contains("giver") && text.contains("no luck") && text.contains("try less"), "{text}");
     assert_eq!(calls(&folder), ["ADD c1 eth0", "DEL c1 eth0"]);
     assert_eq!(daemon.seen().len(), 1, "the daemon is not asked for a port");
     for odd in [json!({}), json!({ "ips": [] }), json!({ "ips": [{ "address": "x" }], "routes": 7 })] {
-        plugin(&folder, "1.1.0", &odd, "");
+        plugin(&folder, "giver", "1.1.0", &odd, "");
         call(&folder, "ADD", json!({})).set("CNI_NETNS", pod.netns()).run().error(code::DELEGATE);
     }
 }
@@ -126,7 +126,7 @@ fn an_add_that_it_fails_is_undone_and_told_as_it_told_it() {
 #[test]
 fn a_second_add_leaves_the_first_ones_addresses_alone() {
     let (folder, pod) = (Folder::new(), Pod::new());
-    plugin(&folder, "1.1.0", &given(), "");
+    plugin(&folder, "giver", "1.1.0", &given(), "");
     let _daemon = daemon(&folder, true);
     call(&folder, "ADD", json!({})).set("CNI_NETNS", pod.netns()).run().error(code::EXISTS);
     assert_eq!(calls(&folder), [""; 0]);
@@ -135,7 +135,7 @@ fn a_second_add_leaves_the_first_ones_addresses_alone() {
 #[test]
 fn its_failures_at_check_del_gc_and_status_are_passed_on() {
     let (folder, pod) = (Folder::new(), Pod::new());
-    plugin(&folder, "1.1.0", &given(), "CHECK DEL GC STATUS");
+    plugin(&folder, "giver", "1.1.0", &given(), "CHECK DEL GC STATUS");
     let daemon = daemon(&folder, false);
     let previous = json!({ "interfaces": [{ "name": "eth0", "sandbox": pod.netns() }] });
     let run = |command: &str| {
@@ -153,7 +153,7 @@ fn its_failures_at_check_del_gc_and_status_are_passed_on() {
 #[test]
 fn one_that_knows_no_gc_is_asked_to_free_what_was_collected() {
     let folder = Folder::new();
-    plugin(&folder, "1.0.0", &given(), "");
+    plugin(&folder, "giver", "1.0.0", &given(), "");
     let _daemon = daemon(&folder, false);
     call(&folder, "GC", json!({ "cni.dev/valid-attachments": [] })).run().silent();
     assert_eq!(calls(&folder), ["DEL old net1", "DEL old net1"], "refused in version 1.1.0, asked again in 1.0.0");
@@ -174,7 +174,7 @@ fn one_that_is_missing_is_named_with_where_it_was_looked_for() {
 #[test]
 fn a_daemon_that_gives_addresses_of_its_own_is_told_off() {
     let (folder, pod) = (Folder::new(), Pod::new());
-    plugin(&folder, "1.1.0", &given(), "");
+    plugin(&folder, "giver", "1.1.0", &given(), "");
     let daemon = Daemon::start(folder.path(), |seen, _| match seen.request["op"].as_str().unwrap() {
         "find" => ok(json!({ "attached": false })),
         "add" => ok(crate::daemon::attached()),

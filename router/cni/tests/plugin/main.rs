@@ -10,6 +10,7 @@ mod away;
 mod commands;
 mod daemon;
 mod delegation;
+mod dhcp;
 mod folder;
 mod hostile;
 mod pod;

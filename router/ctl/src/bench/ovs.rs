@@ -117,7 +117,7 @@ pub fn pod_lines(plan: &Plan, node: u8, pod: u8) -> Vec<String> {
 }
 
 fn uplink_lines(plan: &Plan, node: u8) -> Vec<String> {
-    let (netns, address, mtu) = (plan.node_netns(node), plan::underlay_address(node), plan.mtu);
+    let (netns, address, mtu) = (plan.node_netns(node), plan.underlay_address(node), plan.mtu);
     vec![
         format!("ip -n {netns} address flush dev {UPLINK}"),
         format!("ip -n {netns} link set br-phy mtu {mtu} up"),
@@ -207,7 +207,7 @@ impl Daemons<'_> {
         }
         self.add("br-phy", UPLINK, ports.settings())?;
         for peer in self.plan.node_numbers().filter(|peer| *peer != self.node) {
-            let remote = format!("options:remote_ip={}", plan::underlay_address(peer));
+            let remote = format!("options:remote_ip={}", self.plan.underlay_address(peer));
             let (key, port) = (format!("options:key={VNI}"), format!("options:dst_port={PORT}"));
             self.add("br-int", &format!("vx{peer}"), &["type=vxlan", &remote, &key, &port])?;
         }

@@ -4,7 +4,7 @@
 //! process id and start time are what `down` goes by.
 
 use std::fs::{self, File};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::thread;
@@ -86,7 +86,7 @@ struct Etcd {
 
 #[derive(Serialize)]
 struct Underlay {
-    address: Ipv4Addr,
+    address: IpAddr,
     port: u16,
     device: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -96,7 +96,7 @@ struct Underlay {
 #[derive(Serialize)]
 struct Peer {
     name: String,
-    underlay: Ipv4Addr,
+    underlay: IpAddr,
     ranges: [String; 2],
 }
 
@@ -159,7 +159,7 @@ fn ready(socket: &Path) -> Result<(), ClientError> {
 fn config_text(plan: &Plan, node: u8, files: &Files) -> Result<String> {
     let (bridged, is_file) = (plan.mode == Mode::Bridged, plan.source == Source::File);
     let peer =
-        |node| Peer { name: plan::node_name(node), underlay: plan::underlay_address(node), ranges: plan::ranges(node) };
+        |node| Peer { name: plan::node_name(node), underlay: plan.underlay_address(node), ranges: plan::ranges(node) };
     let config = Config {
         node: plan::node_name(node),
         mode: plan.mode.name(),
@@ -173,14 +173,13 @@ fn config_text(plan: &Plan, node: u8, files: &Files) -> Result<String> {
         segment: bridged.then_some(plan::SEGMENT),
         gateway: bridged.then_some(plan::SEGMENT_GATEWAY),
         underlay: Underlay {
-            address: plan::underlay_address(node),
+            address: plan.underlay_address(node),
             port: plan::PORT,
             device: plan::UPLINK,
             kind: plan.underlay,
         },
         peers: plan.node_numbers().filter(|other| is_file && *other != node).map(peer).collect(),
-        etcd: (!is_file)
-            .then(|| Etcd { endpoints: [format!("http://{}:{}", plan::ETCD.0, plan::ETCD.1)], network: plan::SEGMENT }),
+        etcd: (!is_file).then(|| Etcd { endpoints: [format!("http://{}", plan.etcd())], network: plan::SEGMENT }),
     };
     toml::to_string(&config).context("cannot write the configuration as TOML")
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use super::command::Run;
 use super::daemon::log_tail;
-use super::plan::{self, Plan};
+use super::plan::Plan;
 use super::process::Process;
 use super::{net, record};
 use crate::interrupt;
@@ -24,10 +24,10 @@ pub fn start(plan: &Plan) -> Result<Process> {
     let (data, log) = (folder.join("etcd"), folder.join("etcd.log"));
     fs::create_dir_all(&data).with_context(|| format!("cannot make {}", data.display()))?;
     let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
-    let (address, port) = plan::ETCD;
+    let at = plan.etcd();
     let netns = plan.underlay_netns();
-    net::give_bridge_address(plan, address)?;
-    let (client, peer) = (format!("http://{address}:{port}"), "http://127.0.0.1:2380");
+    net::give_bridge_address(plan, at.ip())?;
+    let (client, peer) = (format!("http://{at}"), "http://127.0.0.1:2380");
     let run = Run::inside(&netns, "etcd")
         .building(&plan.lab)
         .args(["--name", "lab", "--data-dir"])

@@ -89,7 +89,7 @@ pub struct Up {
     /// Ranges for each node and routes between them, or one L2 segment over all nodes.
     #[arg(long, value_enum, default_value_t = plan::Mode::Routed)]
     mode: plan::Mode,
-    /// MTU of the underlay; pods have 50 less.
+    /// MTU of the underlay; pods have 50 bytes less.
     #[arg(long, value_name = "BYTES", default_value_t = 1500, value_parser = clap::value_parser!(u32).range(i64::from(plan::MIN_MTU)..=i64::from(plan::MAX_MTU)))]
     mtu: u32,
     /// Workers of each node's weftd; as many as it chooses unless given.
@@ -104,6 +104,9 @@ pub struct Up {
     /// How the tunnel's packets leave and enter the nodes; by UDP unless given.
     #[arg(long, value_enum)]
     underlay: Option<plan::Underlay>,
+    /// What addresses the nodes have on the underlay. By IPv6, pods have an MTU of 20 bytes less.
+    #[arg(long, value_enum, value_name = "FAMILY", default_value_t = plan::Family::Ipv4)]
+    underlay_family: plan::Family,
     /// Print the cluster as JSON.
     #[arg(long)]
     json: bool,
@@ -192,7 +195,8 @@ pub fn run_peer(command: PeerCommand) -> Result<()> {
 }
 
 fn up(args: &Up) -> Result<()> {
-    let plan = plan::Plan::new(&args.name.name, args.nodes, args.pods, args.mode, args.mtu)?;
+    let plan =
+        plan::Plan::new(&args.name.name, args.nodes, args.pods, args.mode, args.mtu)?.over(args.underlay_family)?;
     let plan =
         plan::Plan { workers: args.workers, port: args.port, underlay: args.underlay, source: args.source, ..plan };
     let programs = args.binaries.find()?;

@@ -3,7 +3,7 @@
 //! The underlay is a bridge in a namespace of its own with one veth to each node, so nothing is ever made in, or
 //! moved through, the machine's own namespace.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -41,15 +41,15 @@ pub fn make_namespaces(plan: &Plan) -> Result<()> {
 
 /// Makes the network between the nodes.
 pub fn make_underlay(plan: &Plan) -> Result<()> {
-    let (underlay, mtu) = (plan.underlay_netns(), plan.mtu);
+    let (underlay, mtu, len) = (plan.underlay_netns(), plan.mtu, plan.family.prefix_len());
     let run = |args: String| Run::ip(&args).building(&plan.lab).succeed();
     run(format!("-n {underlay} link add {BRIDGE} mtu {mtu} type bridge"))?;
     run(format!("-n {underlay} link set {BRIDGE} up"))?;
     for node in plan.node_numbers() {
-        let (netns, port, address) = (plan.node_netns(node), plan::node_name(node), plan::underlay_address(node));
+        let (netns, port, address) = (plan.node_netns(node), plan::node_name(node), plan.underlay_address(node));
         run(format!("-n {netns} link add {UPLINK} mtu {mtu} type veth peer name {port} mtu {mtu} netns {underlay}"))?;
         run(format!("-n {underlay} link set {port} master {BRIDGE} up"))?;
-        run(format!("-n {netns} address add {address}/24 dev {UPLINK}"))?;
+        run(format!("-n {netns} address add {address}/{len} dev {UPLINK}{}", without_detection(address)))?;
         run(format!("-n {netns} link set {UPLINK} up"))?;
         set_forwarding(&netns, &plan.lab)?;
     }
@@ -57,9 +57,16 @@ pub fn make_underlay(plan: &Plan) -> Result<()> {
 }
 
 /// Gives the underlay's bridge an address of its own, for a service in the underlay's namespace.
-pub fn give_bridge_address(plan: &Plan, address: Ipv4Addr) -> Result<()> {
-    let underlay = plan.underlay_netns();
-    Run::ip(&format!("-n {underlay} address add {address}/24 dev {BRIDGE}")).building(&plan.lab).succeed().map(drop)
+pub fn give_bridge_address(plan: &Plan, address: IpAddr) -> Result<()> {
+    let (underlay, len) = (plan.underlay_netns(), plan.family.prefix_len());
+    let detection = without_detection(address);
+    let line = format!("-n {underlay} address add {address}/{len} dev {BRIDGE}{detection}");
+    Run::ip(&line).building(&plan.lab).succeed().map(drop)
+}
+
+/// An IPv6 address can be used at once only if nobody looks whether somebody has it already.
+fn without_detection(address: IpAddr) -> &'static str {
+    if address.is_ipv6() { " nodad" } else { "" }
 }
 
 /// Has a node's kernel route, as that of a node of a cluster does.

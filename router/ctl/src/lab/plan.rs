@@ -2,10 +2,10 @@
 //!
 //! Everything follows from the lab's name and three numbers, so that two labs never collide and `down` can check
 //! that what a record names is a lab's. The default lab has the plain names (`weft-n1`, `weft-n1-p1`), lab `x` has
-//! `weft-x-n1` and so on. Node N has 10.200.0.N on the underlay and gives pods addresses of 10.244.N.0/24 and
+//! `weft-x-n1` and so on. Node N has 10.200.0.N or fd00:10:200::N on the underlay and gives pods addresses of 10.244.N.0/24 and
 //! fd00:10:244:N::/64 in both modes, unless they come from etcd, which cuts them out of the same networks as it pleases; in bridged mode these lie in one /16 and one /48 that are on-link everywhere.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
@@ -17,14 +17,17 @@ pub const DEFAULT: &str = "default";
 pub const MAX_NODES: u8 = 16;
 /// Most pods on a node.
 pub const MAX_PODS: u8 = 64;
-/// What VXLAN over IPv4 adds to a pod's packet: inner Ethernet, VXLAN, UDP, IPv4.
-pub const OVERHEAD: u32 = 14 + 8 + 8 + 20;
 /// Most workers of a weftd.
 pub const MAX_WORKERS: u8 = 64;
-/// Smallest MTU of the underlay: a pod's must be at least what IPv6 demands (RFC 8200, section 5).
-pub const MIN_MTU: u32 = 1280 + OVERHEAD;
+/// Smallest MTU of pods: what IPv6 demands (RFC 8200, section 5).
+const MIN_POD_MTU: u32 = 1280;
+/// Smallest MTU of the underlay.
+pub const MIN_MTU: u32 = MIN_POD_MTU + Family::Ipv4.overhead();
 /// Largest MTU of the underlay.
 pub const MAX_MTU: u32 = 9216;
+/// The number of the etcd's address on the underlay, and its port.
+const ETCD_HOST: u8 = 250;
+const ETCD_PORT: u16 = 2379;
 /// The interface of a node that leads to the underlay.
 pub const UPLINK: &str = "uplink";
 /// VXLAN's port, as Linux and Flannel have it.
@@ -89,6 +92,43 @@ pub enum Underlay {
     Auto,
 }
 
+/// What addresses nodes have on the underlay.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Family {
+    /// 10.200.0.N.
+    #[default]
+    Ipv4,
+    /// fd00:10:200::N.
+    Ipv6,
+}
+
+impl Family {
+    /// What VXLAN adds to a pod's packet: inner Ethernet, VXLAN, UDP, IP.
+    pub const fn overhead(self) -> u32 {
+        let ip = match self {
+            Family::Ipv4 => 20,
+            Family::Ipv6 => 40,
+        };
+        14 + 8 + 8 + ip
+    }
+
+    /// Number `host` of the underlay's addresses.
+    fn address(self, host: u8) -> IpAddr {
+        match self {
+            Family::Ipv4 => Ipv4Addr::new(10, 200, 0, host).into(),
+            Family::Ipv6 => Ipv6Addr::new(0xfd00, 0x10, 0x200, 0, 0, 0, 0, host.into()).into(),
+        }
+    }
+
+    /// How much of such an address is the underlay's.
+    pub fn prefix_len(self) -> u8 {
+        match self {
+            Family::Ipv4 => 24,
+            Family::Ipv6 => 64,
+        }
+    }
+}
+
 /// A lab to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
@@ -110,6 +150,8 @@ pub struct Plan {
     pub source: Source,
     /// Kind of the underlay; what weftd has unless given.
     pub underlay: Option<Underlay>,
+    /// What addresses nodes have there.
+    pub family: Family,
     /// Whether the process that builds it ends it as well.
     pub is_passing: bool,
 }
@@ -137,8 +179,18 @@ impl Plan {
             port: None,
             source: Source::File,
             underlay: None,
+            family: Family::Ipv4,
             is_passing: false,
         })
+    }
+
+    /// With an underlay of this family.
+    pub fn over(self, family: Family) -> Result<Plan> {
+        let least = MIN_POD_MTU + family.overhead();
+        if self.mtu < least {
+            bail!("with this kind of addresses the underlay's MTU must be at least {least}, not {}", self.mtu);
+        }
+        Ok(Plan { family, ..self })
     }
 
     /// Nodes count from 1.
@@ -178,7 +230,17 @@ impl Plan {
 
     /// MTU of the pods.
     pub fn pod_mtu(&self) -> u32 {
-        self.mtu - OVERHEAD
+        self.mtu - self.family.overhead()
+    }
+
+    /// A node's address on the underlay.
+    pub fn underlay_address(&self, node: u8) -> IpAddr {
+        self.family.address(node)
+    }
+
+    /// Where the lab's etcd is, on the underlay.
+    pub fn etcd(&self) -> SocketAddr {
+        SocketAddr::new(self.family.address(ETCD_HOST), ETCD_PORT)
     }
 }
 
@@ -191,14 +253,6 @@ pub fn node_name(node: u8) -> String {
 pub fn pod_name(node: u8, pod: u8) -> String {
     format!("n{node}-p{pod}")
 }
-
-/// A node's address on the underlay.
-pub fn underlay_address(node: u8) -> Ipv4Addr {
-    Ipv4Addr::new(10, 200, 0, node)
-}
-
-/// The address of the lab's etcd on the underlay, and its port.
-pub const ETCD: (Ipv4Addr, u16) = (Ipv4Addr::new(10, 200, 0, 250), 2379);
 
 /// The ranges from which a node gives addresses, in CIDR form.
 pub fn ranges(node: u8) -> [String; 2] {
@@ -285,7 +339,7 @@ mod tests {
             assert_eq!(format!("{}/24", range_v4(node, 0)), ranges(node)[0]);
             assert!(ranges(node)[1].starts_with("fd00:10:244:"));
         }
-        assert_eq!(underlay_address(3).to_string(), "10.200.0.3");
+        assert_eq!(plan("x").underlay_address(3).to_string(), "10.200.0.3");
     }
 
     #[test]
@@ -305,5 +359,10 @@ mod tests {
     #[test]
     fn pods_get_what_the_tunnel_leaves() {
         assert_eq!(plan("x").pod_mtu(), 1450);
+        let plan = plan("x").over(Family::Ipv6).unwrap();
+        assert_eq!((plan.pod_mtu(), plan.underlay_address(3).to_string()), (1430, "fd00:10:200::3".into()));
+        assert_eq!(plan.etcd().to_string(), "[fd00:10:200::fa]:2379");
+        assert!(Plan { mtu: 1349, ..plan.clone() }.over(Family::Ipv6).is_err());
+        assert!(Plan { mtu: 1350, ..plan }.over(Family::Ipv6).is_ok());
     }
 }

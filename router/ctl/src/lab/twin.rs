@@ -55,7 +55,7 @@ fn run(plan: &Plan, line: &str) -> Result<()> {
 fn node_lines(plan: &Plan, node: u8) -> Vec<String> {
     let (netns, mtu) = (plan.node_netns(node), plan.pod_mtu());
     let (network, gateway) = (plan::range_v4(node, 0), plan::range_v4(node, 1));
-    let (local, mac) = (plan::underlay_address(node), tunnel_mac(node));
+    let (local, mac) = (plan.underlay_address(node), tunnel_mac(node));
     let mut lines = vec![
         format!("ip -n {netns} link add {BRIDGE} mtu {mtu} type bridge"),
         format!("ip -n {netns} address add {gateway}/24 dev {BRIDGE}"),
@@ -68,7 +68,7 @@ fn node_lines(plan: &Plan, node: u8) -> Vec<String> {
         format!("ip -n {netns} link set {TUNNEL} up"),
     ];
     for peer in plan.node_numbers().filter(|peer| *peer != node) {
-        let (network, underlay, mac) = (plan::range_v4(peer, 0), plan::underlay_address(peer), tunnel_mac(peer));
+        let (network, underlay, mac) = (plan::range_v4(peer, 0), plan.underlay_address(peer), tunnel_mac(peer));
         lines.push(format!("ip -n {netns} neigh add {network} lladdr {mac} dev {TUNNEL} nud permanent"));
         lines.push(format!("bridge -n {netns} fdb append {mac} dev {TUNNEL} dst {underlay}"));
         lines.push(format!("ip -n {netns} route add {network}/24 via {network} dev {TUNNEL} onlink"));

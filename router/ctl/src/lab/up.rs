@@ -118,7 +118,7 @@ fn attach_all(plan: &Plan, programs: &Programs, record: &Record) -> Result<Clust
     let node = |((number, pods), process): ((u8, Vec<Pod>), &super::process::Process)| Node {
         name: plan::node_name(number),
         netns: plan.node_netns(number),
-        underlay: plan::underlay_address(number).to_string(),
+        underlay: plan.underlay_address(number).to_string(),
         socket: Files::of(&plan.lab, number).socket,
         pid: process.pid,
         pods,

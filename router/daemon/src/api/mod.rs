@@ -144,6 +144,14 @@ fn answer(node: &Node, connection: &mut Connection, incoming: Incoming) -> Resul
             let made = counted(node, "add", || attach::add(node, &request, incoming.descriptor));
             reply_or_free(node, connection, &request, made)
         }
+        Request::Prepare(request) => {
+            let made = counted(node, "prepare", || attach::dhcp::prepare(node, &request, incoming.descriptor));
+            reply_or_free(node, connection, &request, made)
+        }
+        Request::Complete(request) => {
+            let made = counted(node, "add", || attach::dhcp::complete(node, &request, incoming.descriptor));
+            reply_or_free(node, connection, &request, made)
+        }
         Request::Del(key) => {
             let deleted = counted(node, "del", || {
                 attach::del(node, &key);

@@ -68,6 +68,10 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     let kind = snapshot.ports.iter().find(|port| port.id == UNDERLAY);
     let mut problems = problems(&node.store, &state, &snapshot, host.as_ref());
     problems.extend(kind.and_then(|port| node.uplink.problem_of(port.kind)));
+    problems.extend(node.uplink.path_problems(|underlay| {
+        let peer = config.peers.iter().find(|peer| peer.underlay == underlay);
+        peer.map(|peer| peer.name.clone())
+    }));
     problems.extend(kernel.problems.iter().cloned());
     problems.extend(forwarding::problems(config, host.as_ref()));
     problems.extend(worker_problem(snapshot.workers, node.router.workers()));

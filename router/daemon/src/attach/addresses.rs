@@ -22,10 +22,12 @@ pub fn sets(config: &Config, request: &Attach) -> Result<Vec<RangeSet>, Failure>
     request.ranges.iter().map(|set| narrowed(config, set)).collect()
 }
 
-/// The node's own sets: one of each family.
+/// The node's own sets: one of each family, in the order of the ranges. The first address of a pod is the one that Kubernetes, where
+/// the order comes from, takes for its main one.
 pub fn own(config: &Config) -> Result<Vec<RangeSet>, RangeError> {
     let mut sets = Vec::new();
-    for v4 in [true, false] {
+    let first = config.ranges.first().is_none_or(|range| range.addr().is_ipv4());
+    for v4 in [first, !first] {
         let ranges = config.ranges.iter().filter(|range| range.addr().is_ipv4() == v4);
         let ranges: Vec<Range> = ranges.map(|range| own_range(config, *range)).collect::<Result<_, _>>()?;
         if !ranges.is_empty() {
@@ -131,6 +133,7 @@ mod tests {
             bandwidth: None,
             given: Vec::new(),
             routes: None,
+            trusted: Vec::new(),
             labels: std::collections::BTreeMap::new(),
         }
     }

@@ -182,6 +182,15 @@ pub fn set_up(namespace: &Namespace, raw: Raw<'_>, interface: &mut Interface) ->
     made_with(set_up.map_err(|error| kernel("enter the pod's network namespace", &error))?, interface)
 }
 
+/// Gives an interface that was made without addresses those that it has by now.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn complete(namespace: &Namespace, interface: &mut Interface) -> Result<(), Failure> {
+    let completed = namespace.enter(|| Ok(pod::complete(&*interface)));
+    made_with(completed.map_err(|error| kernel("enter the pod's network namespace", &error))?, interface)
+}
+
 fn made_with(set_up: Result<Vec<Route>, SetUpError>, interface: &mut Interface) -> Result<(), Failure> {
     match set_up {
         Ok(routes) => {

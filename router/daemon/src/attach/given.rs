@@ -211,6 +211,7 @@ mod tests {
             addresses: vec![given("10.244.1.9/24 10.244.1.1"), given("fd00::9/64 ::")],
             routes: Vec::new(),
             bandwidth: weft_api::Bandwidth::default(),
+            dhcp: weft_router::tables::Dhcp::default(),
         }
     }
 

@@ -14,6 +14,7 @@
 pub mod addresses;
 pub mod census;
 pub mod device;
+pub mod dhcp;
 pub mod given;
 pub mod namespace;
 pub mod only_lease;
@@ -37,7 +38,7 @@ use weft_api::{
     code,
 };
 use weft_encap::mac::Mac;
-use weft_ipam::{Facts, LeaseError, Owner, Store};
+use weft_ipam::{Facts, LeaseError, Owner};
 use weft_router::pace::{Limit, Limits};
 use weft_router::tables::Pod;
 use weft_router::{Device, PortId, RouterError};
@@ -66,6 +67,7 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
     let namespace = Namespace::check(fd, &request.netns)?;
     tombstone::honour_all(node);
     let _turn = node.turns.take(&request.key);
+    refuse_known(node, &request.key)?;
     let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
     let mut interface = attempt.lease(request, mac, &namespace)?;
     attempt.open(kind, &namespace, &request.netns, &mut interface)?;
@@ -76,6 +78,15 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
         "attached"
     );
     Ok(attached(&interface))
+}
+
+/// An attachment that has a port is another ADD's.
+fn refuse_known(node: &Node, key: &AttachmentKey) -> Result<(), Failure> {
+    if !node.state().attachments.contains_key(key) {
+        return Ok(());
+    }
+    let msg = format!("container {} is attached by {} already", key.container, key.ifname);
+    Err(Failure::new(code::EXISTS, msg).with_details("DEL comes before another ADD"))
 }
 
 /// Whether the attachment has a lease or a port.
@@ -218,20 +229,13 @@ impl Attempt<'_> {
         let netns = self.node.census.describe(namespace);
         let config = Arc::clone(&self.node.state().desired.config);
         let mtu = choose_mtu(&config, request.mtu)?;
-        let mac = choose_mac(&self.node.store, &config, mac)?;
+        let mac = choose_mac(self.node, &config, mac)?;
         let given = given::addresses(request)?;
         let (sets, requested) = match given.as_slice() {
             [] => (addresses::sets(&config, request)?, request.requested.clone()),
             given => (given::sets(&config, given)?, given.iter().map(|(net, _)| net.addr()).collect()),
         };
-        let facts = Facts {
-            pool: String::new(),
-            time: seconds(),
-            mac: Some(mac.0),
-            boot: self.node.census.boot().to_owned(),
-            netns,
-            labels: request.labels.clone(),
-        };
+        let facts = facts(self.node, request, mac, netns);
         let record = self.node.store.lease(&owner(self.key), &sets, &requested, facts, since_boot());
         let record = record.map_err(|error| refusal(&error))?;
         self.leased = true;
@@ -244,6 +248,7 @@ impl Attempt<'_> {
             addresses,
             routes: Vec::new(),
             bandwidth: request.bandwidth.unwrap_or_default(),
+            dhcp: dhcp::granted(&request.trusted)?,
         };
         interface.routes = given::routes(request.routes.as_deref(), &interface)?;
         Ok(interface)
@@ -330,6 +335,12 @@ impl Drop for Attempt<'_> {
     }
 }
 
+/// What is written down beside a pod's addresses.
+fn facts(node: &Node, request: &Attach, mac: Mac, netns: Option<weft_ipam::Netns>) -> Facts {
+    let boot = node.census.boot().to_owned();
+    Facts { pool: String::new(), time: seconds(), mac: Some(mac.0), boot, netns, labels: request.labels.clone() }
+}
+
 /// Seconds since 1970, for people.
 fn seconds() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
@@ -343,11 +354,12 @@ fn random<const N: usize>() -> io::Result<[u8; N]> {
 }
 
 /// The MAC that was asked for, or a random one; nobody else's on this node.
-fn choose_mac(store: &Store, config: &Config, asked: Option<Mac>) -> Result<Mac, Failure> {
+fn choose_mac(node: &Node, config: &Config, asked: Option<Mac>) -> Result<Mac, Failure> {
     let taken = |mac: Mac| {
         [config.gateway.mac, config.vtep_mac].contains(&mac)
             || config.peers.iter().any(|peer| peer.vtep_mac == mac)
-            || store.read(|leases| leases.has_mac(mac.0))
+            || node.store.read(|leases| leases.has_mac(mac.0))
+            || node.router.tables().macs.contains_key(&mac)
     };
     match asked {
         Some(mac) if taken(mac) => Err(Failure {
@@ -453,6 +465,7 @@ fn attached(interface: &Interface) -> Attached {
         mtu: interface.mtu,
         addresses: interface.addresses.iter().map(address).collect(),
         routes: interface.routes.iter().map(given::told).collect(),
+        trusted: dhcp::told(interface.dhcp),
     }
 }
 
@@ -465,6 +478,7 @@ impl Attachment {
             ipv6: Vec::new(),
             mtu: interface.mtu,
             limits: limits(&interface.bandwidth),
+            dhcp: interface.dhcp,
         };
         for (net, _) in &interface.addresses {
             match net.addr() {
@@ -512,6 +526,7 @@ mod tests {
             bandwidth: None,
             given: Vec::new(),
             routes: None,
+            trusted: Vec::new(),
             labels: std::collections::BTreeMap::new(),
         }
     }

@@ -59,5 +59,6 @@ fn told(record: &Record) -> Attached {
         mtu: 0,
         addresses: record.leases.iter().map(address).collect(),
         routes: Vec::new(),
+        trusted: Vec::new(),
     }
 }

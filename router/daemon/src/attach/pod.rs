@@ -2,7 +2,6 @@
 //!
 //! Everything here runs on the thread that [`super::namespace::Namespace::enter`] made.
 
-use std::fs;
 use std::io;
 use std::net::IpAddr;
 
@@ -10,11 +9,18 @@ use ipnet::IpNet;
 use rustix::io::Errno;
 use weft_api::Bandwidth;
 use weft_encap::mac::Mac;
+use weft_router::tables::Dhcp;
 
 use crate::netlink::{Link, LinkChange, Netlink, Route};
+use crate::sysctl;
 
 /// Frames that the pod's transmit queue holds. It gives TCP no backpressure, so it bounds memory, not delay.
 pub const QUEUE: u32 = 1000;
+/// How long a pod with a limit may have what it sends wait, and the part of that which one superframe takes.
+const QUEUE_TIME: f64 = 0.1;
+const FRAME_TIME: f64 = 0.01;
+/// Frames that its queue holds at least: a burst of small ones.
+const LEAST_QUEUE: f64 = 50.0;
 /// Bytes of the largest datagram that the kernel segments in hardware's stead (`UDP_SEGMENT`).
 const UNDERLAY_DATAGRAM: u32 = 65_493;
 /// What a segment has on top of the pod's MTU inside a datagram: inner Ethernet and VXLAN.
@@ -35,6 +41,8 @@ pub struct Interface {
     pub routes: Vec<Route>,
     /// What the pod may send and receive by it.
     pub bandwidth: Bandwidth,
+    /// What the pod may say of DHCP.
+    pub dhcp: Dhcp,
 }
 
 /// Why the interface could not be made.
@@ -76,6 +84,19 @@ pub fn gso_max_segments(mtu: u32) -> u32 {
     (UNDERLAY_DATAGRAM / (mtu + SEGMENT_OVERHEAD)).clamp(1, 64)
 }
 
+/// The same, and the length of its transmit queue in frames, for a pod that may send so many bits per second; 0 is no limit. What is over the limit waits
+/// there: it is to fit about as many bytes as the limit lets through in [`QUEUE_TIME`], in frames that are no burst of their own.
+fn queue(mtu: u32, rate: u64) -> (u32, u32) {
+    let most = gso_max_segments(mtu);
+    if rate == 0 {
+        return (most, QUEUE);
+    }
+    let packets_per_second = rate as f64 / 8.0 / f64::from(mtu);
+    let segments = (packets_per_second * FRAME_TIME).clamp(1.0, most.into()).floor();
+    let frames = (packets_per_second * QUEUE_TIME / segments).clamp(LEAST_QUEUE, QUEUE.into());
+    (segments as u32, frames as u32)
+}
+
 /// A device in the pod that is to become its interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Raw<'a> {
@@ -88,12 +109,13 @@ pub struct Raw<'a> {
 impl Interface {
     /// What a device has to be before it can be the interface.
     pub fn change(&self) -> LinkChange<'_> {
+        let (segments, frames) = queue(self.mtu, self.bandwidth.egress_rate);
         LinkChange {
             name: Some(&self.name),
             mac: Some(self.mac),
             mtu: Some(self.mtu),
-            queue: Some(QUEUE),
-            gso_max_segments: Some(gso_max_segments(self.mtu)),
+            queue: Some(frames),
+            gso_max_segments: Some(segments),
             ..LinkChange::default()
         }
     }
@@ -116,10 +138,6 @@ pub fn index_of(name: &str) -> io::Result<Option<u32>> {
 /// Turns the device `raw`, which is here and down, into `interface`. Returns the routes that it made: where
 /// another interface of the pod has a default route of a family already, that one stays.
 pub fn set_up(raw: Raw<'_>, interface: &Interface) -> Result<Vec<Route>, SetUpError> {
-    let step = |what: &str| {
-        let what = what.to_owned();
-        move |error| SetUpError::Step(what, error)
-    };
     let mut netlink = Netlink::open().map_err(step("open a netlink socket"))?;
     let index = index_of(raw.name).map_err(step("find the new device"))?;
     let index = index.ok_or_else(|| step("find the new device")(Errno::NODEV.into()))?;
@@ -134,6 +152,22 @@ pub fn set_up(raw: Raw<'_>, interface: &Interface) -> Result<Vec<Route>, SetUpEr
         Some(Errno::EXIST) => SetUpError::Exists,
         _ => SetUpError::Step("set name, MAC and MTU".into(), error),
     })?;
+    address(&mut netlink, index, interface)
+}
+
+/// Gives `interface`, which was made without addresses, those that it has by now, and its routes. It is down for a moment, so that the
+/// kernel announces them as it comes up. Returns the routes like [`set_up`].
+pub fn complete(interface: &Interface) -> Result<Vec<Route>, SetUpError> {
+    let mut netlink = Netlink::open().map_err(step("open a netlink socket"))?;
+    let device = netlink.link(&interface.name).map_err(step("find the interface"))?;
+    let index = device.ok_or_else(|| step("find the interface")(Errno::NODEV.into()))?.index;
+    let down = LinkChange { down: true, ..LinkChange::default() };
+    netlink.change_link(index, down).map_err(step("set the interface down"))?;
+    address(&mut netlink, index, interface)
+}
+
+/// Addresses, up, routes.
+fn address(netlink: &mut Netlink, index: u32, interface: &Interface) -> Result<Vec<Route>, SetUpError> {
     set_ipv6(&interface.name, interface.has_ipv6()).map_err(step("set the interface's IPv6 behaviour"))?;
     announce_when_up(&interface.name);
     let up = LinkChange { up: true, ..LinkChange::default() };
@@ -164,6 +198,11 @@ pub fn set_up(raw: Raw<'_>, interface: &Interface) -> Result<Vec<Route>, SetUpEr
     Ok(made)
 }
 
+fn step(what: &str) -> impl FnOnce(io::Error) -> SetUpError + use<> {
+    let what = what.to_owned();
+    move |error| SetUpError::Step(what, error)
+}
+
 /// The unspecified address of the same family.
 pub fn unspecified_like(address: IpAddr) -> IpAddr {
     if address.is_ipv4() { std::net::Ipv4Addr::UNSPECIFIED.into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() }
@@ -177,23 +216,15 @@ pub fn shown(route: &Route) -> String {
 
 /// No router advertisement shall change what was set, and the link-local address is usable at once like the others.
 pub fn set_ipv6(ifname: &str, has_ipv6: bool) -> io::Result<()> {
-    let folder = format!("/proc/sys/net/ipv6/conf/{ifname}");
-    if !has_ipv6 && fs::metadata(&folder).is_err() {
+    let folder = format!("ipv6/conf/{ifname}");
+    if !has_ipv6 && !sysctl::exists(&folder) {
         return Ok(());
     }
     let mut wanted = vec![("accept_ra", "0"), ("accept_dad", "0")];
     if has_ipv6 {
         wanted.push(("disable_ipv6", "0"));
     }
-    for (name, value) in wanted {
-        let path = format!("{folder}/{name}");
-        let named = |error: io::Error| io::Error::new(error.kind(), format!("{path}: {error}"));
-        // Inside a container /proc/sys may be read-only, which is no harm as long as the value is right.
-        if fs::read_to_string(&path).map_err(named)?.trim() != value {
-            fs::write(&path, value).map_err(named)?;
-        }
-    }
-    Ok(())
+    wanted.into_iter().try_for_each(|(name, value)| sysctl::set(&format!("{folder}/{name}"), value))
 }
 
 /// Has the pod's kernel announce its addresses as it comes up (gratuitous ARP, unsolicited advertisement): whoever knew one of
@@ -201,7 +232,7 @@ pub fn set_ipv6(ifname: &str, has_ipv6: bool) -> io::Result<()> {
 /// the port is open. Where `/proc/sys` is read-only the pod is found as soon as it speaks.
 pub fn announce_when_up(ifname: &str) {
     for (family, name) in [("ipv4", "arp_notify"), ("ipv6", "ndisc_notify")] {
-        let _ = fs::write(format!("/proc/sys/net/{family}/conf/{ifname}/{name}"), "1");
+        let _ = sysctl::set(&format!("{family}/conf/{ifname}/{name}"), "1");
     }
 }
 
@@ -275,6 +306,7 @@ mod tests {
             ],
             routes: Vec::new(),
             bandwidth: Bandwidth::default(),
+            dhcp: Dhcp::default(),
         }
     }
 
@@ -282,6 +314,13 @@ mod tests {
     fn a_superframe_of_the_pod_fits_one_datagram() {
         assert_eq!((gso_max_segments(1450), gso_max_segments(8950), gso_max_segments(576)), (44, 7, 64));
         assert_eq!(gso_max_segments(65_535), 1);
+    }
+
+    #[test]
+    fn what_a_limit_keeps_back_waits_for_a_tenth_of_a_second_in_frames_that_are_no_burst() {
+        let limits = [0, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000, 100_000_000_000];
+        let queues = limits.map(|rate| queue(1450, rate));
+        assert_eq!(queues, [(44, 1000), (1, 50), (8, 50), (44, 50), (44, 195), (44, 1000)]);
     }
 
     #[test]

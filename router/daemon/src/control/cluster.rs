@@ -21,7 +21,7 @@ use super::config::{Config, Peer};
 use super::derive;
 
 /// Most problems that are kept word by word; the rest are counted.
-const MAX_PROBLEMS: usize = 20;
+pub const MAX_PROBLEMS: usize = 20;
 /// Nodes are numbered with 16 bits, and some numbers wait for reuse.
 pub const MAX_PEERS: usize = 60_000;
 /// Ranges of one node: more than any has.
@@ -112,7 +112,8 @@ pub fn admit(local: &Config, ranges: Vec<IpNet>, others: impl IntoIterator<Item 
     Cluster { ranges, peers, problems }
 }
 
-fn shortened(text: &str) -> String {
+/// As much of a stranger's text as is shown.
+pub fn shortened(text: &str) -> String {
     text.chars().take(64).collect()
 }
 
@@ -220,7 +221,11 @@ fn read_address(local: &Config, text: &str) -> Result<IpAddr, String> {
     Ok(address)
 }
 
-fn read_range(local: &Config, text: &str) -> Result<IpNet, String> {
+/// A range that pods of a node can have.
+///
+/// # Errors
+/// Why they cannot.
+pub fn read_range(local: &Config, text: &str) -> Result<IpNet, String> {
     let range: IpNet = text.parse().map_err(|_| format!("{:?} is no prefix", shortened(text)))?;
     if let Some(kind) = special(range.network()).or_else(|| special(range.broadcast())) {
         return Err(format!("its range {range} is {kind}"));

@@ -92,7 +92,7 @@ mod tests {
     use std::sync::Arc;
 
     use weft_router::pace::Limits;
-    use weft_router::tables::Role;
+    use weft_router::tables::{Dhcp, Role};
 
     use super::*;
     use crate::control::config::Config;
@@ -109,6 +109,7 @@ mod tests {
             ipv6: vec![ipv6.parse().unwrap()],
             mtu: 1400,
             limits: Limits::default(),
+            dhcp: Dhcp::default(),
         }
     }
 

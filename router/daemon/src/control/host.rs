@@ -9,6 +9,10 @@ pub struct Host {
     pub interfaces: Vec<Interface>,
     /// The numbers of those that a default route leads to, the preferred one first.
     pub defaults: Vec<u32>,
+    /// What its environment calls it.
+    pub node_name: Option<String>,
+    /// Its address among the nodes, as the cluster knows it.
+    pub node_address: Option<IpAddr>,
 }
 
 /// A network interface.

@@ -18,5 +18,6 @@ pub mod derive;
 pub mod desired;
 pub mod etcd;
 pub mod host;
+pub mod kubernetes;
 pub mod saved;
 pub mod source;

@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::net::IpAddr;
 use std::path::Path;
 
 use ipnet::IpNet;
@@ -23,6 +24,9 @@ const MAX_BYTES: u64 = 64 << 20;
 #[derive(Serialize, Deserialize)]
 struct Saved {
     node: String,
+    /// Its underlay address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    address: Option<IpAddr>,
     ranges: Vec<String>,
     nodes: Vec<Record>,
 }
@@ -31,9 +35,10 @@ struct Saved {
 ///
 /// # Errors
 /// The disk's; what was kept before is still there.
-pub fn save(folder: &Path, node: &str, cluster: &Cluster) -> std::io::Result<()> {
+pub fn save(folder: &Path, local: &Config, cluster: &Cluster) -> std::io::Result<()> {
     let saved = Saved {
-        node: node.to_owned(),
+        node: local.node.clone(),
+        address: Some(local.underlay.address),
         ranges: cluster.ranges.iter().map(ToString::to_string).collect(),
         nodes: cluster.records().collect(),
     };
@@ -46,8 +51,22 @@ pub fn save(folder: &Path, node: &str, cluster: &Cluster) -> std::io::Result<()>
 /// There is something, and it cannot be used.
 pub fn load(folder: &Path, local: &Config) -> Result<Option<Cluster>, String> {
     let path = folder.join(FILE);
+    let Some(saved) = read(&path)? else { return Ok(None) };
+    if saved.node != local.node {
+        return Err(format!("{} belongs to the node {:?}", path.display(), saved.node));
+    }
+    let ranges: Vec<IpNet> = saved.ranges.iter().filter_map(|range| range.parse().ok()).collect();
+    Ok(Some(admit(local, ranges, saved.nodes)))
+}
+
+/// This machine's underlay address when that was kept.
+pub fn address(folder: &Path) -> Option<IpAddr> {
+    read(&folder.join(FILE)).ok()??.address
+}
+
+fn read(path: &Path) -> Result<Option<Saved>, String> {
     let shown = path.display();
-    let file = match File::open(&path) {
+    let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(format!("cannot open {shown}: {error}")),
@@ -55,12 +74,7 @@ pub fn load(folder: &Path, local: &Config) -> Result<Option<Cluster>, String> {
     let mut bytes = Vec::new();
     file.take(MAX_BYTES).read_to_end(&mut bytes).map_err(|error| format!("cannot read {shown}: {error}"))?;
     let body = unframed(&bytes).ok_or_else(|| format!("{shown} is damaged: its checksum is wrong"))?;
-    let saved: Saved = serde_json::from_slice(body).map_err(|error| format!("{shown} is not understood: {error}"))?;
-    if saved.node != local.node {
-        return Err(format!("{shown} belongs to the node {:?}", saved.node));
-    }
-    let ranges: Vec<IpNet> = saved.ranges.iter().filter_map(|range| range.parse().ok()).collect();
-    Ok(Some(admit(local, ranges, saved.nodes)))
+    serde_json::from_slice(body).map(Some).map_err(|error| format!("{shown} is not understood: {error}"))
 }
 
 /// Writes a small file so that after a crash there is the old one or the new one, and nothing between.
@@ -116,14 +130,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path().join("state");
         assert_eq!(load(&folder, &local()), Ok(None));
-        save(&folder, "n1", &cluster()).unwrap();
+        save(&folder, &local(), &cluster()).unwrap();
         assert_eq!(load(&folder, &local()), Ok(Some(cluster())));
+        assert_eq!(address(&folder), Some(local().underlay.address));
     }
 
     #[test]
     fn every_damaged_byte_and_every_cut_is_noticed() {
         let folder = tempfile::tempdir().unwrap();
-        save(folder.path(), "n1", &cluster()).unwrap();
+        save(folder.path(), &local(), &cluster()).unwrap();
         let path = folder.path().join(FILE);
         let whole = fs::read(&path).unwrap();
         for at in 0..whole.len() {
@@ -139,7 +154,7 @@ mod tests {
     #[test]
     fn another_nodes_state_is_not_taken_over() {
         let folder = tempfile::tempdir().unwrap();
-        save(folder.path(), "n7", &cluster()).unwrap();
+        save(folder.path(), &Config { node: "n7".into(), ..local() }, &cluster()).unwrap();
         let why = load(folder.path(), &local()).unwrap_err();
         assert!(why.ends_with("belongs to the node \"n7\""), "{why}");
     }

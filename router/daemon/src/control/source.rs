@@ -15,6 +15,7 @@ use super::cluster::Cluster;
 use super::config::Config;
 use super::config::source::SourceConfig;
 use super::etcd::Etcd;
+use super::kubernetes::Kubernetes;
 
 /// What a source has to say.
 #[derive(Debug, Clone, Default)]
@@ -36,6 +37,8 @@ pub trait Source {
 pub enum Order {
     /// Give up what this node holds in the engine, for it goes for good.
     Leave(oneshot::Sender<Result<(), String>>),
+    /// This node serves: pods can be attached.
+    Serving,
 }
 
 /// Where a source publishes.
@@ -91,6 +94,10 @@ pub fn follow(config: &Config, known: Option<Cluster>) -> Option<Following> {
             let source = Etcd::new(config.clone(), (**etcd).clone());
             drop(tokio::spawn(source.follow(Views(sender), inbox)));
         }
+        SourceConfig::Kubernetes(kubernetes) => {
+            let source = Kubernetes::new(config.clone(), (**kubernetes).clone());
+            drop(tokio::spawn(source.follow(Views(sender), inbox)));
+        }
     }
     Some(Following { views, orders })
 }
@@ -100,16 +107,24 @@ pub fn follow(config: &Config, known: Option<Cluster>) -> Option<Following> {
 #[derive(Debug)]
 pub struct Backoff {
     next: Duration,
+    last: Duration,
     random: u64,
 }
 
 impl Backoff {
     const FIRST: Duration = Duration::from_millis(200);
     const LAST: Duration = Duration::from_secs(5);
+    /// A limit for those who must be back in step within five seconds.
+    pub const SOON: Duration = Duration::from_secs(3);
 
     /// For a node that differs from others by `seed`.
     pub fn new(seed: u64) -> Backoff {
-        Backoff { next: Backoff::FIRST, random: seed | 1 }
+        Backoff::until(seed, Backoff::LAST)
+    }
+
+    /// The same, waiting for `last` at most.
+    pub fn until(seed: u64, last: Duration) -> Backoff {
+        Backoff { next: Backoff::FIRST, last, random: seed | 1 }
     }
 
     /// An attempt was a success.
@@ -120,7 +135,7 @@ impl Backoff {
     /// How long to wait: between half of the step and the whole.
     pub fn step(&mut self) -> Duration {
         let whole = self.next;
-        self.next = (whole * 2).min(Backoff::LAST);
+        self.next = (whole * 2).min(self.last);
         self.spread(whole)
     }
 

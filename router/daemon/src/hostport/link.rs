@@ -1,6 +1,5 @@
 //! The interface itself: name, MAC, MTU, addresses, and how the kernel behaves there.
 
-use std::fs;
 use std::io;
 
 use rustix::io::Errno;
@@ -8,6 +7,7 @@ use rustix::io::Errno;
 use super::{Made, Wanted};
 use crate::attach::pod;
 use crate::netlink::{Link, LinkChange, Netlink};
+use crate::sysctl;
 
 /// Makes the device what is wanted. Addresses that somebody else has given it stay.
 pub fn set(netlink: &mut Netlink, device: &mut Made, wanted: &Wanted) -> io::Result<()> {
@@ -66,6 +66,6 @@ fn set_behaviour(wanted: &Wanted) -> io::Result<()> {
     pod::set_ipv6(&wanted.name, has_ipv6)?;
     pod::announce_when_up(&wanted.name);
     // Where /proc/sys is read-only the router still drops what redirects there are.
-    let _ = fs::write(format!("/proc/sys/net/ipv4/conf/{}/send_redirects", wanted.name), "0");
+    let _ = sysctl::set(&format!("ipv4/conf/{}/send_redirects", wanted.name), "0");
     Ok(())
 }

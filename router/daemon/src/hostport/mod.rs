@@ -28,7 +28,7 @@ use ipnet::IpNet;
 use weft_encap::mac::Mac;
 use weft_router::pace::Limits;
 use weft_router::port::tap::Tap;
-use weft_router::tables::Pod;
+use weft_router::tables::{Dhcp, Pod};
 use weft_router::{Device, RouterError};
 
 pub use address::owner;
@@ -199,8 +199,14 @@ impl HostPort {
 impl Wanted {
     /// As the router sees it.
     fn interface(&self) -> Pod {
-        let mut pod =
-            Pod { mac: self.mac, ipv4: Vec::new(), ipv6: Vec::new(), mtu: self.mtu, limits: Limits::default() };
+        let mut pod = Pod {
+            mac: self.mac,
+            ipv4: Vec::new(),
+            ipv6: Vec::new(),
+            mtu: self.mtu,
+            limits: Limits::default(),
+            dhcp: Dhcp::default(),
+        };
         for net in &self.addresses {
             match net.addr() {
                 IpAddr::V4(address) => pod.ipv4.push(address),

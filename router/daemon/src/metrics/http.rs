@@ -6,11 +6,13 @@
 //! | `/healthz` | 200 while the data plane answers, else 503: liveness |
 //! | `/readyz` | 200 if pods can be attached, else 503 and the reason: readiness |
 //!
+//! Before this node's ranges are known there is no data plane yet, and nothing wrong with that: restarting weftd would not help.
+//!
 //! Whoever can reach the address may ask, so there are limits: so many clients at once, a deadline for each, and no request body is read.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -38,20 +40,47 @@ const CONNECTED: Duration = Duration::from_secs(60);
 /// How long the node may take to answer.
 const ANSWER: Duration = Duration::from_secs(5);
 
+/// Whom it is about: the node, as soon as there is one.
+#[derive(Default)]
+pub struct Subject {
+    node: OnceLock<Arc<Node>>,
+    why: Mutex<String>,
+}
+
+impl Subject {
+    /// There is a node.
+    pub fn is(&self, node: &Arc<Node>) {
+        drop(self.node.set(Arc::clone(node)));
+    }
+
+    /// There is none yet, and why.
+    pub fn waits(&self, why: &str) {
+        why.clone_into(&mut self.why.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn answer_early(&self, path: &str) -> Response<Full<Bytes>> {
+        if path == "/healthz" {
+            return plain(StatusCode::OK, "ok\n".into());
+        }
+        let why = self.why.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        plain(StatusCode::SERVICE_UNAVAILABLE, format!("this node does not know its ranges yet: {why}\n"))
+    }
+}
+
 /// Serves on `address` from then on.
 ///
 /// # Errors
 /// The address cannot be had.
-pub async fn start(node: &Arc<Node>, address: SocketAddr) -> anyhow::Result<()> {
+pub async fn start(subject: &Arc<Subject>, address: SocketAddr) -> anyhow::Result<()> {
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("cannot listen on {address}: change the key metrics.listen"))?;
     tracing::info!(%address, "serving /metrics, /healthz and /readyz");
-    tokio::spawn(serve(listener, Arc::clone(node)));
+    tokio::spawn(serve(listener, Arc::clone(subject)));
     Ok(())
 }
 
-async fn serve(listener: TcpListener, node: Arc<Node>) {
+async fn serve(listener: TcpListener, subject: Arc<Subject>) {
     let slots = Arc::new(Semaphore::new(CLIENTS));
     loop {
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
@@ -63,18 +92,18 @@ async fn serve(listener: TcpListener, node: Arc<Node>) {
                 continue;
             }
         };
-        let node = Arc::clone(&node);
+        let subject = Arc::clone(&subject);
         tokio::spawn(async move {
-            converse(stream, node).await;
+            converse(stream, subject).await;
             drop(slot);
         });
     }
 }
 
-async fn converse(stream: TcpStream, node: Arc<Node>) {
+async fn converse(stream: TcpStream, subject: Arc<Subject>) {
     let answer = service_fn(move |request: Request<Incoming>| {
-        let node = Arc::clone(&node);
-        async move { Ok::<_, Infallible>(answer(request.method(), request.uri().path(), node).await) }
+        let subject = Arc::clone(&subject);
+        async move { Ok::<_, Infallible>(answer(request.method(), request.uri().path(), &subject).await) }
     });
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADERS);
@@ -83,7 +112,7 @@ async fn converse(stream: TcpStream, node: Arc<Node>) {
     let _ = timeout(CONNECTED, connection).await;
 }
 
-async fn answer(method: &Method, path: &str, node: Arc<Node>) -> Response<Full<Bytes>> {
+async fn answer(method: &Method, path: &str, subject: &Subject) -> Response<Full<Bytes>> {
     if ![Method::GET, Method::HEAD].contains(method) {
         return plain(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n".into());
     }
@@ -93,6 +122,7 @@ async fn answer(method: &Method, path: &str, node: Arc<Node>) -> Response<Full<B
         "/readyz" => ready,
         _ => return plain(StatusCode::NOT_FOUND, "there are /metrics, /healthz and /readyz\n".into()),
     };
+    let Some(node) = subject.node.get().cloned() else { return subject.answer_early(path) };
     match timeout(ANSWER, spawn_blocking(move || ask(&node))).await {
         Ok(Ok(response)) => response,
         Ok(Err(_)) => plain(StatusCode::INTERNAL_SERVER_ERROR, "weftd panicked over this request\n".into()),

@@ -129,14 +129,20 @@ impl Follower {
         }
     }
 
-    /// How long packets to a node may be, where a router on the way said so.
+    /// How long packets to a node may be, where a route or a router on the way says so.
     pub fn path_mtus(&self) -> BTreeMap<IpAddr, u32> {
         lock(&self.shared.path_mtus).clone()
     }
 
-    /// Who is told, on the thread that follows, when that changes. The first one stays.
+    /// Who is told when that changes. The first one stays.
     pub fn on_path_mtu(&self, listener: Listener) {
         let _ = self.shared.listener.set(listener);
+        // What was known before has been told to nobody.
+        if let Some(listener) = self.shared.listener.get()
+            && !self.path_mtus().is_empty()
+        {
+            listener();
+        }
     }
 
     /// How frames to a node leave; none if that is not known yet.
@@ -267,7 +273,7 @@ impl Thread {
             tracing::info!(%node, mtu, "a router on the way to this node says how long packets may be");
             self.believed.insert(node, Instant::now());
             self.known.path_mtu.insert(node, mtu);
-            self.path_mtus_changed();
+            self.publish();
         }
     }
 
@@ -277,15 +283,7 @@ impl Thread {
         self.believed.retain(|_, since| since.elapsed() < FORGET);
         if self.believed.len() < before {
             self.known.path_mtu.retain(|node, _| self.believed.contains_key(node));
-            self.path_mtus_changed();
-        }
-    }
-
-    fn path_mtus_changed(&mut self) {
-        self.publish();
-        *lock(&self.shared.path_mtus) = self.known.path_mtu.iter().map(|(node, mtu)| (*node, *mtu)).collect();
-        if let Some(listener) = self.shared.listener.get() {
-            listener();
+            self.publish();
         }
     }
 
@@ -338,6 +336,13 @@ impl Thread {
             if before.get(node) != Some(way) {
                 self.tell(*node, *way);
             }
+        }
+        let narrow = self.known.narrow();
+        let before = std::mem::replace(&mut *lock(&self.shared.path_mtus), narrow.clone());
+        if before != narrow
+            && let Some(listener) = self.shared.listener.get()
+        {
+            listener();
         }
     }
 

@@ -85,6 +85,13 @@ impl Known {
         self.routes.iter().filter_map(hop).collect()
     }
 
+    /// How long packets to a node may be, where that is less than the device allows.
+    pub fn narrow(&self) -> BTreeMap<IpAddr, u32> {
+        let mtu = |(node, route): (&IpAddr, &Option<Route>)| Some((*node, self.way(*node, *route).1?.mtu));
+        let most = self.device.map_or(0, |device| device.mtu);
+        self.routes.iter().filter_map(mtu).filter(|(_, mtu)| *mtu < most).collect()
+    }
+
     /// The next hop towards a node that leaves by the uplink, as the neighbour tables have it.
     pub fn neighbour_of(&self, node: IpAddr) -> Option<((u32, IpAddr), bool)> {
         let route = (*self.routes.get(&node)?)?;
@@ -162,6 +169,8 @@ mod tests {
         assert_eq!(known.hops()[&NEAR].next.mtu, 1400);
         known.path_mtu.insert(NEAR, 1300);
         assert_eq!(known.hops()[&NEAR].next.mtu, 1300);
+        known.take(neighbour(ROUTER, Some(mac(1))));
+        assert_eq!(known.narrow(), [(NEAR, 1300)].into(), "the other's is the device's");
     }
 
     #[test]

@@ -20,6 +20,7 @@ use weft_router::port::sys::namespace::new_network;
 use weft_router::port::udp::Underlay;
 use weft_router::port::xdp::programs::Tunnel;
 use weft_router::port::xdp::{self, OpenUplink};
+use weft_router::tables::LEAST_V6;
 use weft_router::{Device, Router};
 
 use crate::attach::namespace::enter;
@@ -70,7 +71,11 @@ impl Uplink {
         })?;
         let mut outcome = Err(String::new());
         if config.kind != UnderlayKind::Udp {
-            match prepare(config, router) {
+            let prepared = prepare(config, router).and_then(|prepared| {
+                underlay.allow_fragments().context("cannot open another socket of the underlay")?;
+                Ok(prepared)
+            });
+            match prepared {
                 Ok((uplink, chosen)) => {
                     let hops = chosen.follower.hops();
                     match router.add_port(UNDERLAY, Device::Uplink { underlay, uplink, hops }) {
@@ -146,11 +151,31 @@ impl Uplink {
         }
     }
 
+    /// What is wrong with the ways to nodes.
+    pub fn path_problems(&self, name: impl Fn(IpAddr) -> Option<String>) -> Vec<String> {
+        let narrow = self.path_mtus().into_iter().filter(|(node, mtu)| needs_fragments(*node, *mtu));
+        let told = |(node, mtu): (IpAddr, u32)| {
+            let name = name(node)?;
+            let needed = LEAST_V6 + config::Underlay::overhead(node);
+            Some(format!(
+                "the path to {name} ({node}) carries packets of {mtu} bytes only, and pods may send what takes {needed}: longer ones go in \
+                 fragments, which is slow and which firewalls may drop; raise the MTU of what is on that path"
+            ))
+        };
+        narrow.filter_map(told).collect()
+    }
+
     /// How frames to a node leave.
     pub fn way(&self, node: IpAddr) -> String {
         let Ok(chosen) = &self.outcome else { return "udp".into() };
         match chosen.follower.way(node) {
-            Some(Way::Uplink) => "xdp".into(),
+            Some(Way::Uplink) => match chosen.follower.path_mtus().get(&node) {
+                None => "xdp".into(),
+                Some(mtu) if needs_fragments(node, *mtu) => {
+                    format!("xdp, packets of {mtu} bytes at most, longer ones in fragments")
+                }
+                Some(mtu) => format!("xdp, packets of {mtu} bytes at most"),
+            },
             Some(Way::Unresolved(next)) => format!("udp: the MAC of {next} is not known"),
             Some(Way::Elsewhere(device)) => format!("udp: its route leaves by {}", name_of(device)),
             Some(Way::NoRoute) => "udp: there is no route".into(),
@@ -158,6 +183,11 @@ impl Uplink {
             None => "udp".into(),
         }
     }
+}
+
+/// Whether packets of pods may be longer than a path with this MTU carries: they are never asked for less than the floor.
+fn needs_fragments(node: IpAddr, mtu: u32) -> bool {
+    mtu < LEAST_V6 + config::Underlay::overhead(node)
 }
 
 fn name_of(device: u32) -> String {

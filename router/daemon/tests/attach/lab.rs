@@ -198,6 +198,7 @@ pub fn attach(container: &str) -> Attach {
         bandwidth: None,
         given: Vec::new(),
         routes: None,
+        trusted: Vec::new(),
         labels: std::collections::BTreeMap::new(),
     }
 }

@@ -234,6 +234,11 @@ pub fn set_receive_options(socket: impl AsFd) -> io::Result<()> {
     set_flag(&socket, libc::SOL_SOCKET, libc::SO_RXQ_OVFL)
 }
 
+/// Has a socket send no packet longer than every path by IPv6 carries, but fragments.
+pub fn set_fragment_size_v6(socket: impl AsFd) -> io::Result<()> {
+    set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU, 1280)
+}
+
 /// Makes a socket one for which the kernel refuses to segment.
 #[cfg(test)]
 pub(crate) fn disable_checksums(socket: impl AsFd) -> io::Result<()> {
@@ -241,10 +246,13 @@ pub(crate) fn disable_checksums(socket: impl AsFd) -> io::Result<()> {
 }
 
 fn set_flag(socket: impl AsFd, level: c_int, name: c_int) -> io::Result<()> {
-    let on: c_int = 1;
+    set_option(socket, level, name, 1)
+}
+
+fn set_option(socket: impl AsFd, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
     // SAFETY: the value is an int that lives until the call returns, with its length. No crate has these options.
     let result = unsafe {
-        let (value, len) = ((&raw const on).cast(), size_of::<c_int>() as libc::socklen_t);
+        let (value, len) = ((&raw const value).cast(), size_of::<c_int>() as libc::socklen_t);
         libc::setsockopt(socket.as_fd().as_raw_fd(), level, name, value, len)
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

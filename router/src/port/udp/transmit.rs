@@ -82,6 +82,13 @@ impl Sender {
         Sender { id, peer_port, sockets, headers: vec![0; CUTS * CUT_STRIDE].into_boxed_slice() }
     }
 
+    /// By one socket, for which the kernel cuts nothing.
+    pub(super) fn single(id: PortId, peer_port: u16, fd: OwnedFd) -> Sender {
+        let mut sender = Sender::new(id, peer_port, vec![fd]);
+        sender.sockets[0].segments = false;
+        sender
+    }
+
     #[cfg(test)]
     pub(super) fn peer_port(&self) -> u16 {
         self.peer_port

@@ -25,5 +25,5 @@ pub use channel::{Attachment, IN_ONE, UPLINK_PROGRAM, XdpDevice};
 pub use pod_program::{KeptProgram, PodProgram};
 pub use port::XdpPort;
 pub use probe::probe;
-pub use underlay::{Hop, Hops, XdpUnderlay};
+pub use underlay::{Hop, Hops, KernelWay, XdpUnderlay};
 pub use uplink::{OpenUplink, Uplink};

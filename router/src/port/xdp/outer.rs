@@ -102,6 +102,11 @@ pub fn write(
     Ok((prefix, Partial { start, offset: CHECKSUM_OFFSET as u16 }))
 }
 
+/// Length of the packet's headers before what is tunnelled to this node: IP and UDP.
+pub fn packet_headers(node: IpAddr) -> usize {
+    UDP_LEN + if node.is_ipv4() { IPV4_LEN } else { IPV6_LEN }
+}
+
 /// Completes the checksum of headers that precede these bytes.
 pub fn complete<'a>(prefix: &mut Prefix, partial: Partial, slices: impl Iterator<Item = &'a [u8]>) {
     let start = usize::from(partial.start);

@@ -61,6 +61,10 @@ impl Port for XdpPort {
         Some(self.channel.as_fd())
     }
 
+    fn peek(&mut self) -> Option<bool> {
+        Some(self.channel.is_waiting())
+    }
+
     fn capabilities(&self) -> Capabilities {
         Capabilities { partial_checksum: self.channel.abilities().checksum, ..Capabilities::default() }
     }

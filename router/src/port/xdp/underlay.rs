@@ -4,7 +4,7 @@
 //! gets what the uplink's program passes to the kernel (fragments, for example), and takes what goes to a node of which no next hop is
 //! known. Sending it that way has the kernel look for the neighbour, and whoever follows the kernel's tables ([`Hops`]) then tells it
 //! here. So there is no time at which a node cannot be reached, and nothing here asks for neighbours. When the device goes, the
-//! kernel's way is left.
+//! kernel's way is left. What is longer than the path to its node leaves by the kernel as well, in fragments ([`Fragmenting`]).
 
 use std::io;
 use std::net::IpAddr;
@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use arc_swap::ArcSwap;
 use hashbrown::HashMap;
 use rustix::event::epoll;
+use weft_encap::offload::Gso;
 
 use super::channel::{Channel, Parts, ROOM, XdpDevice};
 use super::outer::{self, NextHop, Prefix};
@@ -24,7 +25,7 @@ use crate::drop_reason::DropReason;
 use crate::frame::{Frame, Outer};
 use crate::pool::Pool;
 use crate::port::software::{self, Cut, HEADERS};
-use crate::port::udp::TUNNEL_HEADER;
+use crate::port::udp::{Fragmenting, TUNNEL_HEADER};
 use crate::port::{Batch, Capabilities, Port, PortId, Queue, Received};
 use crate::stats::Stats;
 
@@ -65,11 +66,47 @@ pub struct XdpUnderlay {
     unasked: u32,
     sender: Sender,
     hops: Arc<ArcSwap<Hops>>,
-    kernel: Box<dyn Port>,
-    /// Frames for the kernel's way.
-    aside: Queue,
+    kernel: KernelWay,
     /// Readable if one of the two is.
     readable: OwnedFd,
+}
+
+/// The kernel's way, beside the device.
+pub struct KernelWay {
+    /// The UDP underlay.
+    pub port: Box<dyn Port>,
+    /// For what is too long for its path; it ends here without.
+    pub fragmenting: Option<Fragmenting>,
+    /// Frames for the one, and for the other.
+    aside: [Queue; 2],
+}
+
+impl KernelWay {
+    /// Of these.
+    pub fn new(port: Box<dyn Port>, fragmenting: Option<Fragmenting>) -> KernelWay {
+        KernelWay { port, fragmenting, aside: Default::default() }
+    }
+
+    /// Sends what is aside. What the kernel is too busy for goes back to `queue`.
+    fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
+        let [whole, long] = &mut self.aside;
+        let mut result = self.port.transmit(whole, stats);
+        if let Some(fragmenting) = &mut self.fragmenting
+            && !long.is_empty()
+        {
+            result = result.and(fragmenting.transmit(long, stats));
+        }
+        queue.extend(self.aside.iter_mut().flat_map(|aside| aside.drain(..)));
+        result
+    }
+}
+
+/// How a frame leaves.
+#[derive(Copy, Clone, PartialEq, Eq)]
+enum Way {
+    Device,
+    Kernel,
+    Fragments,
 }
 
 /// What frames are sent as.
@@ -87,7 +124,7 @@ impl XdpUnderlay {
         devices: Vec<XdpDevice>,
         tunnel: Tunnel,
         hops: Arc<ArcSwap<Hops>>,
-        kernel: Box<dyn Port>,
+        kernel: KernelWay,
         pool: &Pool,
         id: PortId,
     ) -> io::Result<XdpUnderlay> {
@@ -99,14 +136,13 @@ impl XdpUnderlay {
         channels: Vec<Channel>,
         tunnel: Tunnel,
         hops: Arc<ArcSwap<Hops>>,
-        kernel: Box<dyn Port>,
+        kernel: KernelWay,
     ) -> io::Result<XdpUnderlay> {
         let readable = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        for fd in channels.iter().map(|channel| Some(channel.as_fd())).chain([kernel.readable()]).flatten() {
+        for fd in channels.iter().map(|channel| Some(channel.as_fd())).chain([kernel.port.readable()]).flatten() {
             epoll::add(&readable, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
         }
-        let (sender, aside) = (Sender { tunnel }, Queue::new());
-        Ok(XdpUnderlay { channels, turn: 0, unasked: 0, sender, hops, kernel, aside, readable })
+        Ok(XdpUnderlay { channels, turn: 0, unasked: 0, sender: Sender { tunnel }, hops, kernel, readable })
     }
 
     /// Receives from the queues that have something; from all if none seems to, for one may have an error to tell.
@@ -138,21 +174,27 @@ impl XdpUnderlay {
         }
     }
 
-    /// Sends by the kernel what is for nodes whose next hop is not known.
+    /// Sends by the kernel what is for nodes whose next hop is not known, and what is too long for the path to its node.
     fn transmit_aside(&mut self, queue: &mut Queue, hops: &Hops, stats: &mut Stats) -> io::Result<()> {
-        let is_known = |frame: &Frame| !self.channels.is_empty() && hop_of(frame, hops).is_some();
-        if queue.iter().all(is_known) {
+        let (has_device, fragments) = (!self.channels.is_empty(), self.kernel.fragmenting.is_some());
+        let way = |frame: &Frame| match hop_of(frame, hops) {
+            Some((hop, outer)) if fragments && longest(frame, &outer) > hop.mtu as usize => Way::Fragments,
+            Some(_) if has_device => Way::Device,
+            _ => Way::Kernel,
+        };
+        if queue.iter().all(|frame| way(frame) == Way::Device) {
             return Ok(());
         }
         for _ in 0..queue.len() {
             let frame = queue.pop_front().expect("it is as long as that");
-            let way = if is_known(&frame) { &mut *queue } else { &mut self.aside };
-            way.push_back(frame);
+            let [whole, long] = &mut self.kernel.aside;
+            match way(&frame) {
+                Way::Device => queue.push_back(frame),
+                Way::Kernel => whole.push_back(frame),
+                Way::Fragments => long.push_back(frame),
+            }
         }
-        let result = self.kernel.transmit(&mut self.aside, stats);
-        // What the kernel is too busy for waits.
-        queue.extend(self.aside.drain(..));
-        result
+        self.kernel.transmit(queue, stats)
     }
 }
 
@@ -168,7 +210,7 @@ impl Port for XdpUnderlay {
             return Ok(Received::More);
         }
         self.unasked = 0;
-        let by_kernel = self.kernel.receive(pool, batch, stats)?;
+        let by_kernel = self.kernel.port.receive(pool, batch, stats)?;
         Ok(if by_queues == Received::More { by_queues } else { by_kernel })
     }
 
@@ -191,13 +233,30 @@ impl Port for XdpUnderlay {
         Some(self.readable.as_fd())
     }
 
+    fn peek(&mut self) -> Option<bool> {
+        Some(self.channels.iter_mut().any(Channel::is_waiting))
+    }
+
+    /// The kernel's socket stays where it is.
+    fn watch(&mut self, on: bool) -> bool {
+        for channel in &self.channels {
+            let fd = channel.as_fd();
+            // What is not told of now is found when nothing else seems to be there.
+            let _ = match on {
+                true => epoll::add(&self.readable, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN),
+                false => epoll::delete(&self.readable, fd),
+            };
+        }
+        true
+    }
+
     /// Everything is cut and summed here.
     fn capabilities(&self) -> Capabilities {
         Capabilities::default()
     }
 
     fn set_tunnel_mtu(&mut self, mtu: u32) {
-        self.kernel.set_tunnel_mtu(mtu);
+        self.kernel.port.set_tunnel_mtu(mtu);
     }
 
     /// The node before us has its packets come one by one, unlike the kernel's trains.
@@ -206,7 +265,7 @@ impl Port for XdpUnderlay {
     }
 
     fn kind(&self) -> &'static str {
-        if self.channels.is_empty() { self.kernel.kind() } else { "xdp" }
+        if self.channels.is_empty() { self.kernel.port.kind() } else { "xdp" }
     }
 }
 
@@ -219,6 +278,13 @@ fn hop_of<'a>(frame: &Frame, hops: &'a Hops) -> Option<(&'a NextHop, Outer)> {
         hop.used.store(true, Ordering::Relaxed);
     }
     Some((&hop.next, outer))
+}
+
+/// The longest packet that a frame becomes, outer headers included.
+fn longest(frame: &Frame, outer: &Outer) -> usize {
+    let segment = |gso: Gso| TUNNEL_HEADER + usize::from(gso.header_len) + usize::from(gso.size);
+    let len = frame.offload.gso.map_or(frame.len(), |gso| frame.len().min(segment(gso)));
+    len + outer::packet_headers(outer.peer)
 }
 
 impl Sender {

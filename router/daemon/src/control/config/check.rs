@@ -32,7 +32,14 @@ const MAX_PEERS: usize = 60_000;
 /// Checks the draft; notes problems in `reader`. `None` if something needed is missing.
 pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Option<Config>, Vec<Problem>) {
     let mut warnings = Vec::new();
-    let node = needed(reader, draft.node.as_ref(), &root("node"), "write a name for this node");
+    // All nodes of a Kubernetes cluster can share one file: their names then come from where each of them runs.
+    let named = host.node_name.as_ref().filter(|_| draft.kubernetes.is_some());
+    let named = named.map(|name| At { value: name.clone(), place: root("node") });
+    let advice = match &draft.kubernetes {
+        None => "write a name for this node",
+        Some(_) => "write the name of this machine's Node, or set NODE_NAME in weftd's environment",
+    };
+    let node = needed(reader, draft.node.as_ref().or(named.as_ref()), &root("node"), advice);
     if let Some(node) = node {
         check_name(reader, node);
     }
@@ -80,6 +87,7 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
 fn build_underlay(draft: Option<&DraftUnderlay>, address: IpAddr, mtu: u32) -> Underlay {
     Underlay {
         address,
+        is_given: draft.is_some_and(|draft| draft.address.is_some()),
         port: draft.and_then(|draft| draft.port.as_ref()).map_or(DEFAULT_PORT, |port| port.value),
         device: draft.and_then(|draft| draft.device.as_ref()).map(|device| device.value.clone()),
         kind: draft.and_then(|draft| draft.kind.as_ref()).map_or(UnderlayKind::Udp, |kind| kind.value),
@@ -109,12 +117,24 @@ pub fn is_name(text: &str) -> bool {
 
 /// The source, if what is needed for it is there.
 fn check_source(reader: &mut Reader<'_>, draft: &Draft, mode: Option<Mode>) -> Option<SourceConfig> {
-    let Some(etcd) = &draft.etcd else { return Some(SourceConfig::File) };
+    let engine = match (&draft.etcd, &draft.kubernetes) {
+        (None, None) => return Some(SourceConfig::File),
+        (Some(_), None) => "etcd",
+        (None, Some(_)) => "kubernetes",
+        (Some(_), Some(kubernetes)) => {
+            reader.problem(kubernetes.place(), "stands beside [etcd]: a cluster has one source, remove the other");
+            return None;
+        }
+    };
     let ranges = draft.ranges.first().map(|at| (&at.place, "ranges"));
     let peers = draft.peers.first().map(|peer| (&peer.section, "peers"));
     let gateway = draft.gateway.first().map(|at| (&at.place, "gateway"));
     let beside: Vec<(&Place, &str)> = [ranges, peers, gateway].into_iter().flatten().collect();
-    check_beside(reader, &beside, mode);
+    check_beside(reader, engine, &beside, mode);
+    if let Some(kubernetes) = &draft.kubernetes {
+        return Some(SourceConfig::Kubernetes(Box::new(kubernetes.check(reader))));
+    }
+    let etcd = draft.etcd.as_ref()?;
     for at in &etcd.network {
         check_inside_segment(reader, draft, mode, at);
     }
@@ -140,9 +160,10 @@ fn check_underlay(reader: &mut Reader<'_>, draft: &Draft, host: &Host) -> Option
         check_host_address(reader, address);
         return Some(address.value.to_canonical());
     }
-    if draft.etcd.is_some() {
+    if draft.etcd.is_some() || draft.kubernetes.is_some() {
         let device = underlay.and_then(|underlay| underlay.device.as_ref()).map(|device| device.value.as_str());
-        let found = host.main_address(device, |address| special(address).is_none());
+        let main = || host.main_address(device, |address| special(address).is_none());
+        let found = host.node_address.filter(|address| special(*address).is_none()).or_else(main);
         if found.is_none() {
             reader.problem(&missing_underlay(), format!("is missing, and this machine has no main address: {advice}"));
         }
@@ -211,6 +232,7 @@ fn check_paths(reader: &mut Reader<'_>, draft: &Draft) {
 /// Each range for itself, then all against each other: no address may belong to two nodes.
 fn check_ranges(reader: &mut Reader<'_>, draft: &Draft, mode: Option<Mode>) {
     if draft.etcd.is_none()
+        && draft.kubernetes.is_none()
         && draft.ranges.is_empty()
         && !reader.problems.iter().any(|problem| problem.place.key == "ranges")
     {

@@ -22,10 +22,12 @@
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
 //! `underlay.device`, `underlay.kind` (`"udp"`), `underlay.vlan`, `host_port` (`"weft0"`; another name, or `false` for none),
 //! `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`, `[cni]`, `metrics.listen` (nothing is served without it), `[log]`.
-//! With `[etcd]` ([`source`]) ranges and peers come from there, and `underlay.address` is the machine's main one unless given.
+//! With `[etcd]` ([`source`]) or `[kubernetes]` ([`kubernetes`]) ranges and peers come from there, and `underlay.address` is what the
+//! source says, or the machine's main one, unless given.
 
 pub mod check;
 mod cni;
+pub mod kubernetes;
 mod leases;
 pub mod reader;
 pub mod source;
@@ -43,6 +45,7 @@ use weft_router::tables::{Gateway, Mode};
 
 use super::host::Host;
 pub use cni::Cni;
+use kubernetes::DraftKubernetes;
 pub use leases::Leases;
 use reader::{At, Problem, Reader, Section, Switch, TEXT};
 use source::{DraftEtcd, SourceConfig};
@@ -181,6 +184,8 @@ pub struct Config {
 pub struct Underlay {
     /// This node's address in it.
     pub address: IpAddr,
+    /// Whether the file says so.
+    pub is_given: bool,
     /// UDP port of the tunnel.
     pub port: u16,
     /// How its packets leave and enter the node.
@@ -282,7 +287,7 @@ impl Config {
             ("vni", self.vni != new.vni),
             ("socket", self.socket != new.socket),
             ("state_dir", self.state_dir != new.state_dir),
-            ("etcd", self.source != new.source),
+            (self.source.table(), self.source != new.source),
             ("segment", self.segment != new.segment),
             ("gateway", (self.gateway.ipv4, self.gateway.ipv6) != (new.gateway.ipv4, new.gateway.ipv6)),
             ("gateway_mac", self.gateway.mac != new.gateway.mac),
@@ -355,6 +360,7 @@ struct Draft {
     socket: Option<At<PathBuf>>,
     state_dir: Option<At<PathBuf>>,
     etcd: Option<DraftEtcd>,
+    kubernetes: Option<DraftKubernetes>,
     ranges: Vec<At<IpNet>>,
     segment: Vec<At<IpNet>>,
     gateway: Vec<At<IpAddr>>,
@@ -399,6 +405,7 @@ impl Draft {
             socket: reader.parsed(&mut root, "socket", "a path"),
             state_dir: reader.parsed(&mut root, "state_dir", "a path"),
             etcd: DraftEtcd::read(reader, &mut root),
+            kubernetes: DraftKubernetes::read(reader, &mut root),
             ranges: reader.list(&mut root, "ranges", PREFIX),
             segment: reader.list(&mut root, "segment", PREFIX),
             gateway: reader.list(&mut root, "gateway", ADDRESS),

@@ -22,6 +22,7 @@ use weft_router::tables::Mode;
 
 use super::PREFIX;
 use super::check::{check_range, root};
+use super::kubernetes::KubernetesConfig;
 use super::reader::{At, Place, Reader, Section, TEXT};
 
 /// What a node's part of the network is by default.
@@ -45,6 +46,19 @@ pub enum SourceConfig {
     File,
     /// etcd.
     Etcd(Box<EtcdConfig>),
+    /// The Kubernetes API.
+    Kubernetes(Box<KubernetesConfig>),
+}
+
+impl SourceConfig {
+    /// Its table in the file.
+    pub fn table(&self) -> &'static str {
+        match self {
+            SourceConfig::File => "peers",
+            SourceConfig::Etcd(_) => "etcd",
+            SourceConfig::Kubernetes(_) => "kubernetes",
+        }
+    }
 }
 
 /// How etcd is reached, and what the cluster's network is.
@@ -82,6 +96,7 @@ impl std::fmt::Display for SourceConfig {
         match self {
             SourceConfig::File => f.write_str("file"),
             SourceConfig::Etcd(etcd) => write!(f, "etcd, {} at {}", etcd.prefix, etcd.endpoints.join(" ")),
+            SourceConfig::Kubernetes(kubernetes) => write!(f, "kubernetes, {kubernetes}"),
         }
     }
 }
@@ -192,9 +207,7 @@ impl DraftEtcd {
     }
 
     fn check_files(&self, reader: &mut Reader<'_>) {
-        for at in self.files.iter().flatten().filter(|at| !at.value.is_absolute()) {
-            reader.problem(&at.place, format!("{:?} is not absolute: begin the path with '/'", at.value));
-        }
+        check_absolute(reader, &self.files);
         let [password_file, _, certificate, key] = &self.files;
         let key_of = |name: &str| Place { key: format!("etcd.{name}"), ..self.section.clone() };
         if self.user.is_some() != password_file.is_some() {
@@ -236,11 +249,21 @@ impl DraftEtcd {
     }
 }
 
+/// Paths must not depend on where weftd was started.
+pub(super) fn check_absolute(reader: &mut Reader<'_>, files: &[Option<At<PathBuf>>]) {
+    for at in files.iter().flatten().filter(|at| !at.value.is_absolute()) {
+        reader.problem(&at.place, format!("{:?} is not absolute: begin the path with '/'", at.value));
+    }
+}
+
 /// What must not stand in the file beside an engine, because it comes from there.
-pub fn check_beside(reader: &mut Reader<'_>, found: &[(&Place, &str)], mode: Option<Mode>) {
+pub fn check_beside(reader: &mut Reader<'_>, engine: &str, found: &[(&Place, &str)], mode: Option<Mode>) {
     for (place, what) in found {
         if !(*what == "gateway" && mode == Some(Mode::Bridged)) {
-            reader.problem(place, format!("stands here, but etcd says who has what: remove the {what}, or [etcd]"));
+            reader.problem(
+                place,
+                format!("stands here, but {engine} says who has what: remove the {what}, or [{engine}]"),
+            );
         }
     }
 }
@@ -250,7 +273,7 @@ fn is_key_prefix(text: &str) -> bool {
     text.len() > 1 && text.len() <= 200 && text.starts_with('/') && !text.ends_with('/') && text.chars().all(good)
 }
 
-fn is_authority(text: &str) -> bool {
+pub(super) fn is_authority(text: &str) -> bool {
     let Some((host, port)) = text.rsplit_once(':') else { return false };
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '[' | ']');
     !host.is_empty() && host.chars().all(good) && port.parse::<u16>().is_ok_and(|port| port > 0)

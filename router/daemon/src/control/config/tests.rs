@@ -31,6 +31,7 @@ fn host() -> Host {
     Host {
         interfaces: vec![device(1, "lo", 65536, "127.0.0.1"), device(2, "uplink", 1500, "10.200.0.1")],
         defaults: vec![2],
+        ..Host::default()
     }
 }
 
@@ -333,4 +334,35 @@ fn no_input_panics() {
     for text in ["", "\0", "=", "[[peers]]", "peers = 1", "underlay = []", "ranges = [[]]", endless.as_str()] {
         assert!(Config::read(text, &host()).is_err());
     }
+}
+
+#[test]
+fn nodes_of_a_kubernetes_cluster_can_share_one_file() {
+    let read =
+        |text: &str, host: &Host| Config::read(text, host).map(|checked| checked.config).map_err(|why| why.to_string());
+    let shared = "mode = \"routed\"\n[kubernetes]\n";
+    let named = Host { node_name: Some("n7".into()), node_address: Some("10.200.0.1".parse().unwrap()), ..host() };
+    let config = read(shared, &named).unwrap();
+    assert_eq!((config.node.as_str(), config.underlay.address.to_string().as_str()), ("n7", "10.200.0.1"));
+    assert!(!config.underlay.is_given && config.ranges.is_empty());
+    assert_eq!(config.source.to_string(), "kubernetes, as the environment says");
+    let own = read(&format!("node = \"n8\"\n{shared}[underlay]\naddress = \"10.200.0.1\"\n"), &named).unwrap();
+    assert!(own.node == "n8" && own.underlay.is_given);
+    let said = read(shared, &host()).unwrap_err();
+    assert!(said.contains("set NODE_NAME"), "{said}");
+    let cases = [
+        ("servers = [\"10.0.0.1\"]", "kubernetes.servers"),
+        ("context = \"c\"", "is a part of a kubeconfig"),
+        ("kubeconfig = \"config\"", "is not absolute"),
+        ("kubeconfig = \"/a\"\nca = \"/b\"", "the kubeconfig says it, too"),
+        ("certificate = \"/a\"", "come together"),
+        ("idle = 0", "idle"),
+        ("[etcd]\nendpoints = [\"http://a:1\"]\nnetwork = [\"10.244.0.0/16\"]", "a cluster has one source"),
+    ];
+    for (text, why) in cases {
+        let said = read(&format!("{shared}{text}\n"), &named).unwrap_err();
+        assert!(said.contains(why), "{text}: {said}");
+    }
+    let beside = read(&format!("ranges = [\"10.244.1.0/24\"]\n{shared}"), &named).unwrap_err();
+    assert!(beside.contains("kubernetes says who has what"), "{beside}");
 }

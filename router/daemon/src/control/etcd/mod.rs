@@ -14,7 +14,7 @@
 mod client;
 mod messages;
 pub mod mirror;
-mod own;
+pub mod own;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -111,7 +111,12 @@ impl Source for Etcd {
             loop {
                 tokio::select! {
                     () = &mut pause => break,
-                    Some(Order::Leave(answer)) = orders.recv() => drop(answer.send(Err("etcd is away".into()))),
+                    Some(order) = orders.recv() => {
+                        if let Order::Leave(answer) = order {
+                            // Whoever asked may have gone.
+                            let _ = answer.send(Err("etcd is away".into()));
+                        }
+                    }
                 }
             }
         }
@@ -155,8 +160,10 @@ impl Etcd {
                 () = sleep_until(publish.unwrap_or_else(Instant::now)), if publish.is_some() => {
                     self.settle(&mut client, &identity, views, &mut timers).await?;
                 }
-                Some(Order::Leave(answer)) = orders.recv() => {
-                    self.leave(&mut client, &identity, views, answer).await?;
+                Some(order) = orders.recv() => {
+                    if let Order::Leave(answer) = order {
+                        self.leave(&mut client, &identity, views, answer).await?;
+                    }
                 }
             }
         }

@@ -1,0 +1,229 @@
+//! Requests to an API server: each with a deadline, with a token that is read again when it may have changed, and with an answer that
+//! says what was refused, and what to do.
+
+use std::fmt;
+use std::time::Duration;
+
+use anyhow::anyhow;
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER, USER_AGENT};
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::Client as Hyper;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde::Deserialize;
+use tokio::time::timeout;
+
+use super::access::{Access, Token};
+use crate::control::config::kubernetes::KubernetesConfig;
+
+/// How long a connection may take.
+const CONNECTING: Duration = Duration::from_secs(3);
+/// How long an answer may take to begin, and between its pieces.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The longest answer to one request: a page of the largest objects.
+const MAX_ANSWER: usize = 256 << 20;
+/// What is read of a refusal.
+const MAX_REFUSAL: usize = 64 << 10;
+/// What is shown of it.
+const MAX_SHOWN: usize = 300;
+/// Servers may ask to be left alone for so long, at most.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
+
+/// Why a request failed.
+#[derive(Debug)]
+pub struct Failure {
+    /// HTTP's status, if the server refused.
+    pub status: Option<StatusCode>,
+    /// What happened, and what to do.
+    pub why: String,
+    /// For how long the server wants to be left alone.
+    pub retry_after: Option<Duration>,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.why)
+    }
+}
+
+impl Failure {
+    /// One that is not a refusal.
+    pub fn new(why: impl fmt::Display) -> Failure {
+        Failure { status: None, why: why.to_string(), retry_after: None }
+    }
+}
+
+/// What is asked for, in words: `list nodes`.
+#[derive(Debug, Clone, Copy)]
+pub struct Doing {
+    /// The API's verb.
+    pub verb: &'static str,
+    /// The API's resource.
+    pub what: &'static str,
+}
+
+impl fmt::Display for Doing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.verb, self.what)
+    }
+}
+
+/// What is sent with a patch.
+pub struct Patch<'a> {
+    /// Its kind of patch.
+    pub media: &'static str,
+    /// The patch itself.
+    pub body: &'a serde_json::Value,
+}
+
+/// A client of one server.
+pub struct Client {
+    hyper: Hyper<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    server: String,
+    token: Option<Token>,
+    patience: Duration,
+}
+
+impl Client {
+    /// For the server of this number. Connects with the first request.
+    pub fn new(config: &KubernetesConfig, number: usize) -> Result<Client, Failure> {
+        let Access { server, token, tls } =
+            Access::of(config, number).map_err(|why| Failure::new(format!("{why:#}")))?;
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_connect_timeout(Some(CONNECTING));
+        tcp.set_nodelay(true);
+        let connector =
+            HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_http1().wrap_connector(tcp);
+        let mut builder = Hyper::builder(TokioExecutor::new());
+        builder.pool_max_idle_per_host(1);
+        let patience = PATIENCE.min(Duration::from_secs(config.idle));
+        Ok(Client { hyper: builder.build(connector), server, token, patience })
+    }
+
+    /// Where it leads.
+    pub fn server(&self) -> &str {
+        &self.server
+    }
+
+    /// Sends a request; the answer's body is still to be read.
+    pub async fn send(
+        &self,
+        doing: Doing,
+        method: Method,
+        path: &str,
+        patch: Option<Patch<'_>>,
+    ) -> Result<Response<Incoming>, Failure> {
+        let mut request = Request::builder().method(method).uri(format!("{}{path}", self.server));
+        request =
+            request.header(ACCEPT, "application/json").header(USER_AGENT, concat!("weftd/", env!("CARGO_PKG_VERSION")));
+        if let Some(token) = &self.token {
+            let token = token.read().map_err(|why| Failure::new(format!("{why:#}")))?;
+            request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+        }
+        let body = match patch {
+            None => Bytes::new(),
+            Some(patch) => {
+                request = request.header(CONTENT_TYPE, patch.media);
+                patch.body.to_string().into()
+            }
+        };
+        let request = request.body(Full::new(body)).map_err(|why| Failure::new(format!("{}: {why}", self.server)))?;
+        let answer = timeout(self.patience, self.hyper.request(request)).await;
+        let answer = answer.map_err(|_| self.silent(doing))?;
+        let answer = answer.map_err(|why| self.unreachable(&anyhow!(why)))?;
+        if answer.status().is_success() {
+            return Ok(answer);
+        }
+        Err(self.refused(doing, answer).await)
+    }
+
+    /// The next piece of an answer; `None` at its end.
+    pub async fn piece(&self, doing: Doing, body: &mut Incoming, patience: Duration) -> Result<Option<Bytes>, Failure> {
+        loop {
+            let frame = timeout(patience, body.frame()).await.map_err(|_| self.silent(doing))?;
+            match frame {
+                None => return Ok(None),
+                Some(Err(why)) => return Err(self.unreachable(&anyhow!(why))),
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        return Ok(Some(data));
+                    }
+                }
+            }
+        }
+    }
+
+    /// All of an answer.
+    pub async fn whole(&self, doing: Doing, answer: Response<Incoming>) -> Result<Vec<u8>, Failure> {
+        let mut body = answer.into_body();
+        let mut bytes = Vec::new();
+        while let Some(piece) = self.piece(doing, &mut body, self.patience).await? {
+            if bytes.len() + piece.len() > MAX_ANSWER {
+                return Err(Failure::new(format!("{} has no end of answer to: {doing}", self.server)));
+            }
+            bytes.extend_from_slice(&piece);
+        }
+        Ok(bytes)
+    }
+
+    fn silent(&self, doing: Doing) -> Failure {
+        Failure::new(format!("{} does not answer, asked to {doing}", self.server))
+    }
+
+    fn unreachable(&self, why: &anyhow::Error) -> Failure {
+        let why = format!("{why:#}");
+        let advice = if why.contains("certificate") {
+            ": is the CA the one that signed the server's certificate, and is the server's address in that certificate?"
+        } else if why.contains("Connect") {
+            ": is that its address, and does it run?"
+        } else {
+            ""
+        };
+        Failure::new(format!("cannot reach {}: {why}{advice}", self.server))
+    }
+
+    async fn refused(&self, doing: Doing, answer: Response<Incoming>) -> Failure {
+        let status = answer.status();
+        let retry_after = answer.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+        let retry_after = retry_after.map(|seconds| Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
+        let said = self.said(doing, answer).await;
+        let advice = match status {
+            StatusCode::UNAUTHORIZED => match &self.token {
+                Some(Token::File(file)) => format!(": the token in {} is not valid there, or no more", file.display()),
+                _ => ": our token or certificate is not valid there, or no more".into(),
+            },
+            StatusCode::FORBIDDEN => {
+                ": grant that with the ClusterRole that comes with Weft (deploy/kubernetes)".into()
+            }
+            _ => String::new(),
+        };
+        let why = format!("{} refused to {doing} ({}{said}){advice}", self.server, status.as_u16());
+        Failure { status: Some(status), why, retry_after }
+    }
+
+    /// What the server says about a refusal, fit for a terminal.
+    async fn said(&self, doing: Doing, answer: Response<Incoming>) -> String {
+        let mut body = answer.into_body();
+        let mut bytes = Vec::new();
+        while let Ok(Some(piece)) = self.piece(doing, &mut body, Duration::from_secs(2)).await {
+            bytes.extend_from_slice(&piece);
+            if bytes.len() > MAX_REFUSAL {
+                break;
+            }
+        }
+        let message = serde_json::from_slice(&bytes).map(|said: Said| said.message).unwrap_or_default();
+        let message: String = message.chars().filter(|c| !c.is_control()).take(MAX_SHOWN).collect();
+        if message.is_empty() { message } else { format!(", {message}") }
+    }
+}
+
+/// Of the API's `Status`, what is used here.
+#[derive(Deserialize)]
+struct Said {
+    #[serde(default)]
+    message: String,
+}
