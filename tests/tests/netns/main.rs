@@ -17,6 +17,7 @@ mod dhcp;
 mod etcd;
 mod faults;
 mod footprint;
+mod given_up;
 mod hostile;
 mod hostport;
 mod image;
