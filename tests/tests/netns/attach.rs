@@ -166,8 +166,8 @@ fn a_thousand(kind: &str) {
     for pod in [&pods[0], &pods[PODS / 2], &pods[PODS - 1]] {
         assert!(pod.exec("ping -n -c 1 -W 5 10.241.0.1").success, "a pod reaches its gateway");
     }
-    for number in 0..FEW {
-        add(&few, number, &others[number]);
+    for (number, pod) in others[..FEW].iter().enumerate() {
+        add(&few, number, pod);
     }
     let steepness: Vec<f64> = (0..TRIES)
         .map_while({
