@@ -232,6 +232,33 @@ fn the_kernels_nodes_cannot_tell_an_underlay_by_xdp_from_one_by_udp() {
 }
 
 #[test]
+fn all_kinds_of_ports_underlays_and_nodes_reach_each_other() {
+    let _turn = turn();
+    for (suffix, mode) in [("im", "routed"), ("imb", "bridged")] {
+        let cluster = Cluster::new(suffix).with(1, "xdp").with(3, "udp");
+        let mut mixed = mixed(cluster, mode, ["tap", "xdp"].map(|port| json!({ "port": port })));
+        for (node, port) in [(0, "xdp"), (1, "tap")] {
+            let node = &mixed.nodes[node];
+            let pod = mixed.cluster.sandbox(&format!("q{}", node.number));
+            let addresses = plugin::addresses(&node.attach_with("more", &pod, &json!({ "port": port })));
+            mixed.pods.push((pod, addresses));
+        }
+        let kinds = mixed.nodes.iter().map(|node| node.daemon().underlay().kind);
+        assert_eq!(kinds.collect::<Vec<_>>(), ["xdp", "udp"]);
+        mixed.await_answers();
+        for (from, own) in &mixed.pods {
+            for (to, addresses) in mixed.pods.iter().filter(|(_, addresses)| addresses != own) {
+                for address in addresses {
+                    traffic::transfer(from, to, *address, 4 << 20);
+                    traffic::echo_datagrams(from, to, *address, &[0, 1402, 1422, 1423, 5000, 65_000]);
+                }
+            }
+        }
+        mixed.was_clean();
+    }
+}
+
+#[test]
 fn a_wrong_checksum_is_refused_by_the_receiver_and_never_repaired_on_the_way() {
     let _turn = turn();
     for mode in ["routed", "bridged"] {

@@ -157,6 +157,8 @@ pub struct Config {
     pub source: SourceConfig,
     /// What this node gives to pods.
     pub ranges: Vec<IpNet>,
+    /// What it gave to pods before the source gave it other ranges, and some still have.
+    pub former: Vec<IpNet>,
     /// Bridged mode: what is on-link for pods. Empty in routed mode.
     pub segment: Vec<IpNet>,
     /// The router as pods see it.
@@ -309,7 +311,8 @@ impl Config {
     /// Sizes and limits of the data plane.
     pub fn sizes(&self) -> RouterConfig {
         let chunks = self.limits.chunks.or((self.port == PortKind::Xdp).then_some(XDP_CHUNKS));
-        Limits { chunks, ..self.limits }.into()
+        let huge_pages = self.port == PortKind::Xdp || self.underlay.kind == UnderlayKind::Xdp;
+        RouterConfig { huge_pages, ..Limits { chunks, ..self.limits }.into() }
     }
 
     /// The gateway of the family of `address`.
