@@ -267,10 +267,13 @@ fn now_or_later<T>(
     }
 }
 
-/// A daemon that hangs is as good as one that is not there: a pod must not be kept from going. Should it come round and serve
-/// the DEL after all, the tombstone finds nothing left to do.
+/// A daemon that hangs, or that cannot do it now, is as good as one that is not there: a pod must not be kept from going. Should it
+/// come round and serve the DEL after all, the tombstone finds nothing left to do.
 fn is_away(error: &ClientError) -> bool {
-    matches!(error, ClientError::Unreachable { .. } | ClientError::TimedOut { .. } | ClientError::Protocol(_))
+    match error {
+        ClientError::Unreachable { .. } | ClientError::TimedOut { .. } | ClientError::Protocol(_) => true,
+        ClientError::Refused(failure) => failure.code == code::TRY_AGAIN,
+    }
 }
 
 fn check(config: &Config) -> Result<(), Failure> {

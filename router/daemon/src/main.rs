@@ -13,6 +13,7 @@ mod log;
 mod metrics;
 mod netlink;
 mod node;
+mod shortage;
 mod sysctl;
 mod uplink;
 
@@ -377,6 +378,7 @@ async fn put_in_force(node: Arc<Node>, mut views: watch::Receiver<View>) {
 /// freed, and the counters are remembered.
 fn keep_house(node: &Node) {
     node.write_pending_releases();
+    node.review_former();
     attach::tombstone::honour_all(node);
     attach::reconcile::reconcile(node);
     node.keep_sample();

@@ -4,18 +4,19 @@
 //! store has locks of its own. The data plane is told by [`Node::put_in_force`], which compiles the whole state anew, and by
 //! [`Node::follow_pod`], which makes the tables with a pod of those without it.
 
+mod told;
+
 use std::collections::BTreeMap;
-use std::io::Read;
-use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context;
+use ipnet::IpNet;
 use rustix::rand::GetRandomFlags;
 use rustix::time::{ClockId, clock_gettime};
-use weft_api::{AttachmentKey, Counters, Failure, code};
-use weft_ipam::{Rules, Store};
+use weft_api::{AttachmentKey, Counters};
+use weft_ipam::Store;
 use weft_router::stats::PortStats;
 use weft_router::tables::Pod;
 use weft_router::{PortEnd, PortId, Router, RouterConfig, Snapshot, Tables, TakenOver};
@@ -28,26 +29,20 @@ use crate::attach::reconcile::Suspects;
 use crate::attach::turn::Turns;
 use crate::attach::veth::Veth;
 use crate::attach::watch::Watch;
-use crate::control::cluster::Cluster;
 use crate::control::compile::{compile, with_pod, without_pod};
-use crate::control::config::kubernetes::NODE_NAME;
-use crate::control::config::reader::{Problem, decode};
-use crate::control::config::source::SourceConfig;
-use crate::control::config::{Checked, Config, default_workers};
+use crate::control::config::{Config, default_workers};
 use crate::control::desired::{DesiredState, HOST, PortNumbers, UNDERLAY};
-use crate::control::host::Host;
-use crate::control::saved;
 use crate::control::source::{Order, View};
 use crate::hostport::HostPort;
+
 use crate::log::LogLevel;
 use crate::metrics::Requests;
-use crate::netlink::Netlink;
 use crate::uplink::Uplink;
+use told::{joined, rules};
+pub use told::{log_warnings, read_config};
 
 /// Folder of the lease store below the state folder.
 const LEASES: &str = "leases";
-/// A configuration of the largest cluster has some megabytes; what is larger is no configuration.
-const MAX_CONFIG: u64 = 64 << 20;
 
 /// The running node.
 pub struct Node {
@@ -97,6 +92,8 @@ pub struct State {
     pub retired: PortStats,
     /// The counters of the last while.
     pub samples: Samples,
+    /// The former ranges that the source was told of.
+    told_former: Vec<IpNet>,
     /// Which ports can be given. One whose removal from the workers is under way is not yet among them.
     numbers: PortNumbers,
     epoch: u64,
@@ -111,34 +108,6 @@ pub struct Attachment {
     pub interface: Interface,
     /// Its veth, if it has no TAP.
     pub veth: Option<Arc<Veth>>,
-}
-
-/// Reads the configuration and checks it against this machine, whose underlay address, unless the file says it, is `address` if that
-/// is known.
-pub fn read_config(path: &Path, address: Option<IpAddr>) -> anyhow::Result<Checked> {
-    let node_name = std::env::var(NODE_NAME).ok();
-    let look = |mut netlink: Netlink| {
-        Ok(Host { defaults: netlink.default_devices()?, node_name, node_address: address, ..netlink.host()? })
-    };
-    let host = Netlink::open().and_then(look).context("cannot list this machine's interfaces")?;
-    read_config_for(path, &host)
-}
-
-/// Logs what is odd about the configuration at `path`.
-pub fn log_warnings(path: &Path, warnings: &[Problem]) {
-    for warning in warnings {
-        tracing::warn!("{}: {warning}", path.display());
-    }
-}
-
-fn read_config_for(path: &Path, host: &Host) -> anyhow::Result<Checked> {
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(path)
-        .with_context(|| format!("cannot open the configuration {}: name it with --config", path.display()))?;
-    file.take(MAX_CONFIG)
-        .read_to_end(&mut bytes)
-        .with_context(|| format!("cannot read the configuration {}", path.display()))?;
-    decode(bytes).and_then(|text| Config::read(&text, host)).with_context(|| format!("{} is not valid", path.display()))
 }
 
 impl Node {
@@ -161,7 +130,7 @@ impl Node {
         if let Some(recovery) = store.recovery() {
             tracing::warn!("{recovery}; it was cut off");
         }
-        store.set_rules(rules(&config));
+        store.set_rules(rules(&config, &store, &view.pods));
         // What rests is written down by the clock of its boot: before anything else is asked of the store.
         store.begin_boot(census.boot(), since_boot()).context("cannot write to the lease store")?;
         let workers = config.workers.unwrap_or_else(|| default_workers(cpus()));
@@ -181,6 +150,7 @@ impl Node {
             attachments: BTreeMap::new(),
             retired: PortStats::default(),
             samples: Samples::default(),
+            told_former: Vec::new(),
             numbers: PortNumbers::default(),
             epoch,
         };
@@ -405,76 +375,6 @@ impl Node {
         }
     }
 
-    /// Reads the configuration again. If it is wrong the old one stays.
-    ///
-    /// # Errors
-    /// What is wrong, with lines and keys; or what cannot change while weftd runs.
-    pub fn reload(&self) -> Result<(), Failure> {
-        let refuse = |msg: String, details: &str| {
-            tracing::error!("{msg}; the old configuration stays in force");
-            Err(Failure { code: code::CONFIG, msg, details: details.into() })
-        };
-        let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
-        let address = {
-            let local = Arc::clone(&self.state().local);
-            matches!(local.source, SourceConfig::Kubernetes(_)).then_some(local.underlay.address)
-        };
-        let Checked { config, warnings } = match read_config(&self.config_path, address) {
-            Ok(checked) => checked,
-            Err(error) => return refuse(format!("{error:#}"), "the old configuration stays in force"),
-        };
-        log_warnings(&self.config_path, &warnings);
-        let mut state = self.state();
-        let fixed = state.local.fixed_differences(&config);
-        if !fixed.is_empty() {
-            let msg = format!("cannot change while weftd runs: {}", fixed.join(", "));
-            return refuse(msg, "restart weftd, or set it back; the old configuration stays in force");
-        }
-        self.log_level.set(config.log.level);
-        self.store.set_rules(rules(&config));
-        let desired = state.desired.reconfigured(Arc::new(joined(&config, state.view.cluster.as_deref())));
-        state.local = Arc::new(config);
-        self.put_in_force(&mut state, desired);
-        self.host.kick();
-        tracing::info!(peers = state.desired.config.peers.len(), epoch = state.epoch, "configuration in force");
-        Ok(())
-    }
-
-    /// Puts what a source says in force; whether that is another cluster than before, which is to be kept.
-    pub fn follow(&self, view: View) -> bool {
-        let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
-        let (local, known) = {
-            let state = self.state();
-            (Arc::clone(&state.local), state.view.cluster.clone())
-        };
-        let new = view.cluster.clone().filter(|new| known.as_ref() != Some(new));
-        // A large cluster takes a while to be compiled into a configuration: not with the state held.
-        let config = new.as_deref().map(|cluster| Arc::new(cluster.join(&local)));
-        let mut state = self.state();
-        state.view = view;
-        let Some((cluster, config)) = new.zip(config) else { return false };
-        let desired = state.desired.reconfigured(config);
-        self.put_in_force(&mut state, desired);
-        let (peers, epoch) = (cluster.peers.len(), state.epoch);
-        drop(state);
-        self.host.kick();
-        tracing::debug!(peers, epoch, "news of the cluster in force");
-        log_denied(&cluster, known.as_deref());
-        true
-    }
-
-    /// Keeps what is known of the cluster for the next start.
-    pub fn keep_cluster(&self) {
-        let (local, cluster) = {
-            let state = self.state();
-            (Arc::clone(&state.local), state.view.cluster.clone())
-        };
-        let Some(cluster) = cluster else { return };
-        if let Err(error) = saved::save(&local.state_dir, &local, &cluster) {
-            tracing::warn!(%error, "the state of the cluster cannot be kept in {}", local.state_dir.display());
-        }
-    }
-
     /// Tries again to write releases that the disk did not take.
     pub fn write_pending_releases(&self) {
         if self.store.pending() > 0
@@ -523,25 +423,8 @@ impl Node {
     }
 }
 
-/// The configuration of this node in its cluster; the file's alone if that is the source.
-fn joined(local: &Config, cluster: Option<&Cluster>) -> Config {
-    cluster.map_or_else(|| local.clone(), |cluster| cluster.join(local))
-}
-
-fn log_denied(cluster: &Cluster, before: Option<&Cluster>) {
-    let known = before.map_or(&[][..], |before| &before.problems);
-    for problem in cluster.problems.iter().filter(|problem| !known.contains(problem)) {
-        tracing::warn!("{problem}");
-    }
-}
-
 fn log_gone(key: &AttachmentKey) {
     tracing::info!(container = key.container, ifname = key.ifname, "the pod's network namespace is gone");
-}
-
-/// What the configuration wants of the lease store.
-fn rules(config: &Config) -> Rules {
-    Rules { rest: Duration::from_secs(config.leases.rest), reserved: config.leases.reserved.clone() }
 }
 
 /// The clock by which freed addresses rest: milliseconds since the boot, whatever the date is set to.

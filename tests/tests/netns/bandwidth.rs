@@ -56,7 +56,7 @@ fn rates_hold(suffix: &str, port: &str, rates: &[u64]) {
     let [tcp, udp] = ["", "-u -l 1400 -b 0"].map(|more| run(&free, &other, to_other, more));
     for (number, rate) in rates.iter().copied().enumerate() {
         // The first rates are such that every machine has to reach them.
-        let reaches = |unlimited: f64| number < 3 || unlimited > rate as f64 * 1.5;
+        let reaches = |unlimited: f64| number < 2 || unlimited > rate as f64 * 1.5;
         let name = format!("limited{number}");
         let pod = cluster.sandbox(&name);
         let mut keys = limited(rate, rate);

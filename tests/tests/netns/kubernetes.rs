@@ -4,11 +4,11 @@ use std::net::{IpAddr, TcpListener};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use weft_api::{Empty, Failure, Request, code};
+use weft_api::{Empty, Failure, Request, Status, code};
 use weft_tests::cluster::{Cluster, WeftNode};
 use weft_tests::command::eventually;
 use weft_tests::daemon::Daemon;
-use weft_tests::kubernetes::{Api, node};
+use weft_tests::kubernetes::{Api, node, pod};
 use weft_tests::machine::turn;
 use weft_tests::netns::{Netns, OwnNetns};
 use weft_tests::plugin;
@@ -144,14 +144,32 @@ fn a_node_that_is_made_again_gives_the_new_range_and_keeps_its_pods() {
     });
     let mut again = node(1);
     again["metadata"]["uid"] = json!("00000000-aaaa-4000-8000-000000000001");
-    again["spec"]["podCIDRs"] = json!(["10.244.71.0/24", "fd00:10:244:71::/64"]);
+    again["spec"]["podCIDRs"] = json!(["fd00:10:244:71::/64", "10.244.71.0/24"]);
     formed.api.put("nodes", again);
-    eventually("its new range is in force", PATIENCE, || formed.daemon(1).status().ranges[0] == "10.244.71.0/24");
-    assert_eq!(formed.daemon(1).leases().len(), 2, "the old leases are still there");
+    eventually("its new range is in force", PATIENCE, || formed.daemon(1).status().ranges[1] == "10.244.71.0/24");
     let (new, addresses) = formed.pod(&formed.nodes[0], "new");
-    assert_eq!(addresses[0].to_string(), "10.244.71.2");
-    await_answer(&formed.pods[1].0, addresses[0]);
+    assert_eq!(addresses[1].to_string(), "10.244.71.2", "in the order of podCIDRs, and no gateway's");
+    await_answer(&formed.pods[1].0, addresses[1]);
     await_answer(&new, formed.pods[1].1[1]);
+    // The old pod, by both families, from and to everywhere.
+    eventually("the others hear of what it keeps", PATIENCE, || {
+        let said = formed.api.announced("n1").unwrap_or_default();
+        said["former"].as_array().is_some_and(|former| former.len() == 2)
+    });
+    for address in &formed.pods[0].1 {
+        await_answer(&formed.pods[1].0, *address);
+        await_answer(&new, *address);
+        await_answer(&formed.nodes[0].netns, *address);
+        await_answer(&formed.nodes[1].netns, *address);
+    }
+    for address in &formed.pods[1].1 {
+        formed.pods[0].0.ip("neigh flush all");
+        await_answer(&formed.pods[0].0, *address);
+    }
+    formed.nodes[0].runtime.del("pod", &formed.pods[0].0);
+    eventually("what nobody has any more is given up", PATIENCE, || {
+        formed.api.announced("n1").is_some_and(|said| said.get("former").is_none())
+    });
 }
 
 #[test]
@@ -211,12 +229,18 @@ fn what_a_node_lacks_is_said_to_the_runtime_and_may_come_late() {
     bare["status"] = node(2)["status"].clone();
     formed.api.put("nodes", bare);
     eventually("there is no range", PATIENCE, || said("--allocate-node-cidrs"));
-    let pod = formed.cluster.sandbox("early");
-    let refused = formed.nodes[1].runtime.call("ADD", "early", Some(&pod.path()), &json!({"wait": 0}));
+    let early = formed.cluster.sandbox("early");
+    let refused = formed.nodes[1].runtime.call("ADD", "early", Some(&early.path()), &json!({"wait": 0}));
     let failure: Failure = serde_json::from_value(refused.json).unwrap();
     assert_eq!(failure.code, code::TRY_AGAIN, "{failure:?}");
+    // A pod of before whose lease is lost, and one that has ended.
+    formed.api.put("pods", pod("lost", "n2", "10.244.2.2"));
+    let mut ended = pod("ended", "n2", "10.244.2.3");
+    ended["status"]["phase"] = json!("Failed");
+    formed.api.put("pods", ended);
     formed.api.edit("nodes", "n2", |found| found["spec"] = node(2)["spec"].clone());
     formed.attach();
+    assert_eq!(formed.pods[1].1[0].to_string(), "10.244.2.3", "no pod gets what another one has");
     formed.assert_matrix();
 
     formed.api.spoil(|faults| faults.hang_streams = true);
@@ -226,4 +250,65 @@ fn what_a_node_lacks_is_said_to_the_runtime_and_may_come_late() {
     eventually("streams that hung are opened again", PATIENCE, || {
         (1..=2).all(|number| formed.daemon(number).status().peers == 2)
     });
+}
+
+#[test]
+fn thousands_of_nodes_and_pods_fit() {
+    const NODES: u16 = 5000;
+    let _turn = turn();
+    let mut formed = Formed::new("kubemany");
+    (1..=NODES).for_each(|number| drop(formed.api.add_node(number)));
+    (0..5000_u16).for_each(|number| {
+        drop(formed.api.put("pods", pod(&format!("p{number}"), &format!("n{}", number % 50 + 2), "10.9.9.9")))
+    });
+    let started = Instant::now();
+    formed.start(1);
+    let peers = |formed: &Formed| formed.daemon(1).try_ask::<Status>(&Request::Status).map_or(0, |status| status.peers);
+    eventually("all are known", Duration::from_secs(60), || peers(&formed) == usize::from(NODES) - 1);
+    let known = started.elapsed();
+    formed.attach();
+    std::thread::sleep(Duration::from_secs(2));
+    let resident = formed.daemon(1).resident_kib();
+    let mut changes: Vec<Duration> = Vec::new();
+    for more in 0..5 {
+        let changed = Instant::now();
+        formed.api.add_node(NODES + 1 + more);
+        while peers(&formed) != usize::from(NODES + more) {
+            assert!(changed.elapsed() < PATIENCE, "one more is not known");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        changes.push(changed.elapsed());
+        // Those that come soon after each other are gathered.
+        std::thread::sleep(Duration::from_millis(1100));
+    }
+    changes.sort_unstable();
+    eprintln!("{NODES} Nodes: known after {known:?}, {} MiB, one more after {:?}", resident >> 10, changes[2]);
+    assert!(resident < 200 << 10, "{resident} KiB");
+    assert!(formed.daemon(1).status().problems.iter().all(|problem| !problem.starts_with("kubernetes")));
+}
+
+#[test]
+fn a_bad_configuration_a_hundred_times_a_second_harms_nobody() {
+    let _turn = turn();
+    let mut formed = Formed::new("kubereload");
+    formed.join_all(1..=2);
+    formed.assert_matrix();
+    let config = formed.cluster.config_by(1, "routed", &formed.engine).replace("address = \"10.200.0.1\"\n", "");
+    let bad = [
+        (config.replace("mtu = 1450", "mtu = 14"), "line 4: mtu"),
+        (config.replace("idle = 2", "idle = \"never\""), "kubernetes.idle"),
+        (config.replace("idle = 2", "idle = 3"), "cannot change while weftd runs: kubernetes"),
+    ];
+    let pings = Pings::start(&formed.pods[0].0, formed.pods[1].1[0]);
+    let started = Instant::now();
+    for round in 0..400_u32 {
+        let (text, why) = &bad[round as usize % bad.len()];
+        let said = formed.nodes[0].reload(text).unwrap_err().to_string();
+        assert!(said.contains(why), "{said}");
+        std::thread::sleep((started + Duration::from_millis(10) * round).saturating_duration_since(Instant::now()));
+    }
+    formed.nodes[0].reload(&config).unwrap();
+    pings.assert_none_lost(100);
+    let status = formed.daemon(1).status();
+    assert_eq!((status.mtu, status.peers, status.ranges.len()), (1450, 1, 2));
 }

@@ -1,8 +1,8 @@
 //! Attaching pods: ADD, DEL, CHECK and GC.
 //!
 //! ```text
-//! names, namespace checked → lease (durable) → TAP made here → moved into the pod → set up there
-//!     → tables say who is behind the port → port given to the workers → answer
+//! names, namespace checked → addresses chosen → device made in the pod and set up there → tables say who is behind the port
+//!     → port given to the workers → lease durable → answer
 //! ```
 //!
 //! A veth ([`device`]) is given to the workers before its end in the pod is set up, for the pod's kernel speaks as soon as it is.
@@ -19,6 +19,7 @@ pub mod given;
 pub mod namespace;
 pub mod only_lease;
 pub mod pod;
+pub mod promised;
 pub mod reconcile;
 pub mod reserve;
 pub mod tombstone;
@@ -47,9 +48,11 @@ use crate::control::config::{Config, PortKind};
 use crate::control::derive;
 use crate::netlink::Route;
 use crate::node::{Attachment, Node, since_boot};
+use crate::shortage::is_shortage;
 use device::Chosen;
-use namespace::Namespace;
+use namespace::{Namespace, travel};
 use pod::{Interface, Observed, Raw};
+use promised::Asking;
 use veth::{Veth, Veths};
 
 /// Longest network name and container id in bytes. Runtimes use 64 digits; anything much longer is no id.
@@ -61,6 +64,14 @@ const DRAWS: usize = 16;
 
 /// CNI ADD.
 pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attached, Failure> {
+    let (asking, writing) = promised::ends();
+    let made = travel(move || add_travelling(node, request, fd, asking), || writing.serve(&node.store));
+    made.unwrap_or_else(|error| {
+        Err(Failure::new(code::TRY_AGAIN, format!("cannot work in the pod's network namespace: {error}")))
+    })
+}
+
+fn add_travelling(node: &Node, request: &Attach, fd: Option<OwnedFd>, asking: Asking) -> Result<Attached, Failure> {
     check_key(&request.key)?;
     let mac = request.mac.as_deref().map(parse_mac).transpose()?;
     let kind = request.port.as_deref().map(parse_port).transpose()?;
@@ -68,9 +79,10 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
     tombstone::honour_all(node);
     let _turn = node.turns.take(&request.key);
     refuse_known(node, &request.key)?;
-    let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
-    let mut interface = attempt.lease(request, mac, &namespace)?;
+    let mut attempt = Attempt::new(node, &request.key);
+    let mut interface = attempt.lease(request, mac, &namespace, asking)?;
     attempt.open(kind, &namespace, &request.netns, &mut interface)?;
+    attempt.settle()?;
     attempt.finish();
     tracing::info!(
         network = request.key.network, container = request.key.container, ifname = request.key.ifname,
@@ -220,12 +232,24 @@ struct Attempt<'a> {
     node: &'a Node,
     key: &'a AttachmentKey,
     leased: bool,
+    /// Who writes the lease, as long as it is not known whether that is durable.
+    asking: Option<Asking>,
     port: Option<PortId>,
 }
 
-impl Attempt<'_> {
-    /// Leases the addresses, durably.
-    fn lease(&mut self, request: &Attach, mac: Option<Mac>, namespace: &Namespace) -> Result<Interface, Failure> {
+impl<'a> Attempt<'a> {
+    fn new(node: &'a Node, key: &'a AttachmentKey) -> Attempt<'a> {
+        Attempt { node, key, leased: false, asking: None, port: None }
+    }
+
+    /// Begins to lease the addresses, which has to be settled.
+    fn lease(
+        &mut self,
+        request: &Attach,
+        mac: Option<Mac>,
+        namespace: &Namespace,
+        asking: Asking,
+    ) -> Result<Interface, Failure> {
         let netns = self.node.census.describe(namespace);
         let config = Arc::clone(&self.node.state().desired.config);
         let mtu = choose_mtu(&config, request.mtu)?;
@@ -236,11 +260,12 @@ impl Attempt<'_> {
             given => (given::sets(&config, given)?, given.iter().map(|(net, _)| net.addr()).collect()),
         };
         let facts = facts(self.node, request, mac, netns);
-        let record = self.node.store.lease(&owner(self.key), &sets, &requested, facts, since_boot());
-        let record = record.map_err(|error| refusal(&error))?;
-        self.leased = true;
-        let leased = record.leases.iter().map(|lease| (lease.cidr(), lease.gateway));
+        let begun = self.node.store.begin(&owner(self.key), &sets, &requested, facts, since_boot());
+        let begun = begun.map_err(|error| refusal(&error))?;
+        let leased = begun.record().leases.iter().map(|lease| (lease.cidr(), lease.gateway));
         let addresses = if given.is_empty() { leased.collect() } else { given };
+        asking.begin(begun);
+        self.asking = Some(asking);
         let mut interface = Interface {
             name: self.key.ifname.clone(),
             mac,
@@ -252,6 +277,14 @@ impl Attempt<'_> {
         };
         interface.routes = given::routes(request.routes.as_deref(), &interface)?;
         Ok(interface)
+    }
+
+    /// Waits until the lease is durable.
+    fn settle(&mut self) -> Result<(), Failure> {
+        let Some(asking) = self.asking.take() else { return Ok(()) };
+        asking.outcome()?;
+        self.leased = true;
+        Ok(())
     }
 
     /// Makes the pod's device. Where any kind will do and the chosen one fails, though it worked when it was tried, the other one is made;
@@ -329,6 +362,8 @@ impl Attempt<'_> {
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
         self.undo_port();
+        // What cannot be written is no lease.
+        let _ = self.settle();
         if self.leased {
             self.node.store.release(&owner(self.key), since_boot());
         }
@@ -381,8 +416,9 @@ fn choose_mac(node: &Node, config: &Config, asked: Option<Mac>) -> Result<Mac, F
 
 fn refused(error: &RouterError) -> Failure {
     let no_memory = matches!(error, RouterError::Device(error) if error.kind() == io::ErrorKind::OutOfMemory);
+    let passes = matches!(error, RouterError::Device(error) if is_shortage(error));
     Failure {
-        code: if no_memory { code::TRY_AGAIN } else { code::INTERNAL },
+        code: if passes { code::TRY_AGAIN } else { code::INTERNAL },
         msg: format!("the data plane refused the device: {error}"),
         details: if no_memory { "raise limits.chunks in weftd's configuration" } else { "see weftd's log" }.into(),
     }

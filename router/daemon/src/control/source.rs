@@ -6,9 +6,11 @@
 //!
 //! The static file is the source that has everything to say at once, and again on each reload: it needs nobody to follow it.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::cluster::Cluster;
@@ -24,6 +26,8 @@ pub struct View {
     pub cluster: Option<Arc<Cluster>>,
     /// Why it is not in step.
     pub trouble: Option<String>,
+    /// The addresses that pods of this node have, as the engine knows it, in order.
+    pub pods: Arc<Vec<IpAddr>>,
 }
 
 /// Something that knows the cluster.
@@ -39,6 +43,8 @@ pub enum Order {
     Leave(oneshot::Sender<Result<(), String>>),
     /// This node serves: pods can be attached.
     Serving,
+    /// These ranges are not this node's any more, but pods still have addresses of them.
+    Keeps(Vec<IpNet>),
 }
 
 /// Where a source publishes.
@@ -68,6 +74,17 @@ impl Views {
         });
     }
 
+    /// Pods of this node have these addresses.
+    pub fn pods(&self, addresses: Vec<IpAddr>) {
+        self.0.send_if_modified(|view| {
+            let new = *view.pods != addresses;
+            if new {
+                view.pods = Arc::new(addresses);
+            }
+            new
+        });
+    }
+
     /// What was published last.
     pub fn last(&self) -> View {
         self.0.borrow().clone()
@@ -87,7 +104,7 @@ pub struct Following {
 pub fn follow(config: &Config, known: Option<Cluster>) -> Option<Following> {
     let view = View { cluster: known.map(Arc::new), ..View::default() };
     let (sender, views) = watch::channel(view);
-    let (orders, inbox) = mpsc::channel(1);
+    let (orders, inbox) = mpsc::channel(8);
     match &config.source {
         SourceConfig::File => return None,
         SourceConfig::Etcd(etcd) => {

@@ -23,7 +23,7 @@ const SHOWN: usize = 3;
 pub fn wanted(config: &Config, addresses: &[IpAddr], index: u32) -> Vec<KernelRoute> {
     let peers = config.peers.iter().flat_map(|peer| &peer.ranges);
     let destinations: Vec<_> = match config.mode {
-        Mode::Routed => config.ranges.iter().chain(peers).collect(),
+        Mode::Routed => config.ranges.iter().chain(&config.former).chain(peers).collect(),
         Mode::Bridged => config.segment.iter().collect(),
     };
     let mut all: Vec<KernelRoute> = Vec::new();

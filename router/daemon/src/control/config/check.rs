@@ -69,6 +69,7 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
             state_dir: draft.state_dir.as_ref().map_or(PathBuf::from(DEFAULT_STATE_DIR), |path| path.value.clone()),
             source,
             ranges: values(&draft.ranges),
+            former: Vec::new(),
             segment: values(&draft.segment),
             gateway,
             vtep_mac: draft.vtep_mac.as_ref().map_or_else(vtep_mac, |mac| mac.value),

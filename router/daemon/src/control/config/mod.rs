@@ -157,6 +157,8 @@ pub struct Config {
     pub source: SourceConfig,
     /// What this node gives to pods.
     pub ranges: Vec<IpNet>,
+    /// What it gave to pods before the source gave it other ranges, and some still have.
+    pub former: Vec<IpNet>,
     /// Bridged mode: what is on-link for pods. Empty in routed mode.
     pub segment: Vec<IpNet>,
     /// The router as pods see it.

@@ -54,7 +54,7 @@ pub async fn discover(
 }
 
 async fn ask(config: &KubernetesConfig, node: &str, server: usize) -> Result<Option<IpAddr>, Failure> {
-    let client = Client::new(config, server)?;
+    let client = Client::of_first(config, server).await?;
     let doing = Doing { verb: "get", what: Node::WHAT };
     let answer = client.send(doing, Method::GET, &format!("{}/{}", Node::PATH, escaped(node)), None).await?;
     let bytes = client.whole(doing, answer).await?;

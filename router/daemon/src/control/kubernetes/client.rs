@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER, USER_AGENT};
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
@@ -14,13 +14,17 @@ use hyper_util::client::legacy::Client as Hyper;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde::Deserialize;
-use tokio::time::timeout;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
 
 use super::access::{Access, Token};
 use crate::control::config::kubernetes::KubernetesConfig;
 
 /// How long a connection may take.
 const CONNECTING: Duration = Duration::from_secs(3);
+/// How much later each further server is tried.
+const HEAD_START: Duration = Duration::from_millis(200);
 /// How long an answer may take to begin, and between its pieces.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The longest answer to one request: a page of the largest objects.
@@ -102,6 +106,34 @@ impl Client {
         builder.pool_max_idle_per_host(1);
         let patience = PATIENCE.min(Duration::from_secs(config.idle));
         Ok(Client { hyper: builder.build(connector), server, token, patience })
+    }
+
+    /// For whichever of several servers takes a connection: the one of this number if it does so soon. If none does, for that one.
+    pub async fn of_first(config: &KubernetesConfig, number: usize) -> Result<Client, Failure> {
+        let count = config.servers.len();
+        let number = number.checked_rem(count).unwrap_or(0);
+        let mut attempts = JoinSet::new();
+        for later in 0..if count > 1 { count } else { 0 } {
+            let each = number + later;
+            let server = config.servers[each % count].parse::<Uri>().ok();
+            let delay = HEAD_START * u32::try_from(later).unwrap_or(u32::MAX);
+            attempts.spawn(async move {
+                sleep(delay).await;
+                let server = server?;
+                let port = server.port_u16().unwrap_or(443);
+                let host = server.host()?.trim_matches(['[', ']']);
+                let tried = timeout(CONNECTING, TcpStream::connect((host, port))).await;
+                tried.is_ok_and(|tried| tried.is_ok()).then_some(each)
+            });
+        }
+        let mut first = number;
+        while let Some(attempt) = attempts.join_next().await {
+            if let Ok(Some(found)) = attempt {
+                first = found;
+                break;
+            }
+        }
+        Client::new(config, first)
     }
 
     /// Where it leads.

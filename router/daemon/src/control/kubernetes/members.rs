@@ -14,7 +14,7 @@ use crate::control::cluster::{Cluster, MAX_PROBLEMS, Record, admit, mode_name, r
 use crate::control::config::Config;
 
 /// What this node's weftd says, if it is of this identity.
-pub fn announcement(local: &Config, identity: &str) -> Announced {
+pub fn announcement(local: &Config, identity: &str, former: &[IpNet]) -> Announced {
     Announced {
         identity: identity.to_owned(),
         underlay: local.underlay.address.to_string(),
@@ -24,6 +24,7 @@ pub fn announcement(local: &Config, identity: &str) -> Announced {
         mode: mode_name(local.mode).into(),
         vtep_mac: local.vtep_mac.to_string(),
         mtu: local.mtu,
+        former: former.iter().map(ToString::to_string).collect(),
     }
 }
 
@@ -51,7 +52,12 @@ pub fn cluster(local: &Config, nodes: &BTreeMap<String, Result<Node, String>>) -
             Some(format!("the node {:?} is left out: {why}", shortened(name)))
         })
         .collect();
-    let others = all.iter().filter(|node| node.name != local.node).filter_map(|node| record(node, v4));
+    let mut former = Former::of(nodes);
+    let others = all.iter().filter(|node| node.name != local.node).filter_map(|node| {
+        let mut record = record(node, v4)?;
+        record.ranges.extend(former.admit(node));
+        Some(record)
+    });
     let mut cluster = admit(local, ranges, others);
     let more = unreadable.len().saturating_sub(MAX_PROBLEMS);
     unreadable.truncate(MAX_PROBLEMS);
@@ -84,6 +90,45 @@ fn record(node: &Node, v4: bool) -> Option<Record> {
             let underlay = said.clone().find(of_family).or(said.clone().next())?;
             Some(Record { underlay: underlay.trim().to_owned(), ..record })
         }
+    }
+}
+
+/// Ranges that nodes had, and say that their pods still need. A Node that has one of them by its spec goes before.
+struct Former {
+    taken: Vec<IpNet>,
+    left: usize,
+}
+
+impl Former {
+    /// So many are looked at in a cluster: such a range is a rare thing that passes.
+    const MAX: usize = 256;
+
+    fn of(nodes: &BTreeMap<String, Result<Node, String>>) -> Former {
+        let says = |node: &&Node| matches!(&node.announced, Some(Ok(said)) if !said.former.is_empty());
+        // Most clusters have none: nothing is collected then.
+        let taken = match nodes.values().flatten().any(|node| says(&node)) {
+            false => Vec::new(),
+            true => {
+                nodes.values().flatten().flat_map(|node| &node.ranges).filter_map(|text| text.parse().ok()).collect()
+            }
+        };
+        Former { taken, left: Former::MAX }
+    }
+
+    fn admit(&mut self, node: &Node) -> Vec<String> {
+        let Some(Ok(said)) = &node.announced else { return Vec::new() };
+        let mut admitted = Vec::new();
+        for text in &said.former {
+            let Ok(range) = text.parse::<IpNet>() else { continue };
+            let is_taken = self.taken.iter().any(|other| other.contains(&range) || range.contains(other));
+            if is_taken || self.left == 0 {
+                continue;
+            }
+            self.left -= 1;
+            self.taken.push(range);
+            admitted.push(text.clone());
+        }
+        admitted
     }
 }
 
@@ -166,7 +211,7 @@ mod tests {
     }
 
     fn spoken(number: u8) -> Node {
-        let mut said = announcement(&local(), &format!("{number}"));
+        let mut said = announcement(&local(), &format!("{number}"), &[]);
         said.underlay = format!("10.200.0.{number}");
         said.vtep_mac = format!("02:00:00:00:00:0{number}");
         Node { announced: Some(Ok(said)), ..node(number) }
@@ -247,6 +292,18 @@ mod tests {
         let (cluster, trouble) = cluster(&local(), &nodes);
         assert_eq!((trouble, names(&cluster)), (None, vec!["n2"]));
         assert_eq!(cluster.problems.len(), 2, "{:?}", cluster.problems);
+    }
+
+    #[test]
+    fn former_ranges_are_a_peers_unless_they_are_somebody_elses() {
+        let mut moved = spoken(2);
+        if let Some(Ok(said)) = &mut moved.announced {
+            said.former = vec!["10.244.22.0/24".into(), "10.244.3.0/24".into(), "nonsense".into()];
+        }
+        let (cluster, _) = cluster(&local(), &of([node(1), moved, spoken(3)]));
+        assert_eq!(names(&cluster), ["n2", "n3"]);
+        let ranges: Vec<String> = cluster.peers[0].ranges.iter().map(ToString::to_string).collect();
+        assert_eq!(ranges, ["10.244.2.0/24", "fd00:10:244:2::/64", "10.244.22.0/24"]);
     }
 
     #[test]

@@ -35,6 +35,10 @@ const MAX_LINE: usize = 8 << 20;
 const LASTED: Duration = Duration::from_secs(2);
 /// Objects that are kept: more than the largest cluster has of any kind that is followed.
 const MAX_OBJECTS: usize = 200_000;
+/// Streams that a server has ended, as when it stops, are opened again within this time.
+const REOPENED: Duration = Duration::from_millis(500);
+/// Whoever is not let in tries it again after a while that grows up to this: only people can change that.
+const MAX_REFUSED: Duration = Duration::from_secs(15);
 /// Nodes of one cluster do not list everything again at the same moment; and if a server wants it again and again, ever later.
 const SCATTERED: Duration = Duration::from_secs(1);
 const MAX_SCATTERED: Duration = Duration::from_secs(30);
@@ -143,7 +147,8 @@ impl<K: Kind> Mirror<K> {
     /// Follows what the selector chooses, for ever.
     pub async fn follow(&self, config: KubernetesConfig, selector: Option<String>, seed: u64) {
         let backoff = Backoff::until(seed, Backoff::SOON);
-        let mut session = Session { mirror: self, config, selector, version: None, backoff, scattered: SCATTERED };
+        let mut session =
+            Session { mirror: self, config, selector, version: None, backoff, scattered: SCATTERED, refusals: 0 };
         let mut server = seed as usize;
         // Nodes that start at once, as after a power cut, do not ask at once.
         let start = session.backoff.spread(Duration::from_millis(300));
@@ -154,7 +159,10 @@ impl<K: Kind> Mirror<K> {
             let lasted = started.elapsed() >= LASTED;
             match ended {
                 // The usual end of a stream.
-                Ok(()) if lasted => continue,
+                Ok(()) if lasted => {
+                    sleep(session.backoff.spread(REOPENED)).await;
+                    continue;
+                }
                 Ok(()) => sleep(session.backoff.step()).await,
                 Err(failure) => session.fail(&failure).await,
             }
@@ -178,6 +186,8 @@ struct Session<'m, K> {
     backoff: Backoff,
     /// How long to wait before everything is listed again.
     scattered: Duration,
+    /// How often in a row we were not let in.
+    refusals: u32,
 }
 
 impl<K: Kind> Session<'_, K> {
@@ -195,13 +205,18 @@ impl<K: Kind> Session<'_, K> {
             known.trouble = Some(why);
             is_new
         });
-        let pause = self.backoff.step();
+        let mut pause = self.backoff.step();
+        if matches!(failure.status, Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)) {
+            self.refusals = self.refusals.saturating_add(1);
+            let grown = Duration::from_millis(200).saturating_mul(1 << self.refusals.min(16)).min(MAX_REFUSED);
+            pause = self.backoff.spread(grown);
+        }
         sleep(failure.retry_after.map_or(pause, |asked| asked + pause)).await;
     }
 
     /// Follows one connection until it ends.
     async fn run(&mut self, server: usize) -> Result<(), Failure> {
-        let client = Client::new(&self.config, server)?;
+        let client = Client::of_first(&self.config, server).await?;
         if self.version.is_none() {
             self.version = Some(self.list(&client).await?);
         }
@@ -263,6 +278,7 @@ impl<K: Kind> Session<'_, K> {
         ]);
         let answer = client.send(doing, Method::GET, &path, None).await?;
         self.backoff.reset();
+        self.refusals = 0;
         self.mirror.change(|known| known.trouble.take().is_some());
         let idle = Duration::from_secs(self.config.idle);
         let mut body = answer.into_body();

@@ -3,7 +3,7 @@
 //! | object | what is read | what is written |
 //! |---|---|---|
 //! | Nodes | `podCIDRs`, `InternalIP`s, two annotations ([`objects`]) | this node's annotation, by merge patch, and its condition `NetworkUnavailable`, by strategic merge patch of the status |
-//! | Pods of this node | addresses, `hostNetwork`, phase | nothing |
+//! | Pods of this node | addresses, `hostNetwork`, phase: what is no lease here is not given to others | nothing |
 //!
 //! Two [`mirror`]s follow them, each by a stream of its own; whenever something changed, [`members`] makes the cluster of what is, and what
 //! this node says about itself is compared with what should stand there ([`claim`]). It is written only if it differs, and as a
@@ -21,10 +21,12 @@ mod mirror;
 mod objects;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use http::Method;
+use ipnet::IpNet;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
@@ -51,6 +53,10 @@ const MAX_GATHERING: Duration = Duration::from_secs(1);
 /// they are. The others know its address until then by its Node alone.
 const PER_NODE: Duration = Duration::from_millis(20);
 const MAX_SCATTERED: Duration = Duration::from_secs(60);
+/// How long the first list of pods may take before it is done without.
+const AWAITING_PODS: Duration = Duration::from_secs(2);
+/// Addresses of pods that are remembered: more than a node has pods.
+const MAX_POD_ADDRESSES: usize = 4096;
 /// Between two requests that write to the Node: the stream tells of the first one meanwhile.
 const BETWEEN_WRITES: Duration = Duration::from_millis(100);
 
@@ -69,6 +75,10 @@ pub struct Kubernetes {
     settled: Option<Instant>,
     /// Whether pods can be attached here.
     serves: bool,
+    /// Until when the first list of pods is waited for.
+    pods_until: Option<Instant>,
+    /// Ranges of before that pods still have addresses of.
+    former: Vec<IpNet>,
     /// Why this node's own facts are not written.
     unwritten: Option<String>,
     /// Before that, nothing is written; `None` until it is known how many nodes there are.
@@ -91,6 +101,8 @@ impl Kubernetes {
             is_contested: false,
             settled: None,
             serves: false,
+            pods_until: None,
+            former: Vec::new(),
             unwritten: None,
             write_from: None,
             server: seed as usize,
@@ -193,7 +205,7 @@ impl Write {
     }
 
     async fn patch(&self) -> Result<(), Failure> {
-        let client = Client::new(&self.config, self.server)?;
+        let client = Client::of_first(&self.config, self.server).await?;
         let doing = Doing { verb: "patch", what: self.what };
         let sub = self.what.strip_prefix(Node::WHAT).unwrap_or_default();
         let path = format!("{}/{}{sub}?fieldManager={FIELD_MANAGER}", Node::PATH, escaped(&self.node));
@@ -210,6 +222,7 @@ impl Kubernetes {
     fn obey(&mut self, order: Order) {
         match order {
             Order::Serving => self.serves = true,
+            Order::Keeps(former) => self.former = former,
             Order::Leave(answer) => {
                 let why = "Kubernetes gives this node its range, and takes it with its Node: drain it, then `kubectl delete node`";
                 // Whoever asked may have gone.
@@ -234,6 +247,9 @@ impl Kubernetes {
                 let within = PER_NODE.saturating_mul(all).min(MAX_SCATTERED);
                 self.write_from = Some(Instant::now() + within.mul_f64(self.seed as f64 / u64::MAX as f64));
             }
+            if let Some(until) = self.await_pods(views) {
+                return (None, Some(until));
+            }
             let (cluster, wrong) = members::cluster(&self.local, &known.objects);
             (cluster, wrong, known.objects.get(&self.local.node).and_then(|node| node.as_ref().ok()).cloned())
         };
@@ -256,9 +272,28 @@ impl Kubernetes {
         (write, again)
     }
 
+    /// Publishes the pods' addresses. Before the first address is given those that pods have should be known: until when to wait for that.
+    fn await_pods(&mut self, views: &Views) -> Option<Instant> {
+        let pods = self.pods.known();
+        if pods.is_complete {
+            let addresses =
+                pods.objects.values().flatten().flat_map(|pod| &pod.addresses).filter_map(|text| text.parse().ok());
+            let mut addresses: Vec<IpAddr> = addresses.take(MAX_POD_ADDRESSES).collect();
+            addresses.sort_unstable();
+            addresses.dedup();
+            views.pods(addresses);
+            return None;
+        }
+        if pods.trouble.is_some() || views.last().cluster.is_some() {
+            return None;
+        }
+        let until = *self.pods_until.get_or_insert_with(|| Instant::now() + AWAITING_PODS);
+        (until > Instant::now()).then_some(until)
+    }
+
     /// What should stand in this machine's Node, and is missing there.
     fn missing(&mut self, identity: &str, node: &Node) -> Option<Write> {
-        let ours = members::announcement(&self.local, identity);
+        let ours = members::announcement(&self.local, identity, &self.former);
         let (claim, step) = self.claim.next(node, &ours);
         self.is_contested = claim == Claim::Contested;
         let (what, media, body, claim) = match step {

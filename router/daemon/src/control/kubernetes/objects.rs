@@ -54,6 +54,9 @@ pub struct Announced {
     pub vtep_mac: String,
     /// The pods' MTU.
     pub mtu: u32,
+    /// Ranges that are not the node's any more, but pods of it still have addresses of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub former: Vec<String>,
 }
 
 /// A Pod of this node.
@@ -224,6 +227,19 @@ mod tests {
         assert_eq!((full.underlay.as_deref(), full.network_unavailable.as_deref()), (Some("10.0.0.1"), Some("True")));
         assert!(full.announced.unwrap().unwrap_err().contains("weft.internal/node cannot be read"));
         Node::read(r#"{"metadata":{"name":"n1"},"spec":{"podCIDRs":5}}"#).unwrap_err();
+    }
+
+    #[test]
+    fn no_object_panics() {
+        let whole = weft_tests::kubernetes::node(1).to_string();
+        for at in (0..whole.len()).step_by(3) {
+            let _ = Node::read(whole.get(..at).unwrap_or_default());
+            for by in ["\"", "{", "null", "9e999", "\\u0000", "]"] {
+                let (Some(before), Some(after)) = (whole.get(..at), whole.get(at + 1..)) else { continue };
+                let spoilt = format!("{before}{by}{after}");
+                let _ = (Node::read(&spoilt), Pod::read(&spoilt));
+            }
+        }
     }
 
     #[test]

@@ -263,6 +263,28 @@ fn thousands_of_objects_come_in_pages() {
 }
 
 #[test]
+fn addresses_of_pods_that_live_are_known() {
+    let (api, sources) = (Api::start(), Sources::new());
+    api.add_node(1);
+    api.put("pods", pod("one", "n1", "10.244.1.9"));
+    api.put("pods", pod("elsewhere", "n2", "10.244.2.9"));
+    let mut ended = pod("ended", "n1", "10.244.1.8");
+    ended["status"]["phase"] = json!("Succeeded");
+    api.put("pods", ended);
+    let mut hosts = pod("hosts", "n1", "10.200.0.1");
+    hosts["spec"]["hostNetwork"] = json!(true);
+    api.put("pods", hosts);
+    let followed = sources.follow(1, &at(&api, &sources));
+    let known = || followed.views.borrow().pods.iter().map(ToString::to_string).collect::<Vec<_>>();
+    eventually("its ranges are known", PATIENCE, || followed.ranges().len() == 2);
+    assert_eq!(known(), ["10.244.1.9"], "before the first range is");
+    api.put("pods", pod("two", "n1", "10.244.1.7"));
+    eventually("the second one is known", PATIENCE, || known() == ["10.244.1.7", "10.244.1.9"]);
+    api.delete("pods", "default/one");
+    eventually("the first one is gone", PATIENCE, || known() == ["10.244.1.7"]);
+}
+
+#[test]
 fn a_token_that_ended_is_read_again() {
     let (api, sources) = (Api::start(), Sources::new());
     (1..=2).for_each(|number| drop(api.add_node(number)));
