@@ -373,6 +373,23 @@ fn a_device_that_goes_away_breaks_its_port_and_no_other() {
 }
 
 #[test]
+fn what_a_driver_refuses_is_told_with_the_reason() {
+    let _alone = exclusively();
+    let pods = Pods::new(1);
+    pods.ip("link add bridge type bridge");
+    pods.node.inside(|| {
+        let any = socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
+        let map = Map::create(MapKind::Xsk, "none", 4, 4, 1).unwrap();
+        let program = Program::load("none", &programs::pod(&map)).unwrap();
+        let attach = |index| program.attach(index, Mode::Native).unwrap_err().to_string();
+        let bridge = attach(name_to_index(&any, "bridge").unwrap());
+        assert!(bridge.contains("the driver has no XDP"), "{bridge}");
+        let none = attach(9_999);
+        assert!(none.contains("the device is gone"), "{none}");
+    });
+}
+
+#[test]
 fn a_program_of_somebody_else_is_left_alone_and_named() {
     let _alone = exclusively();
     let pods = Pods::new(1);
