@@ -18,7 +18,7 @@ const SEQUENCES: u64 = 1_000_000;
 const THREADS: u64 = 4;
 const PODS: u64 = 6;
 /// Sequences after which the disk is a new one.
-const ON_ONE_DISK: u64 = 100;
+const ON_ONE_DISK: u64 = 8;
 
 /// A disk that keeps what is written: what a crash of the machine leaves is tested elsewhere.
 #[derive(Clone, Default)]
