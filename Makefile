@@ -35,7 +35,7 @@ test: ## Every test: units, models, a real kernel (root)
 	@.ci/test
 
 check: ## Format, lints, documentation, dependencies, sizes, counts
-	@.ci/setup build counts
+	@.ci/setup build counts manifests
 	@.ci/check
 
 bench: ## The core alone, then Weft beside other data paths: 25 minutes; BENCH=short: 5 (root)

@@ -65,4 +65,4 @@ pub use journal::{COMPACT_STEP, MAX_JOURNAL, MAX_PAYLOAD, VERSION};
 pub use leases::{Leases, Usage};
 pub use range::{Range, RangeError, RangeSet};
 pub use record::{Facts, Lease, Netns, NetnsNumber, Owner, RESERVED, Record, reserved_owner};
-pub use store::{Counts, MAX_LIVE, Rules, Store};
+pub use store::{Begun, Counts, MAX_LIVE, Rules, Store};

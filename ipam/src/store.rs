@@ -113,6 +113,21 @@ pub(crate) enum Change {
     Boot { id: String, now: u64 },
 }
 
+/// A lease that is on its way to the disk.
+#[derive(Debug)]
+#[must_use = "a lease that is not finished is not one, and nobody else gets its addresses"]
+pub struct Begun {
+    record: Arc<Record>,
+    ticket: u64,
+}
+
+impl Begun {
+    /// What it will be.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+}
+
 /// Bytes of all records together, encoded. A compaction writes them all, so this bounds its time and the memory.
 pub const MAX_LIVE: u64 = 64 << 20;
 
@@ -184,6 +199,19 @@ impl Store {
         facts: Facts,
         now: u64,
     ) -> Result<Arc<Record>, LeaseError> {
+        self.finish(self.begin(owner, sets, requested, facts, now)?)
+    }
+
+    /// The first half of [`Self::lease`]: the addresses are chosen, and nobody else gets them. They are leased when [`Self::finish`], which
+    /// has to follow, returns.
+    pub fn begin(
+        &self,
+        owner: &Owner,
+        sets: &[RangeSet],
+        requested: &[IpAddr],
+        facts: Facts,
+        now: u64,
+    ) -> Result<Begun, LeaseError> {
         let mut memory = self.memory();
         memory.wake(now);
         let leases = match memory.choose(owner, sets, requested, &facts) {
@@ -200,8 +228,12 @@ impl Store {
         let leases = leases
             .inspect_err(|error| memory.counts.exhausted += u64::from(matches!(error, LeaseError::Exhausted { .. })))?;
         let (record, ticket) = memory.send(Arc::new(Record { owner: owner.clone(), leases, facts }))?;
-        drop(memory);
-        self.acknowledge(record, ticket)
+        Ok(Begun { record, ticket })
+    }
+
+    /// The second half: returns when the lease is durable. If it cannot be, it never was.
+    pub fn finish(&self, begun: Begun) -> Result<Arc<Record>, LeaseError> {
+        self.acknowledge(begun.record, begun.ticket)
     }
 
     /// Leases an attachment the addresses that it has already, by another program's word, wherever they lie.

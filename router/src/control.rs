@@ -44,6 +44,8 @@ pub struct RouterConfig {
     pub workers: usize,
     /// Small buffers of each worker (2 KiB each, touched only when used).
     pub chunks: u32,
+    /// Whether these shall be in huge pages, if there are as many.
+    pub huge_pages: bool,
     /// Large buffers of each worker (64 KiB each, touched only when used).
     pub supers: u32,
     /// Learned MACs that the node keeps at most.
@@ -67,6 +69,7 @@ impl Default for RouterConfig {
         RouterConfig {
             workers: 1,
             chunks: 8192,
+            huge_pages: false,
             supers: 256,
             fdb_limit: 16_384,
             fdb_age: Duration::from_secs(300),
@@ -155,6 +158,8 @@ pub struct Snapshot {
     pub returns: ReturnsUse,
     /// Free chunks and super buffers.
     pub free: (usize, usize),
+    /// How many workers have their small buffers in huge pages.
+    pub huge_pages: usize,
 }
 
 /// Why the router could not do something.

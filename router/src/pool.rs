@@ -37,6 +37,15 @@ impl Pool {
         Ok(Pool { arena: Arena::new(CHUNK, chunks, SUPER, supers)? })
     }
 
+    /// The same with its chunks in huge pages, if there are as many. Those are all there at once, so this is for what the kernel keeps
+    /// in memory anyway, for AF_XDP.
+    ///
+    /// # Errors
+    /// The kernel's, if it refuses the mapping.
+    pub fn in_huge_pages(chunks: u32, supers: u32) -> io::Result<Pool> {
+        Ok(Pool { arena: Arena::with(CHUNK, chunks, SUPER, supers, true)? })
+    }
+
     /// A free chunk, and the offset at which a frame's first byte should lie in it.
     pub fn chunk(&self) -> Option<(Chunk, usize)> {
         let chunk = self.arena.chunk()?;

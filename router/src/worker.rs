@@ -173,7 +173,11 @@ impl Worker {
             resting: Vec::new(),
             passing: Queue::new(),
             scarce: (config.chunks as usize / 4, config.supers as usize / 4),
-            pool: Pool::new(config.chunks, config.supers)?,
+            pool: if config.huge_pages {
+                Pool::in_huge_pages(config.chunks, config.supers)?
+            } else {
+                Pool::new(config.chunks, config.supers)?
+            },
             forwarder: Forwarder::sharing(shared.fdb, shared.returns, config),
             outbox: Outbox::new(),
             next_tick: None,
@@ -547,6 +551,7 @@ impl Worker {
             returns: ReturnsUse::default(),
             flows: if flows { self.forwarder.flows(now) } else { Vec::new() },
             free: self.pool.free(),
+            huge_pages: usize::from(self.pool.arena().is_huge()),
         }
     }
 }

@@ -12,6 +12,7 @@
 
 pub mod cluster;
 pub mod command;
+pub mod container;
 pub mod containerd;
 #[allow(missing_docs)]
 pub mod cri;

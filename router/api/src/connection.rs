@@ -24,8 +24,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
 };
 use serde::{Deserialize, Serialize};
 
@@ -50,6 +50,8 @@ pub struct Connection {
     /// How much of `received` is known to hold no newline.
     scanned: usize,
     descriptor: Option<OwnedFd>,
+    /// A descriptor was sent that this process could not take.
+    untaken: bool,
 }
 
 /// A line that came, without its newline.
@@ -59,6 +61,8 @@ pub struct Line {
     pub bytes: Vec<u8>,
     /// The descriptor that came with it.
     pub descriptor: Option<OwnedFd>,
+    /// Whether one came that could not be taken, because this process has as many files open as it may.
+    pub untaken: bool,
 }
 
 /// A request that came.
@@ -126,7 +130,14 @@ impl Connection {
 
     /// A connection over `socket` that accepts lines of up to `limit` bytes (at most [`MAX_LINE`]), the newline included.
     pub fn new(socket: UnixStream, limit: usize) -> Connection {
-        Connection { socket, limit: limit.min(MAX_LINE), received: Vec::new(), scanned: 0, descriptor: None }
+        Connection {
+            socket,
+            limit: limit.min(MAX_LINE),
+            received: Vec::new(),
+            scanned: 0,
+            descriptor: None,
+            untaken: false,
+        }
     }
 
     /// The socket, to ask for the peer's credentials or to shut it down from another thread.
@@ -215,7 +226,8 @@ impl Connection {
         let mut bytes = std::mem::replace(&mut self.received, later);
         bytes.truncate(end);
         self.scanned = 0;
-        Ok(Some(Line { bytes, descriptor: self.descriptor.take() }))
+        let untaken = std::mem::take(&mut self.untaken);
+        Ok(Some(Line { bytes, descriptor: self.descriptor.take(), untaken }))
     }
 
     /// Waits until the socket is ready (`true`) or the deadline has passed (`false`).
@@ -243,7 +255,8 @@ impl Connection {
         let count = result.as_ref().map_or(0, |message| message.bytes);
         self.received.truncate(start + count);
         match result {
-            Ok(_) => {}
+            // scm_detach_fds, https://github.com/torvalds/linux/blob/v6.12/net/core/scm.c#L362
+            Ok(message) => self.untaken |= message.flags.contains(ReturnFlags::CTRUNC),
             Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
             Err(Errno::CONNRESET) => return Ok(Some(0)),
             Err(errno) => return Err(errno.into()),
@@ -284,6 +297,14 @@ impl Line {
         }
         let envelope: Envelope = serde_json::from_slice(&self.bytes).map_err(unreadable)?;
         let wanted = envelope.request.has_descriptor();
+        let needed = wanted && !matches!(envelope.request, Request::Del(_));
+        if needed && self.untaken && self.descriptor.is_none() {
+            let msg =
+                "the descriptor of the network namespace could not be taken: weftd has as many files open as it may";
+            return Err(
+                Failure::new(code::TRY_AGAIN, msg).with_details("raise weftd's limit of open files (LimitNOFILE=)")
+            );
+        }
         Ok(Incoming { request: envelope.request, descriptor: self.descriptor.filter(|_| wanted) })
     }
 }

@@ -13,8 +13,8 @@ use anyhow::Result;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use weft_api::{
-    Bandwidth, Client, Counters, DropInfo, Empty, FdbInfo, FlowInfo, HostPortInfo, LeaseInfo, NeighbourInfo, NodeInfo,
-    PortInfo, Request, RouteInfo, Status,
+    Bandwidth, Client, Counters, DropInfo, Empty, FdbInfo, FlowInfo, FreeBuffers, HostPortInfo, LeaseInfo,
+    NeighbourInfo, NodeInfo, PortInfo, Request, RouteInfo, Status,
 };
 
 use crate::output::{self, Style, plain};
@@ -130,6 +130,7 @@ fn status(status: &Status, style: Style) -> String {
         ("underlay", format!("{}, MTU {}, {}", status.underlay, status.underlay_mtu, status.underlay_kind)),
         ("tunnel", format!("VXLAN, VNI {}, VTEP MAC {}", status.vni, status.vtep_mac)),
         ("tables", format!("epoch {}", status.epoch)),
+        ("buffers", status.free.map_or_else(String::new, |free| buffers(free, status.workers))),
         ("in", format!("{} frames, {}", counters.received, bytes(counters.received_bytes))),
         ("merged", format!("{} of them became part of a superframe", counters.merged)),
         ("out", format!("{} frames, {}", counters.sent, bytes(counters.sent_bytes))),
@@ -147,6 +148,16 @@ fn status(status: &Status, style: Style) -> String {
         text.push('\n');
     }
     text
+}
+
+fn buffers(free: FreeBuffers, workers: usize) -> String {
+    let huge = match free.huge_pages {
+        0 => String::new(),
+        count if count == workers => "; the small ones are in huge pages".into(),
+        1 => "; the small ones of 1 worker are in huge pages".into(),
+        count => format!("; the small ones of {count} workers are in huge pages"),
+    };
+    format!("{} small and {} large ones are free{huge}", free.chunks, free.supers)
 }
 
 fn source(status: &Status) -> String {
@@ -406,6 +417,14 @@ mod tests {
             counters: Counters { received: 10, sent: 8, dropped: 2, ..Counters::default() },
             free: None,
         }
+    }
+
+    #[test]
+    fn huge_pages_are_said_if_any_worker_has_some() {
+        let shown = |huge_pages| buffers(FreeBuffers { chunks: 7, supers: 2, huge_pages }, 2);
+        assert_eq!(shown(0), "7 small and 2 large ones are free");
+        assert_eq!(shown(1), "7 small and 2 large ones are free; the small ones of 1 worker are in huge pages");
+        assert_eq!(shown(2), "7 small and 2 large ones are free; the small ones are in huge pages");
     }
 
     fn dropped(reason: &str, is_loss: bool, count: u64) -> DropInfo {

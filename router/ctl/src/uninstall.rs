@@ -28,7 +28,7 @@ const STATE_DIR: &str = "/var/lib/weft";
 const UNIT: &str = "etc/systemd/system/weftd.service";
 
 /// What `weft uninstall` takes.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct Uninstall {
     /// Go on although pods are attached, which lose their network.
     #[arg(long)]
@@ -36,6 +36,9 @@ pub struct Uninstall {
     /// Keep the configuration and the leases, for another installation.
     #[arg(long)]
     keep: bool,
+    /// Wait for a signal afterwards, for what a DaemonSet runs shall not end.
+    #[arg(long)]
+    wait: bool,
     /// The root folder of the node, when it is not `/`: in a container.
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
@@ -92,6 +95,11 @@ pub fn uninstall(args: &Uninstall, socket: &Path) -> Result<()> {
         folder.parent().into_iter().for_each(remove_if_empty);
     }
     output::progress("Weft is gone from this node");
+    if args.wait {
+        loop {
+            std::thread::park();
+        }
+    }
     Ok(())
 }
 
@@ -191,7 +199,7 @@ mod tests {
     use super::*;
 
     fn args(root: &Path) -> Uninstall {
-        Uninstall { force: false, keep: false, root: root.to_owned(), conf_dir: None, bin_dir: None, state_dir: None }
+        Uninstall { root: root.to_owned(), ..Uninstall::default() }
     }
 
     fn write(root: &Path, path: &str, content: &str) {

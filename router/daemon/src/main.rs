@@ -13,6 +13,7 @@ mod log;
 mod metrics;
 mod netlink;
 mod node;
+mod shortage;
 mod sysctl;
 mod uplink;
 

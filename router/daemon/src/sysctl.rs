@@ -6,6 +6,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::shortage::is_shortage;
+
 /// Where it is.
 const USUAL: &str = "/proc/sys/net";
 
@@ -27,7 +29,10 @@ pub fn set(name: &str, value: &str) -> io::Result<()> {
 
 fn set_below(folders: [&Path; 2], name: &str, value: &str) -> io::Result<()> {
     let [usual, other] = folders.map(|folder| folder.join(name));
-    let named = |path: &PathBuf, error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    let named = |path: &PathBuf, error: io::Error| match is_shortage(&error) {
+        true => error,
+        false => io::Error::new(error.kind(), format!("{}: {error}", path.display())),
+    };
     if std::fs::read_to_string(&usual).map_err(|error| named(&usual, error))?.trim() == value {
         return Ok(());
     }

@@ -20,6 +20,7 @@ pub(super) fn snapshots(all: Vec<Snapshot>) -> Option<Snapshot> {
         }
         add_nodes(&mut sum.nodes, &more.nodes);
         sum.flows.extend(more.flows);
+        sum.huge_pages += more.huge_pages;
         sum.free = (sum.free.0 + more.free.0, sum.free.1 + more.free.1);
     }
     sum.ports = ports.into_values().collect();
@@ -77,6 +78,7 @@ mod tests {
             fdb,
             flows,
             returns: crate::returns::ReturnsUse::default(),
+            huge_pages: 1,
             free: (5, 2),
         }
     }
@@ -89,6 +91,7 @@ mod tests {
         second.ports[0].capabilities.udp = false;
         let sum = snapshots(vec![first, second]).unwrap();
         assert_eq!((sum.now, sum.epoch, sum.workers, sum.free), (Instant(9), 3, 2, (10, 4)));
+        assert_eq!(sum.huge_pages, 2);
         let of =
             |port: &PortSnapshot| (port.id.0, port.up, port.stats.received, port.stats.sent, port.stats.dropped[3]);
         assert_eq!(sum.ports.iter().map(of).collect::<Vec<_>>(), [(0, true, 30, 28, 2), (2, false, 6, 4, 2)]);

@@ -144,9 +144,19 @@ fn between(
     make: impl FnOnce(&Pool, &Umem) -> (Ends, Ends) + Send,
     traffic: impl FnOnce() + Send,
 ) -> Stats {
+    between_in(pods, || Pool::new(CHUNKS, 64).unwrap(), make, traffic)
+}
+
+/// The same, with chunks of this pool.
+fn between_in(
+    pods: &Pods,
+    pool: impl FnOnce() -> Pool + Send,
+    make: impl FnOnce(&Pool, &Umem) -> (Ends, Ends) + Send,
+    traffic: impl FnOnce() + Send,
+) -> Stats {
     let (ready, ended) = (AtomicBool::new(false), AtomicBool::new(false));
     let wire = || {
-        let pool = Pool::new(CHUNKS, 64).unwrap();
+        let pool = pool();
         let umem = Umem::of(pool.arena());
         let (mut one, mut two) = make(&pool, &umem);
         let mut stats = Stats::default();
@@ -211,6 +221,48 @@ fn tcp_and_udp_larger_than_the_mtu_pass_between_two_xdp_ports() {
     let make = |pool: &Pool, umem: &Umem| (open(pool, umem, 1).into(), open(pool, umem, 2).into());
     let stats = between(&pods, make, || exercise(&pods.pods[0], &pods.pods[1]));
     assert!(stats.of(ONE).received > 10_000, "{:?}", stats.of(ONE));
+}
+
+const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+/// Huge pages that the kernel keeps ready while this lives.
+struct Reserved(u32);
+
+impl Reserved {
+    fn new(more: u32) -> Reserved {
+        let number = || -> u32 { std::fs::read_to_string(HUGE_PAGES).unwrap().trim().parse().unwrap() };
+        let before = number();
+        std::fs::write(HUGE_PAGES, (before + more).to_string()).expect("root may reserve huge pages");
+        let reserved = Reserved(before);
+        assert!(number() >= before + more, "the kernel has no memory for {more} huge pages");
+        reserved
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let _ = std::fs::write(HUGE_PAGES, self.0.to_string());
+    }
+}
+
+#[test]
+fn chunks_lie_in_huge_pages_if_there_are_some() {
+    let _alone = exclusively();
+    let pods = Pods::new(2);
+    let _reserved = Reserved::new(CHUNKS * 2 / 1024 + 1);
+    let pool = || {
+        let pool = Pool::in_huge_pages(CHUNKS, 64).unwrap();
+        assert!(pool.arena().is_huge());
+        pool
+    };
+    let make = |pool: &Pool, umem: &Umem| (open(pool, umem, 1).into(), open(pool, umem, 2).into());
+    between_in(&pods, pool, make, || exercise(&pods.pods[0], &pods.pods[1]));
+    let free = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let free = free.lines().find_map(|line| line.strip_prefix("HugePages_Free:")).expect("the kernel has huge pages");
+    // One page more than there are.
+    let chunks = (free.trim().parse::<u32>().unwrap() + 1) * 1024;
+    let pool = Pool::in_huge_pages(chunks, 1).unwrap();
+    assert!(!pool.arena().is_huge() && pool.chunk().is_some());
 }
 
 #[test]
@@ -317,6 +369,23 @@ fn a_device_that_goes_away_breaks_its_port_and_no_other() {
         let again = open(&pool, &umem, 1);
         drop(again);
         settle(&pool);
+    });
+}
+
+#[test]
+fn what_a_driver_refuses_is_told_with_the_reason() {
+    let _alone = exclusively();
+    let pods = Pods::new(1);
+    pods.ip("link add bridge type bridge");
+    pods.node.inside(|| {
+        let any = socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
+        let map = Map::create(MapKind::Xsk, "none", 4, 4, 1).unwrap();
+        let program = Program::load("none", &programs::pod(&map)).unwrap();
+        let attach = |index| program.attach(index, Mode::Native).unwrap_err().to_string();
+        let bridge = attach(name_to_index(&any, "bridge").unwrap());
+        assert!(bridge.contains("the driver has no XDP"), "{bridge}");
+        let none = attach(9_999);
+        assert!(none.contains("the device is gone"), "{none}");
     });
 }
 

@@ -39,6 +39,10 @@ fn a_pod_that_lies_about_itself_is_heard_by_nobody() {
         let daemon = lab.daemon(1);
         let gateway: Mac = daemon.status().gateway_mac.parse().unwrap();
         let listeners: Vec<Wire> = [victim, far].map(|pod| Wire::open(&pod.netns(), &pod.ifname)).into();
+        // What the nodes themselves are known by is learned before, not in between.
+        for (from, to) in [(0, far), (1, victim)] {
+            lab.nodes[from].netns().exec(&format!("ping -n -q -c 1 -W 2 {}", to.ipv4)).must();
+        }
         let before = (knowledge(&daemon), knowledge(&lab.daemon(2)), daemon.all_drops());
         let own = |dst| L2 { src: liar.mac(), dst };
         let all_nodes: Ipv6Addr = "ff02::1".parse().unwrap();

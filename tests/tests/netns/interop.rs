@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use weft_encap::mac::Mac;
-use weft_tests::cluster::{Cluster, WeftNode, peer};
+use weft_tests::cluster::{Cluster, WeftNode};
 use weft_tests::frames::{self, L2, L3};
 use weft_tests::machine::turn;
 use weft_tests::netns::{Netns, OwnNetns};
@@ -27,11 +27,14 @@ struct Mixed {
     /// Pods of our nodes, then the kernel's.
     pods: Vec<(OwnNetns, Vec<IpAddr>)>,
     kernel: OwnNetns,
+    mtu: u32,
 }
 
 /// `ports` are the kinds of our pods' ports; null is the node's own choice.
 fn mixed(cluster: Cluster, mode: &str, ports: [Value; 2]) -> Mixed {
-    let peers = |others: [u8; 1]| others.map(|number| peer(number, None)).concat() + &peer(2, Some(KERNEL_MAC));
+    let peers =
+        |others: [u8; 1]| others.map(|number| cluster.peer(number, None)).concat() + &cluster.peer(2, Some(KERNEL_MAC));
+    let mtu = if cluster.address(1).is_ipv6() { 1430 } else { 1450 };
     let nodes = vec![cluster.weft_node(1, mode, &peers([3])), cluster.weft_node(3, mode, &peers([1]))];
     let kernel = cluster.machine(2);
     let mut pods = Vec::new();
@@ -42,13 +45,13 @@ fn mixed(cluster: Cluster, mode: &str, ports: [Value; 2]) -> Mixed {
     }
     let pod = cluster.sandbox("p2");
     kernel.ip("link add cni0 type bridge");
-    kernel.ip("link set cni0 mtu 1450 up");
+    kernel.ip(&format!("link set cni0 mtu {mtu} up"));
     kernel.ip(&format!("link add pod type veth peer name eth0 netns {}", pod.0));
-    kernel.ip("link set pod mtu 1450 master cni0 up");
-    pod.ip("link set eth0 mtu 1450 up");
+    kernel.ip(&format!("link set pod mtu {mtu} master cni0 up"));
+    pod.ip(&format!("link set eth0 mtu {mtu} up"));
     let addresses = ["10.244.2.2", "fd00:10:244:2::2"].map(|address| address.parse().unwrap()).to_vec();
     pods.push((pod, addresses));
-    let mixed = Mixed { cluster, nodes, pods, kernel };
+    let mixed = Mixed { cluster, nodes, pods, kernel, mtu };
     if mode == "routed" {
         mixed.flannel()
     } else {
@@ -60,10 +63,11 @@ fn mixed(cluster: Cluster, mode: &str, ports: [Value; 2]) -> Mixed {
 
 impl Mixed {
     fn vxlan(&self, options: &str) {
+        let local = self.cluster.address(2);
         self.kernel.ip(&format!(
-            "link add vxlan address {KERNEL_MAC} type vxlan id 1 local 10.200.0.2 dev uplink dstport 8472 {options}"
+            "link add vxlan address {KERNEL_MAC} type vxlan id 1 local {local} dev uplink dstport 8472 {options}"
         ));
-        self.kernel.ip("link set vxlan mtu 1450 up");
+        self.kernel.ip(&format!("link set vxlan mtu {} up", self.mtu));
     }
 
     fn flannel(&self) {
@@ -81,7 +85,8 @@ impl Mixed {
             let (number, mac) = (node.number, node.daemon().status().vtep_mac);
             kernel.ip(&format!("neigh add 10.244.{number}.0 lladdr {mac} dev vxlan nud permanent"));
             kernel.ip(&format!("neigh add fd00:10:244:{number}:: lladdr {mac} dev vxlan nud permanent"));
-            kernel.exec(&format!("bridge fdb add {mac} dev vxlan dst 10.200.0.{number} self permanent")).must();
+            let underlay = self.cluster.address(number);
+            kernel.exec(&format!("bridge fdb add {mac} dev vxlan dst {underlay} self permanent")).must();
             kernel.ip(&format!("route add 10.244.{number}.0/24 via 10.244.{number}.0 dev vxlan onlink"));
             kernel.ip(&format!("route add fd00:10:244:{number}::/64 via fd00:10:244:{number}:: dev vxlan onlink"));
         }
@@ -96,7 +101,8 @@ impl Mixed {
         self.vxlan("learning");
         kernel.ip("link set vxlan master cni0");
         for node in &self.nodes {
-            let flood = format!("bridge fdb append 00:00:00:00:00:00 dev vxlan dst 10.200.0.{}", node.number);
+            let underlay = self.cluster.address(node.number);
+            let flood = format!("bridge fdb append 00:00:00:00:00:00 dev vxlan dst {underlay}");
             kernel.exec(&flood).must();
         }
         pod.ip("address add 10.244.2.2/16 dev eth0");
@@ -228,6 +234,41 @@ fn the_kernels_nodes_cannot_tell_an_underlay_by_xdp_from_one_by_udp() {
     let _turn = turn();
     for (suffix, mode, offloads) in [("iu", "routed", true), ("iuo", "bridged", false)] {
         interoperate(Cluster::new(suffix).by("xdp"), mode, offloads, CHOSEN);
+    }
+}
+
+#[test]
+fn over_ipv6_the_kernels_nodes_understand_ours_as_well() {
+    let _turn = turn();
+    for (suffix, mode, offloads, kind) in [("i6", "routed", true, "xdp"), ("i6o", "bridged", false, "udp")] {
+        interoperate(Cluster::new(suffix).over_v6().by(kind), mode, offloads, CHOSEN);
+    }
+}
+
+#[test]
+fn all_kinds_of_ports_underlays_and_nodes_reach_each_other() {
+    let _turn = turn();
+    for (suffix, mode) in [("im", "routed"), ("imb", "bridged")] {
+        let cluster = Cluster::new(suffix).with(1, "xdp").with(3, "udp");
+        let mut mixed = mixed(cluster, mode, ["tap", "xdp"].map(|port| json!({ "port": port })));
+        for (node, port) in [(0, "xdp"), (1, "tap")] {
+            let node = &mixed.nodes[node];
+            let pod = mixed.cluster.sandbox(&format!("q{}", node.number));
+            let addresses = plugin::addresses(&node.attach_with("more", &pod, &json!({ "port": port })));
+            mixed.pods.push((pod, addresses));
+        }
+        let kinds = mixed.nodes.iter().map(|node| node.daemon().underlay().kind);
+        assert_eq!(kinds.collect::<Vec<_>>(), ["xdp", "udp"]);
+        mixed.await_answers();
+        for (from, own) in &mixed.pods {
+            for (to, addresses) in mixed.pods.iter().filter(|(_, addresses)| addresses != own) {
+                for address in addresses {
+                    traffic::transfer(from, to, *address, 4 << 20);
+                    traffic::echo_datagrams(from, to, *address, &[0, 1402, 1422, 1423, 5000, 65_000]);
+                }
+            }
+        }
+        mixed.was_clean();
     }
 }
 

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod answers;
+mod anything;
 mod attach;
 mod bandwidth;
 mod bench;
@@ -15,9 +16,12 @@ mod cni;
 mod conformance;
 mod dhcp;
 mod etcd;
+mod faults;
 mod footprint;
+mod given_up;
 mod hostile;
 mod hostport;
+mod image;
 mod installing;
 mod interop;
 mod ipam_plugins;

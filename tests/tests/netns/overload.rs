@@ -69,7 +69,10 @@ fn overloaded(workers: &str) {
     println!("{workers} workers: {sent} datagrams, {lost} not taken in time, {merged} merged, dropped: {drops:?}");
     assert!(lost > 0, "weftd was never behind");
     assert!(drops.get("PortDown").is_some_and(|count| *count > 100), "{drops:?}");
-    assert!(merged > 100, "hardly anything was merged: {ports:?}");
+    // By UDP trains arrive as they were sent, and count as merged; by AF_XDP they are cut, and datagrams stay as they came.
+    let cut: u64 = ports.iter().map(|port| port.counters.created).sum();
+    let (trains, what) = if ports[0].kind == "xdp" { (cut, "cut") } else { (merged, "merged") };
+    assert!(trains > 100, "hardly anything was {what}: {ports:?}");
     for (node, free) in lab.nodes.iter().zip(free) {
         eventually("all buffers are back", Duration::from_secs(3), || node.daemon().status().free == Some(free));
         assert_kernel_agrees(&node.daemon(), &node.pods);

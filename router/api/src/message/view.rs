@@ -95,6 +95,9 @@ pub struct FreeBuffers {
     pub chunks: usize,
     /// Large ones, for payload.
     pub supers: usize,
+    /// How many workers have the small ones in huge pages.
+    #[serde(default)]
+    pub huge_pages: usize,
 }
 
 /// How full a range is.

@@ -1,12 +1,12 @@
 //! How long a pod waits for its network: ADD and DEL, as a container runtime executes them.
 //!
 //! Beside `weft-cni` stands what most clusters have: the reference plugins `bridge` and `host-local`, with both address
-//! families. Each pod is a new network namespace without a name, its loopback up as runtimes make it; the plugin is
+//! families. Each pod is a new network namespace, mounted and its loopback up as runtimes make it; the plugin is
 //! found, started and waited for, and that is what is measured.
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -15,7 +15,6 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::{Value, json};
-use weft_router::port::sys::namespace::new_network;
 
 use super::bed::Bed;
 use super::contender::Kind;
@@ -36,6 +35,26 @@ pub fn reference() -> Option<&'static Path> {
     FOLDERS.iter().map(Path::new).find(has_all)
 }
 
+/// A pod's namespace; it goes when this goes.
+struct Pod(String);
+
+impl Pod {
+    fn new(name: String) -> Result<Pod> {
+        Run::ip(&format!("netns add {name}")).succeed()?;
+        let pod = Pod(name);
+        Run::ip(&format!("-n {} link set lo up", pod.0)).succeed()?;
+        Ok(pod)
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        if let Err(error) = net::remove_namespace(&self.0) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
 /// A plugin, and what it is called with.
 struct Plugin {
     program: PathBuf,
@@ -48,9 +67,8 @@ pub fn attach(bed: &Bed, rounds: u32) -> Result<Figures> {
     let plugin = Plugin::of(bed)?;
     let (mut add, mut del) = (Vec::new(), Vec::new());
     for round in 0..rounds {
-        let pod = new_network().context("cannot make a network namespace")?;
-        inside(&pod, || Run::ip("link set lo up").succeed().map(drop))?;
         let container = format!("bench-{}-{round}", std::process::id());
+        let pod = Pod::new(format!("{}{container}", plan::prefix(&bed.plan().lab)))?;
         add.push(plugin.call("ADD", &container, &pod)?);
         del.push(plugin.call("DEL", &container, &pod)?);
     }
@@ -72,13 +90,11 @@ impl Plugin {
     }
 
     /// Calls it, and returns the milliseconds that it took.
-    fn call(&self, command: &str, container: &str, pod: &OwnedFd) -> Result<f64> {
-        // A namespace without a name is known by its descriptor.
-        let netns = format!("/proc/{}/fd/{}", std::process::id(), pod.as_raw_fd());
+    fn call(&self, command: &str, container: &str, pod: &Pod) -> Result<f64> {
         let folder = self.program.parent().unwrap_or(Path::new("/"));
         let mut plugin = Command::new(&self.program);
         plugin.env_clear().env("CNI_COMMAND", command).env("CNI_CONTAINERID", container).env("CNI_IFNAME", "eth0");
-        plugin.env("CNI_NETNS", netns).env("CNI_PATH", folder).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        plugin.env("CNI_NETNS", net::path(&pod.0)).env("CNI_PATH", folder).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         plugin.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let input = self.config.to_string();
         let (took, ended) = inside(&self.node, || {

@@ -23,6 +23,7 @@ use weft_api::{Answer, Attach, Attached, Connection, Empty, Failure, Incoming, L
 use crate::attach;
 use crate::control::source::Order;
 use crate::node::Node;
+use crate::shortage;
 use slots::{Slot, Slots};
 use socket::Arrived;
 
@@ -60,7 +61,7 @@ impl Server {
 
     /// Takes a client in, or refuses it.
     pub async fn serve(&self, arrived: std::io::Result<Arrived>) {
-        let Arrived { stream, uid } = match arrived {
+        let Arrived { stream, uid, last } = match arrived {
             Ok(arrived) => arrived,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a client");
@@ -70,6 +71,9 @@ impl Server {
         };
         if let Err(failure) = check_user(uid) {
             return refuse(stream, failure);
+        }
+        if last {
+            return refuse(stream, shortage());
         }
         match self.slots.take(&stream) {
             Some(slot) => {
@@ -87,6 +91,10 @@ fn busy() -> Failure {
         msg: format!("weftd is serving {MAX_CONNECTIONS} requests already"),
         details: "try again".into(),
     }
+}
+
+fn shortage() -> Failure {
+    Failure::new(code::TRY_AGAIN, "weftd has as many files open as it may").with_details(shortage::ADVICE)
 }
 
 /// Without waiting: whoever does not take the answer at once does without.
@@ -160,7 +168,7 @@ fn answer(node: &Node, connection: &mut Connection, incoming: Incoming) -> Resul
             reply(connection, deleted)
         }
         Request::Check(request) => {
-            let check = || attach::check(node, &request, incoming.descriptor).map(|()| Empty {});
+            let check = || attach::check::check(node, &request, incoming.descriptor).map(|()| Empty {});
             reply(connection, counted(node, "check", check))
         }
         Request::Gc(request) => reply(connection, counted(node, "gc", || Ok(attach::collect(node, &request)))),
@@ -216,15 +224,16 @@ fn reply_or_free(
     request: &Attach,
     made: Result<Attached, Failure>,
 ) -> Result<(), LineError> {
-    let is_made = made.is_ok();
+    let given = made.as_ref().ok().cloned();
     let replied = if connection.is_abandoned() { Err(LineError::Cut) } else { reply(connection, made) };
-    if is_made && replied.is_err() {
+    if let (Some(given), Err(_)) = (given, &replied)
+        && attach::take_back(node, &request.key, &given)
+    {
         tracing::warn!(
             container = request.key.container,
             ifname = request.key.ifname,
             "freed, for nobody took the answer"
         );
-        attach::del(node, &request.key);
     }
     replied
 }

@@ -4,18 +4,21 @@
 //! umask would be everybody's), in a folder that is made with mode 0700 if it is not there. A file that a dead daemon
 //! left is replaced; a living one is an error, and so is any file that is no socket.
 
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener as Unwatched, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
 use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::net::UnixListener;
+
+use crate::shortage::is_shortage;
 
 /// Clients that the kernel keeps waiting until they are accepted.
 const BACKLOG: i32 = 4096;
@@ -27,6 +30,8 @@ pub struct Bound {
     path: PathBuf,
     /// Device and inode, so that nobody else's file is removed in the end.
     file: (u64, u64),
+    /// Given up for a moment to turn a client away when no descriptor is left for it.
+    spare: Mutex<Option<File>>,
 }
 
 /// A client that has connected.
@@ -36,6 +41,8 @@ pub struct Arrived {
     pub stream: UnixStream,
     /// Who it is. Of its process nothing is known: it may be outside of weftd's own namespace, and has no number there.
     pub uid: u32,
+    /// It has the last descriptor: it is to be told so and no more.
+    pub last: bool,
 }
 
 impl Bound {
@@ -54,14 +61,31 @@ impl Bound {
         make_room(path)?;
         let listener = listen(path).with_context(|| format!("cannot listen at {}", path.display()))?;
         let stat = fs::symlink_metadata(path).with_context(|| format!("{} vanished", path.display()))?;
-        Ok(Bound { listener, path: path.to_owned(), file: (stat.dev(), stat.ino()) })
+        let spare = Mutex::new(File::open("/").ok());
+        Ok(Bound { listener, path: path.to_owned(), file: (stat.dev(), stat.ino()), spare })
     }
 
     /// The next client.
     pub async fn accept(&self) -> io::Result<Arrived> {
-        let (stream, _) = self.listener.accept().await?;
+        self.restock();
+        let (accepted, last) = match self.listener.accept().await {
+            Err(error) if is_shortage(&error) && self.give_up_spare() => (self.listener.accept().await, true),
+            accepted => (accepted, false),
+        };
+        let (stream, _) = accepted?;
         let uid = stream.peer_cred()?.uid();
-        Ok(Arrived { stream: stream.into_std()?, uid })
+        Ok(Arrived { stream: stream.into_std()?, uid, last })
+    }
+
+    fn restock(&self) {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.is_none() {
+            *spare = File::open("/").ok();
+        }
+    }
+
+    fn give_up_spare(&self) -> bool {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner).take().is_some()
     }
 }
 

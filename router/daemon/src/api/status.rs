@@ -123,7 +123,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
             .collect(),
         epoch: snapshot.epoch,
         counters: counters(&sum),
-        free: Some(FreeBuffers { chunks: snapshot.free.0, supers: snapshot.free.1 }),
+        free: Some(FreeBuffers { chunks: snapshot.free.0, supers: snapshot.free.1, huge_pages: snapshot.huge_pages }),
     })
 }
 

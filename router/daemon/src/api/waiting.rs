@@ -35,9 +35,12 @@ impl Waiting {
 
     /// Answers one request of a client.
     pub fn serve(&self, arrived: Arrived) {
-        let Arrived { stream, uid } = arrived;
+        let Arrived { stream, uid, last } = arrived;
         if let Err(failure) = check_user(uid) {
             return refuse(stream, failure);
+        }
+        if last {
+            return refuse(stream, busy());
         }
         let Some(slot) = self.slots.take(&stream) else { return refuse(stream, busy()) };
         let trouble = self.views.borrow().trouble.clone();

@@ -21,6 +21,7 @@ use super::veth::{Veth, Veths};
 use super::{DRAWS, random};
 use crate::control::config::PortKind;
 use crate::netlink::{LinkChange, Netlink, Route};
+use crate::shortage::{ADVICE, is_shortage};
 
 /// The kinds of devices of this node.
 #[derive(Debug)]
@@ -211,11 +212,12 @@ fn exists(interface: &Interface) -> Failure {
 }
 
 fn kernel(what: &str, error: &io::Error) -> Failure {
-    let no_descriptor = matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM));
+    let passes = is_shortage(error);
     Failure {
-        code: if no_descriptor { code::TRY_AGAIN } else { code::INTERNAL },
+        code: if passes { code::TRY_AGAIN } else { code::INTERNAL },
         msg: format!("cannot {what}: {error}"),
         details: match Errno::from_io_error(error) {
+            _ if passes => ADVICE.into(),
             Some(Errno::PERM) => "weftd needs CAP_NET_ADMIN and CAP_SYS_ADMIN".into(),
             Some(Errno::NOENT | Errno::NODEV) => "load the kernel module tun and provide /dev/net/tun".into(),
             Some(Errno::OPNOTSUPP) => "load the kernel module veth".into(),

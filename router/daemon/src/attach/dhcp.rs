@@ -75,7 +75,7 @@ pub fn prepare(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Att
         bandwidth: request.bandwidth.unwrap_or_default(),
         dhcp: Dhcp::Asking,
     };
-    let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
+    let mut attempt = Attempt::new(node, &request.key);
     attempt.open(kind, &namespace, &request.netns, &mut interface)?;
     attempt.finish();
     Ok(attached(&interface))

@@ -1,8 +1,8 @@
 //! Attaching pods: ADD, DEL, CHECK and GC.
 //!
 //! ```text
-//! names, namespace checked → lease (durable) → TAP made here → moved into the pod → set up there
-//!     → tables say who is behind the port → port given to the workers → answer
+//! names, namespace checked → addresses chosen → device made in the pod and set up there → tables say who is behind the port
+//!     → port given to the workers → lease durable → answer
 //! ```
 //!
 //! A veth ([`device`]) is given to the workers before its end in the pod is set up, for the pod's kernel speaks as soon as it is.
@@ -13,12 +13,14 @@
 
 pub mod addresses;
 pub mod census;
+pub mod check;
 pub mod device;
 pub mod dhcp;
 pub mod given;
 pub mod namespace;
 pub mod only_lease;
 pub mod pod;
+pub mod promised;
 pub mod reconcile;
 pub mod reserve;
 pub mod tombstone;
@@ -33,10 +35,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use weft_api::{
-    Attach, Attached, AttachedAddress, AttachedRoute, AttachmentKey, Bandwidth, Check, Collected, Failure, Found, Gc,
-    code,
-};
+use weft_api::{Attach, Attached, AttachedAddress, AttachmentKey, Bandwidth, Collected, Failure, Found, Gc, code};
 use weft_encap::mac::Mac;
 use weft_ipam::{Facts, LeaseError, Owner};
 use weft_router::pace::{Limit, Limits};
@@ -45,11 +44,12 @@ use weft_router::{Device, PortId, RouterError};
 
 use crate::control::config::{Config, PortKind};
 use crate::control::derive;
-use crate::netlink::Route;
 use crate::node::{Attachment, Node, since_boot};
+use crate::shortage::is_shortage;
 use device::Chosen;
-use namespace::Namespace;
-use pod::{Interface, Observed, Raw};
+use namespace::{Namespace, travel};
+use pod::{Interface, Raw};
+use promised::Asking;
 use veth::{Veth, Veths};
 
 /// Longest network name and container id in bytes. Runtimes use 64 digits; anything much longer is no id.
@@ -61,6 +61,14 @@ const DRAWS: usize = 16;
 
 /// CNI ADD.
 pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attached, Failure> {
+    let (asking, writing) = promised::ends();
+    let made = travel(move || add_travelling(node, request, fd, asking), || writing.serve(&node.store));
+    made.unwrap_or_else(|error| {
+        Err(Failure::new(code::TRY_AGAIN, format!("cannot work in the pod's network namespace: {error}")))
+    })
+}
+
+fn add_travelling(node: &Node, request: &Attach, fd: Option<OwnedFd>, asking: Asking) -> Result<Attached, Failure> {
     check_key(&request.key)?;
     let mac = request.mac.as_deref().map(parse_mac).transpose()?;
     let kind = request.port.as_deref().map(parse_port).transpose()?;
@@ -68,9 +76,10 @@ pub fn add(node: &Node, request: &Attach, fd: Option<OwnedFd>) -> Result<Attache
     tombstone::honour_all(node);
     let _turn = node.turns.take(&request.key);
     refuse_known(node, &request.key)?;
-    let mut attempt = Attempt { node, key: &request.key, leased: false, port: None };
-    let mut interface = attempt.lease(request, mac, &namespace)?;
+    let mut attempt = Attempt::new(node, &request.key);
+    let mut interface = attempt.lease(request, mac, &namespace, asking)?;
     attempt.open(kind, &namespace, &request.netns, &mut interface)?;
+    attempt.settle()?;
     attempt.finish();
     tracing::info!(
         network = request.key.network, container = request.key.container, ifname = request.key.ifname,
@@ -102,6 +111,18 @@ pub fn del(node: &Node, key: &AttachmentKey) {
     if free(node, key) {
         tracing::info!(network = key.network, container = key.container, ifname = key.ifname, "detached");
     }
+}
+
+/// Frees what was given, unless that has been done since, and the attachment is another ADD's; whether it did.
+pub fn take_back(node: &Node, key: &AttachmentKey, given: &Attached) -> bool {
+    let _turn = node.turns.take(key);
+    let has_port = node.state().attachments.get(key).is_some_and(|now| now.interface.mac.to_string() == given.mac);
+    let has_lease = node.store.get(&owner(key)).is_some_and(|record| {
+        let mac = record.facts.mac.map_or_else(String::new, |mac| Mac(mac).to_string());
+        let addresses = record.leases.iter().map(|lease| lease.cidr().to_string());
+        mac == given.mac && addresses.eq(given.addresses.iter().map(|given| given.address.clone()))
+    });
+    (has_port || has_lease) && free(node, key)
 }
 
 /// Port, tables, lease, in this order; whether there was any of them. To be called in the attachment's turn.
@@ -136,96 +157,29 @@ pub fn collect(node: &Node, request: &Gc) -> Collected {
     Collected { freed: freed.collect() }
 }
 
-/// CNI CHECK: everything that is missing or different.
-pub fn check(node: &Node, request: &Check, fd: Option<OwnedFd>) -> Result<(), Failure> {
-    check_key(&request.key)?;
-    let namespace = Namespace::check(fd, "of the request")?;
-    let _turn = node.turns.take(&request.key);
-    let interface = {
-        let state = node.state();
-        let leased = node.store.get(&owner(&request.key)).is_some();
-        match state.attachments.get(&request.key) {
-            Some(attachment) if leased => attachment.interface.clone(),
-            Some(_) => return Err(differs(vec!["it has a port, but no lease".into()])),
-            None if leased => return Err(differs(vec!["it has a lease, but its device is gone".into()])),
-            None => return Err(differs(vec!["it is not known here".into()])),
-        }
-    };
-    let name = interface.name.clone();
-    let observed = namespace.enter(move || pod::observe(&name)).map_err(|error| Failure {
-        code: code::INTERNAL,
-        msg: format!("cannot look into the pod's network namespace: {error}"),
-        details: String::new(),
-    })?;
-    let interface = still_expected(interface, request.expected.as_ref());
-    let mut all = observed.differences(&interface);
-    if let Some(expected) = &request.expected {
-        all.extend(unexpected(expected, &interface, &observed));
-    }
-    if all.is_empty() { Ok(()) } else { Err(differs(all)) }
-}
-
-/// What the runtime believes and is not so. Zero, empty and unspecified mean that it did not say. What it lists may be of a
-/// whole chain of plugins, so an address that was not given here must be there, no more.
-fn unexpected(expected: &Attached, made: &Interface, observed: &Observed) -> Vec<String> {
-    let mut all = Vec::new();
-    if expected.ifname != made.name {
-        all.push(format!("prevResult has interface {:?}, weftd made {}", expected.ifname, made.name));
-    }
-    if !expected.mac.is_empty() && expected.mac.parse() != Ok(made.mac) {
-        all.push(format!("prevResult has MAC {:?}, weftd gave {}", expected.mac, made.mac));
-    }
-    let mtu = observed.link.as_ref().map_or(made.mtu, |link| link.mtu);
-    if ![0, made.mtu, mtu].contains(&expected.mtu) {
-        all.push(format!("prevResult has MTU {}, {} has {mtu}", expected.mtu, made.name));
-    }
-    for AttachedAddress { address, gateway } in &expected.addresses {
-        let given = made.addresses.iter().find(|(net, _)| net.to_string() == *address);
-        match given {
-            Some((_, by)) if !gateway.is_unspecified() && gateway != by => {
-                all.push(format!("prevResult has {address} by {gateway}, weftd gave it by {by}"));
-            }
-            None if !observed.addresses.iter().any(|net| net.to_string() == *address) => {
-                all.push(format!("prevResult has {address}, which {} has not", made.name));
-            }
-            _ => {}
-        }
-    }
-    all
-}
-
-/// What was made here and is still the runtime's belief: a plugin behind us in the chain may have taken routes away.
-fn still_expected(made: Interface, expected: Option<&Attached>) -> Interface {
-    let Some(expected) = expected else { return made };
-    let listed = |route: &Route| {
-        let same = |other: &AttachedRoute| {
-            let by = other.gateway.is_unspecified() || Some(other.gateway) == route.gateway;
-            by && other.destination.parse() == Ok(route.destination)
-        };
-        expected.routes.iter().any(same)
-    };
-    Interface { routes: made.routes.iter().filter(|route| listed(route)).copied().collect(), ..made }
-}
-
-fn differs(all: Vec<String>) -> Failure {
-    Failure {
-        code: code::CHECK,
-        msg: all.join("; "),
-        details: "delete the pod's sandbox, so that the runtime makes a new one".into(),
-    }
-}
-
 /// What an ADD has done so far; undone when it is dropped before [`Attempt::finish`].
 struct Attempt<'a> {
     node: &'a Node,
     key: &'a AttachmentKey,
     leased: bool,
+    /// Who writes the lease, as long as it is not known whether that is durable.
+    asking: Option<Asking>,
     port: Option<PortId>,
 }
 
-impl Attempt<'_> {
-    /// Leases the addresses, durably.
-    fn lease(&mut self, request: &Attach, mac: Option<Mac>, namespace: &Namespace) -> Result<Interface, Failure> {
+impl<'a> Attempt<'a> {
+    fn new(node: &'a Node, key: &'a AttachmentKey) -> Attempt<'a> {
+        Attempt { node, key, leased: false, asking: None, port: None }
+    }
+
+    /// Begins to lease the addresses, which has to be settled.
+    fn lease(
+        &mut self,
+        request: &Attach,
+        mac: Option<Mac>,
+        namespace: &Namespace,
+        asking: Asking,
+    ) -> Result<Interface, Failure> {
         let netns = self.node.census.describe(namespace);
         let config = Arc::clone(&self.node.state().desired.config);
         let mtu = choose_mtu(&config, request.mtu)?;
@@ -236,11 +190,12 @@ impl Attempt<'_> {
             given => (given::sets(&config, given)?, given.iter().map(|(net, _)| net.addr()).collect()),
         };
         let facts = facts(self.node, request, mac, netns);
-        let record = self.node.store.lease(&owner(self.key), &sets, &requested, facts, since_boot());
-        let record = record.map_err(|error| refusal(&error))?;
-        self.leased = true;
-        let leased = record.leases.iter().map(|lease| (lease.cidr(), lease.gateway));
+        let begun = self.node.store.begin(&owner(self.key), &sets, &requested, facts, since_boot());
+        let begun = begun.map_err(|error| refusal(&error))?;
+        let leased = begun.record().leases.iter().map(|lease| (lease.cidr(), lease.gateway));
         let addresses = if given.is_empty() { leased.collect() } else { given };
+        asking.begin(begun);
+        self.asking = Some(asking);
         let mut interface = Interface {
             name: self.key.ifname.clone(),
             mac,
@@ -252,6 +207,14 @@ impl Attempt<'_> {
         };
         interface.routes = given::routes(request.routes.as_deref(), &interface)?;
         Ok(interface)
+    }
+
+    /// Waits until the lease is durable.
+    fn settle(&mut self) -> Result<(), Failure> {
+        let Some(asking) = self.asking.take() else { return Ok(()) };
+        asking.outcome()?;
+        self.leased = true;
+        Ok(())
     }
 
     /// Makes the pod's device. Where any kind will do and the chosen one fails, though it worked when it was tried, the other one is made;
@@ -329,6 +292,8 @@ impl Attempt<'_> {
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
         self.undo_port();
+        // What cannot be written is no lease.
+        let _ = self.settle();
         if self.leased {
             self.node.store.release(&owner(self.key), since_boot());
         }
@@ -381,8 +346,9 @@ fn choose_mac(node: &Node, config: &Config, asked: Option<Mac>) -> Result<Mac, F
 
 fn refused(error: &RouterError) -> Failure {
     let no_memory = matches!(error, RouterError::Device(error) if error.kind() == io::ErrorKind::OutOfMemory);
+    let passes = matches!(error, RouterError::Device(error) if is_shortage(error));
     Failure {
-        code: if no_memory { code::TRY_AGAIN } else { code::INTERNAL },
+        code: if passes { code::TRY_AGAIN } else { code::INTERNAL },
         msg: format!("the data plane refused the device: {error}"),
         details: if no_memory { "raise limits.chunks in weftd's configuration" } else { "see weftd's log" }.into(),
     }

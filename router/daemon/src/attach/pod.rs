@@ -18,9 +18,9 @@ use crate::sysctl;
 pub const QUEUE: u32 = 1000;
 /// How long a pod with a limit may have what it sends wait, and the part of that which one superframe takes.
 const QUEUE_TIME: f64 = 0.1;
-const FRAME_TIME: f64 = 0.01;
+const FRAME_TIME: f64 = 0.005;
 /// Frames that its queue holds at least: a burst of small ones.
-const LEAST_QUEUE: f64 = 50.0;
+const LEAST_QUEUE: f64 = 100.0;
 /// Bytes of the largest datagram that the kernel segments in hardware's stead (`UDP_SEGMENT`).
 const UNDERLAY_DATAGRAM: u32 = 65_493;
 /// What a segment has on top of the pod's MTU inside a datagram: inner Ethernet and VXLAN.
@@ -320,7 +320,7 @@ mod tests {
     fn what_a_limit_keeps_back_waits_for_a_tenth_of_a_second_in_frames_that_are_no_burst() {
         let limits = [0, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000, 100_000_000_000];
         let queues = limits.map(|rate| queue(1450, rate));
-        assert_eq!(queues, [(44, 1000), (1, 50), (8, 50), (44, 50), (44, 195), (44, 1000)]);
+        assert_eq!(queues, [(44, 1000), (1, 100), (4, 100), (43, 100), (44, 195), (44, 1000)]);
     }
 
     #[test]

@@ -259,7 +259,7 @@ mod tests {
                 reserved: 0,
                 size: 254,
             }],
-            free: Some(weft_api::FreeBuffers { chunks: 7, supers: 2 }),
+            free: Some(weft_api::FreeBuffers { chunks: 7, supers: 2, huge_pages: 0 }),
             ..serde_json::from_value(serde_json::json!({
                 "problems": [], "node": "", "version": "", "pid": 1, "uptime": 0.0, "mode": "", "ranges": [],
                 "gateways": [], "gateway_mac": "", "vtep_mac": "", "underlay": "", "underlay_kind": "", "vni": 1,

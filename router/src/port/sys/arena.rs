@@ -20,12 +20,16 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::frame::Meta;
 
 struct Region {
     base: NonNull<u8>,
+    /// Bytes of the mapping.
+    len: usize,
+    is_huge: bool,
     size: usize,
     count: u32,
     free: RefCell<Vec<u32>>,
@@ -41,15 +45,36 @@ struct Abandoned {
     released: Arc<AtomicBool>,
 }
 
+/// Bytes of a huge page, the smaller kind that x86-64 and aarch64 have both.
+const HUGE: usize = 2 << 20;
+
+/// Maps memory of zeros: its address and length.
+fn map(len: usize, flags: MapFlags) -> Result<(NonNull<u8>, usize), Errno> {
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: an anonymous private mapping at an address of the kernel's choice aliases nothing. It cannot be
+    // avoided: this memory is handed to the kernel as a whole later, and stays untouched until first use.
+    let base = unsafe { mmap_anonymous(std::ptr::null_mut(), len, access, MapFlags::PRIVATE | flags)? };
+    Ok((NonNull::new(base.cast()).expect("mmap never returns null on success"), len))
+}
+
+/// The same in huge pages, all of them there already: one that the kernel could not give when it is touched would end the
+/// process, where the administrator has reserved some and a control group allows none.
+fn map_huge(len: usize) -> Result<(NonNull<u8>, usize), Errno> {
+    let (base, len) = map(len.next_multiple_of(HUGE), MapFlags::HUGETLB | MapFlags::HUGE_2MB)?;
+    // SAFETY: the range is the mapping of just now, to which nothing refers yet; the advice makes its pages be there.
+    let result = unsafe { madvise(base.as_ptr().cast(), len, Advice::LinuxPopulateWrite) };
+    result.map(|()| (base, len)).inspect_err(|_| {
+        // SAFETY: as above; a failure leaks address space, nothing more.
+        let _ = unsafe { munmap(base.as_ptr().cast(), len) };
+    })
+}
+
 impl Region {
-    fn new(size: usize, count: u32, metas: u32) -> std::io::Result<Rc<Region>> {
-        let bytes = size * count as usize;
-        // SAFETY: an anonymous private mapping at an address of the kernel's choice aliases nothing. It cannot be
-        // avoided: this memory is handed to the kernel as a whole later, and stays untouched until first use.
-        let base = unsafe {
-            mmap_anonymous(std::ptr::null_mut(), bytes.max(1), ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)?
-        };
-        let base = NonNull::new(base.cast::<u8>()).expect("mmap never returns null on success");
+    fn new(size: usize, count: u32, metas: u32, wants_huge: bool) -> std::io::Result<Rc<Region>> {
+        let bytes = (size * count as usize).max(1);
+        let huge = if wants_huge { map_huge(bytes).ok() } else { None };
+        let is_huge = huge.is_some();
+        let (base, len) = huge.map_or_else(|| map(bytes, MapFlags::empty()), Ok)?;
         // The lowest numbers are on top: a quiet worker touches few pages.
         let free = RefCell::new((0..count).rev().collect());
         let shares = (0..count).map(|_| Cell::new(0)).collect();
@@ -57,7 +82,7 @@ impl Region {
         // SAFETY: cells of what may be uninitialised need no initialisation. Filling them would touch memory that may never
         // be used.
         let metas: Box<[UnsafeCell<MaybeUninit<Meta>>]> = unsafe { metas.assume_init() };
-        Ok(Rc::new(Region { base, size, count, free, shares, abandoned: RefCell::default(), metas }))
+        Ok(Rc::new(Region { base, len, is_huge, size, count, free, shares, abandoned: RefCell::default(), metas }))
     }
 
     fn take(&self) -> Option<u32> {
@@ -100,7 +125,7 @@ impl Drop for Region {
         // SAFETY: `base` and the length are those of the mapping made in `new`, and every handle holds an `Rc` of
         // this region, so none is left. A failure leaks memory, nothing more.
         unsafe {
-            let _ = munmap(self.base.as_ptr().cast(), (self.size * self.count as usize).max(1));
+            let _ = munmap(self.base.as_ptr().cast(), self.len);
         }
     }
 }
@@ -278,7 +303,27 @@ impl Arena {
     /// # Errors
     /// The kernel's, if it refuses the mapping.
     pub fn new(chunk_size: usize, chunks: u32, super_size: usize, supers: u32) -> std::io::Result<Arena> {
-        Ok(Arena { chunks: Region::new(chunk_size, chunks, chunks)?, supers: Region::new(super_size, supers, 0)? })
+        Arena::with(chunk_size, chunks, super_size, supers, false)
+    }
+
+    /// The same, with the chunks in huge pages if `wants_huge` and there are as many: then they are all there at once.
+    ///
+    /// # Errors
+    /// The kernel's, if it refuses the mapping.
+    pub fn with(
+        chunk_size: usize,
+        chunks: u32,
+        super_size: usize,
+        supers: u32,
+        wants_huge: bool,
+    ) -> std::io::Result<Arena> {
+        let chunks = Region::new(chunk_size, chunks, chunks, wants_huge)?;
+        Ok(Arena { chunks, supers: Region::new(super_size, supers, 0, false)? })
+    }
+
+    /// Whether its chunks are in huge pages.
+    pub fn is_huge(&self) -> bool {
+        self.chunks.is_huge
     }
 
     /// A free chunk, with whatever bytes its last owner left.

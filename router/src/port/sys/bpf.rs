@@ -83,6 +83,10 @@ impl BpfError {
             BpfError::Refused { source, .. } | BpfError::Rejected { source, .. } => source,
         }
     }
+
+    fn is_about_attaching(&self) -> bool {
+        matches!(self, BpfError::Refused { what, .. } if what.starts_with("attach "))
+    }
 }
 
 impl fmt::Display for BpfError {
@@ -102,7 +106,11 @@ impl fmt::Display for BpfError {
             Some(libc::EBUSY) => {
                 "another program is attached there and is left alone; `bpftool net` or `ip link show` names it"
             }
-            Some(libc::EOPNOTSUPP) => "the driver cannot do this; generic mode works on every device",
+            Some(libc::EOPNOTSUPP) => "the driver has no XDP, or an offload such as LRO is in its way (`ethtool -k`)",
+            Some(libc::EINVAL | libc::ERANGE | libc::ENOMEM) if self.is_about_attaching() => {
+                "the device is gone, or its driver refuses it for an MTU, a number of queues (`ethtool -L`) or an offload: the kernel's \
+                 log says which"
+            }
             _ => return Ok(()),
         };
         write!(f, " ({advice})")

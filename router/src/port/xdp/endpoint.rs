@@ -3,7 +3,8 @@
 //! Nothing here makes a system call; with rings in plain memory all of it runs in tests.
 //!
 //! A device holds chunks to receive into even while it is quiet, and what it holds nobody else has. The first devices of a worker hold
-//! many, as a burst may come before the worker has woken up; the more devices there are, the less the next one holds. A busy
+//! many, as a burst may come before the worker has woken up; the more devices there are, the less the next one holds, down to a few, so that
+//! a thousand fit. A busy
 //! device holds more only as long as half of the worker's chunks are free, and goes back to little when they become scarce.
 
 use std::sync::Arc;
@@ -13,8 +14,14 @@ use crate::port::sys::arena::{Arena, Chunk};
 use crate::port::sys::lending::{Lender, Wrong};
 use crate::port::sys::xsk::{Descriptor, Rings};
 
-/// Chunks that any device holds, to receive into: the fragments of the largest datagram at an MTU of 1500.
+/// Chunks that any device holds, to receive into, as long as there are enough: the fragments of the largest datagram at an MTU of 1500.
 const LEAST: u32 = 64;
+/// Below this part of all chunks being free there are not, and a new device holds a [`PORTION`] of the free ones.
+const ENOUGH: f32 = 0.35;
+/// See [`ENOUGH`].
+const PORTION: f32 = 1.0 / 450.0;
+/// With fewer no device works.
+const FEWEST: u32 = 4;
 /// A new device holds this part of those free chunks that are more than [`AMPLE`] of all.
 const SHARE: f32 = 0.25;
 /// See [`SHARE`]. Above [`PLENTY`], so that busy devices find what they need.
@@ -55,8 +62,10 @@ impl Endpoint {
     /// Takes the rings over. Their memory must be the arena's. Without `receives` the kernel gets no chunks to receive into.
     pub fn new(rings: Rings, arena: &Arena, receives: bool) -> Endpoint {
         let lender = Lender::new(arena);
-        let share = ((lender.free() - AMPLE) * SHARE * lender.count() as f32) as u32;
-        let quiet = if receives { share.max(LEAST).min(rings.fill.size()) } else { 0 };
+        let (free, count) = (lender.free(), lender.count() as f32);
+        let share = ((free - AMPLE) * SHARE * count) as u32;
+        let least = if free > ENOUGH { LEAST } else { ((free * PORTION * count) as u32).clamp(FEWEST, LEAST) };
+        let quiet = if receives { share.max(least).min(rings.fill.size()) } else { 0 };
         let mut endpoint = Endpoint { rings, lender, target: quiet, quiet, easy: 0 };
         endpoint.refill();
         endpoint
@@ -158,7 +167,7 @@ impl Endpoint {
 
     fn refill(&mut self) {
         let mut pushed = false;
-        let target = if self.lender.free() < SCARCE { self.target.min(LEAST) } else { self.target };
+        let target = if self.lender.free() < SCARCE { self.target.min(self.quiet).min(LEAST) } else { self.target };
         while self.lender.lent().0 < target && self.rings.fill.room(1) > 0 {
             let Some(address) = self.lender.lend_empty() else { break };
             pushed |= self.rings.fill.push(address);

@@ -311,7 +311,8 @@ impl Config {
     /// Sizes and limits of the data plane.
     pub fn sizes(&self) -> RouterConfig {
         let chunks = self.limits.chunks.or((self.port == PortKind::Xdp).then_some(XDP_CHUNKS));
-        Limits { chunks, ..self.limits }.into()
+        let huge_pages = self.port == PortKind::Xdp || self.underlay.kind == UnderlayKind::Xdp;
+        RouterConfig { huge_pages, ..Limits { chunks, ..self.limits }.into() }
     }
 
     /// The gateway of the family of `address`.
