@@ -3,7 +3,7 @@
 //! A device that stands in the poller costs the kernel something for each frame: when one comes, the poller is told. And an AF_XDP socket
 //! tells it for each frame that was sent, too, for whoever waits on the socket may be waiting for room: a tenth of what sending a
 //! small frame costs. So while a worker has more to do than it can, devices that are busy and whose rings can be looked at
-//! without the kernel ([`Port::peek`]) leave the poller, and are looked at once in each round. All come back before the
+//! without the kernel (`Port::peek`) leave the poller, and are looked at once in each round. All come back before the
 //! thread sleeps, and now and then in between, for only the poller knows that a device is gone.
 
 use mio::Token;
