@@ -133,8 +133,9 @@ fn add(version: Version, config: &Config) -> Result<Value, Failure> {
             make(Request::Add(request.clone())).and_then(|attached| as_trusted(config, &request, attached))?;
         return outcome::added(version, config, &netns, &attached, None);
     };
+    let is_by_the_interface = Delegate::is_by_the_interface(&delegate);
     let delegate = Delegate::find(&delegate)?;
-    if delegate.comes_after_the_interface() {
+    if is_by_the_interface {
         make(Request::Prepare(request.clone())).map_err(unless_old)?;
     } else {
         refuse_known(config, &request.key)?;
@@ -143,15 +144,13 @@ fn add(version: Version, config: &Config) -> Result<Value, Failure> {
         if made {
             delegate.undo(&config.document);
         }
-        if delegate.comes_after_the_interface()
-            && let Err(failure) = free(config, &request.key, None)
-        {
+        if is_by_the_interface && let Err(failure) = free(config, &request.key, None) {
             eprintln!("weft-cni: the interface could not be taken away, which is left to the runtime's DEL: {failure}");
         }
     };
     let Given { addresses, routes, dns } = delegate.add(&config.document).inspect_err(|_| undo(false))?;
     let request = Attach { given: addresses, routes, ..request.clone() };
-    let complete = if delegate.comes_after_the_interface() { Request::Complete } else { Request::Add };
+    let complete = if is_by_the_interface { Request::Complete } else { Request::Add };
     let made = make(complete(request.clone()));
     let made = made.and_then(|attached| as_given(config, &request, attached));
     let made = made.and_then(|attached| as_trusted(config, &request, attached));
@@ -217,10 +216,12 @@ fn del(config: &Config) -> Result<(), Failure> {
     // What an ADD would be refused for is not in a DEL's way.
     let Ok(Role::Delegating(name)) = config.role() else { return free() };
     let delegate = Delegate::find(&name);
-    if delegate.as_ref().is_ok_and(Delegate::comes_after_the_interface) {
-        // It gives the address back by the interface. That goes even if the plugin fails.
-        let released = delegate?.run("DEL", &config.document);
-        return free().and(released.map(drop));
+    if Delegate::is_by_the_interface(&name) {
+        // What nobody gives back ends by itself, in time; so that is no reason to fail (the specification's own example).
+        if let Err(failure) = delegate.and_then(|delegate| delegate.run("DEL", &config.document)) {
+            eprintln!("weft-cni: the lease ends when its time is over, for it could not be given back: {failure}");
+        }
+        return free();
     }
     free()?;
     delegate?.run("DEL", &config.document).map(drop)

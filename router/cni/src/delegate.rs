@@ -70,9 +70,10 @@ impl Delegate {
         Ok(Delegate { name: name.to_owned(), path, whose: None })
     }
 
-    /// Whether it works by the interface that the addresses are for: then it comes after that is made, and before it goes.
-    pub fn comes_after_the_interface(&self) -> bool {
-        self.name == "dhcp"
+    /// Whether the plugin of this name works by the interface that the addresses are for: then it comes after that is made, and before
+    /// it goes.
+    pub fn is_by_the_interface(name: &str) -> bool {
+        name == "dhcp"
     }
 
     /// Has it give addresses. If it fails, what it may have taken is freed.

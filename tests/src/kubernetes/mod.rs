@@ -226,6 +226,11 @@ impl Api {
         self.shared.change(Store::forget);
     }
 
+    /// Sets everything back to how it was so many versions ago, as when etcd is restored.
+    pub fn set_back(&self, versions: u64) {
+        self.shared.change(|store| store.set_back(versions));
+    }
+
     /// An object.
     #[track_caller]
     pub fn object(&self, resource: &str, name: &str) -> Value {

@@ -170,6 +170,12 @@ fn watch(shared: Arc<Shared>, resource: &str, query: &Query) -> Result<Response<
     let version: u64 = query.text("resourceVersion").parse().unwrap_or(0);
     let bookmarks = query.text("allowWatchBookmarks") == "true";
     let seconds: u64 = query.text("timeoutSeconds").parse().unwrap_or(1800);
+    // A version of the future is refused at once, one of the past by the stream.
+    if let Err(refused) = shared.store.lock().expect("nobody panics with it").changes(resource, &selector, version)
+        && refused.status == 504
+    {
+        return Err(refused);
+    }
     let (sender, body) = Channel::new(16);
     let resource = resource.to_owned();
     tokio::spawn(async move {

@@ -224,6 +224,10 @@ impl Store {
     /// # Errors
     /// That is not known any more.
     pub fn changes(&self, resource: &str, selector: &Selector, version: u64) -> Result<Vec<Arc<Change>>, Refused> {
+        if version > self.version {
+            let message = format!("Too large resource version: {version}, current: {}", self.version);
+            return Err(Refused { status: 504, reason: "Timeout", message });
+        }
         if version < self.oldest {
             return Err(gone(&format!("too old resource version: {version} ({})", self.oldest)));
         }
@@ -231,6 +235,24 @@ impl Store {
         let newer =
             self.history.range(newer..).filter(|change| change.resource == resource && selector.fits(&change.object));
         Ok(newer.cloned().collect())
+    }
+
+    /// Sets everything back to how it was so many versions ago, as when etcd is restored.
+    pub fn set_back(&mut self, versions: u64) {
+        let target = self.version.saturating_sub(versions);
+        let mut objects = BTreeMap::new();
+        for change in self.history.iter().take_while(|change| change.version <= target) {
+            let key = key(&change.resource, &change.object);
+            let line = std::str::from_utf8(&change.line).expect("it was made of text");
+            if line.starts_with("{\"type\":\"DELETED\"") {
+                objects.remove(&key);
+            } else {
+                objects.insert(key, (Arc::clone(&change.object), change.object.to_string().into()));
+            }
+        }
+        self.history.retain(|change| change.version <= target);
+        (self.version, self.objects) = (target, objects);
+        self.lists.clear();
     }
 
     /// Forgets the history: streams that begin in the past get 410 from then on.

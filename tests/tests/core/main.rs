@@ -3,6 +3,7 @@
 // All of this is test code, its helpers included.
 #![allow(clippy::unwrap_used)]
 
+mod dates;
 mod gathering;
 mod hostile;
 mod model;

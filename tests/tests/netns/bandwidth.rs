@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use weft_tests::cluster::Cluster;
+use weft_tests::cluster::{Cluster, peer};
 use weft_tests::command::eventually;
 use weft_tests::machine::turn;
 use weft_tests::netns::OwnNetns;
@@ -34,6 +34,7 @@ fn measures(limit: u64, what: &str, share: f64, measure: impl Fn() -> f64) {
     let mut seen = Vec::new();
     for _ in 0..ATTEMPTS {
         let ratio = measure() / (limit as f64 * share);
+        println!("{what} at {limit} bit/s: {ratio:.4} of it, less headers");
         if (ratio - 1.0).abs() <= WITHIN {
             return;
         }
@@ -89,6 +90,29 @@ fn pods_send_and_receive_at_their_rates() {
 fn pods_by_af_xdp_do_so_as_far_as_they_get() {
     let _turn = turn();
     rates_hold("bx", "xdp", &[1_000_000, 20_000_000, 100_000_000, 1_000_000_000]);
+}
+
+#[test]
+fn across_nodes_the_rates_hold_as_well() {
+    let _turn = turn();
+    let cluster = Cluster::new("bn");
+    let near = cluster.weft_node(1, "routed", &peer(2, None));
+    let far = cluster.weft_node(2, "routed", &peer(1, None));
+    let free = cluster.sandbox("free");
+    let to_free = address_of(&far.attach("free", &free));
+    for rate in [1_000_000, 50_000_000] {
+        let name = format!("limited{rate}");
+        let pod = cluster.sandbox(&name);
+        let to_pod = address_of(&near.attach_with(&name, &pod, &limited(rate, rate)));
+        traffic::await_answer(&free, to_pod);
+        let run = |from: &OwnNetns, to: &OwnNetns, address| traffic::iperf3(from, to, address, "-t 3 -O 1 -C cubic");
+        measures(rate, "TCP from another node", TCP, || run(&free, &pod, to_pod));
+        measures(rate, "TCP to another node", TCP, || run(&pod, &free, to_free));
+        near.runtime.del(&name, &pod);
+    }
+    for node in [&near, &far] {
+        node.daemon().assert_conserved();
+    }
 }
 
 #[test]

@@ -131,6 +131,92 @@ fn a_result_has_the_shape_of_its_version_and_nothing_else() {
 }
 
 #[test]
+fn what_a_runtime_may_also_say_is_no_error() {
+    let _turn = turn();
+    let cluster = Cluster::new("odd");
+    let node = cluster.weft_node(1, "routed", "");
+    let pod = cluster.sandbox("pod");
+    let foreign = json!({
+        "interfaces": [{ "name": "net9", "mac": "02:00:00:00:00:99", "sandbox": "/x" }],
+        "ips": [{ "version": "4", "address": "192.0.2.9/24", "interface": 0 }]
+    });
+    let said = [
+        json!({ "ipam": null, "dns": null, "args": null, "runtimeConfig": null, "capabilities": null, "prevResult": null }),
+        json!({ "cniVersions": ["0.4.0", "1.0.0", "1.1.0"], "disableCheck": true, "hairpinMode": true, "x": { "y": [1] } }),
+        json!({ "args": { "labels": { "a": "b" }, "cni": { "unknown": 7 } }, "runtimeConfig": { "unknown": {} } }),
+        json!({ "bandwidth": {}, "dns": {}, "mtu": 0, "ipam": { "type": "weft", "routes": null, "ranges": null } }),
+        json!({ "prevResult": { "cniVersion": "0.3.1", "ips": foreign["ips"], "interfaces": foreign["interfaces"] } }),
+        json!({ "prevResult": { "cniVersion": "9.9.9", "ips": [], "unknown": true } }),
+        json!({ "prevResult": {} }),
+    ];
+    for (keys, version) in said.iter().flat_map(|keys| VERSIONS.map(|version| (keys, version))) {
+        let mut network = network(&node, version);
+        network.plugins[0].as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        let attachment = Attachment::new("c1", &pod);
+        let result = network.add(&attachment).must();
+        assert_eq!(result["cniVersion"], version, "{keys}");
+        let ours = result["interfaces"].as_array().unwrap().iter().filter(|one| one["name"] == "eth0").count();
+        assert_eq!(ours, 1, "{keys}: {result}");
+        if version > "0.3.1" && keys.get("prevResult").is_none_or(Value::is_null) {
+            network.check(&attachment, &result).must();
+        }
+        if version == "1.1.0" {
+            // Others than those that are known, and this one.
+            let list = json!([{ "containerID": "never", "ifname": "eth7" }, { "containerID": "c1", "ifname": "eth0" }]);
+            network.call("GC", &json!({ "cni.dev/valid-attachments": list })).must();
+            assert_eq!(node.daemon().leases().len(), 2, "{keys}");
+        }
+        for previous in [result, Value::Null, json!({ "ips": 7 }), json!("none")] {
+            network.del(&attachment, &previous).must();
+        }
+        assert!(node.daemon().leases().is_empty(), "{keys}");
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_with_its_code_and_changes_nothing() {
+    let _turn = turn();
+    let cluster = Cluster::new("bad");
+    let node = cluster.weft_node(1, "routed", "");
+    let (pod, other) = (cluster.sandbox("pod"), cluster.sandbox("other"));
+    let network = |version| network(&node, version);
+    let attachment = Attachment::new("c1", &pod);
+    let result = network("1.1.0").add(&attachment).must();
+    for command in ["STATUS", "GC"] {
+        for version in ["0.3.0", "0.4.0", "1.0.0"] {
+            network(version).call(command, &json!({ "cni.dev/valid-attachments": [] })).refused(1);
+        }
+    }
+    network("0.3.1").check(&attachment, &result).refused(1);
+    for version in ["0.2.0", "1.2.0", "1.1", "v1.0.0", ""] {
+        network(version).add(&Attachment::new("c2", &other)).refused(1);
+        network(version).del(&attachment, &result).refused(1);
+    }
+    network("1.1.0").check(&attachment, &Value::Null).refused(7);
+    let unlike = |key: &str, value: Value| {
+        let mut unlike = result.clone();
+        unlike[key] = value;
+        network("1.1.0").check(&attachment, &unlike)
+    };
+    unlike("interfaces", json!([])).refused(103);
+    unlike("ips", json!([{ "interface": 0, "address": "10.244.1.99/24" }])).refused(103);
+    unlike("interfaces", json!([{ "name": "eth0", "mac": "02:00:00:00:00:77", "sandbox": pod.path() }])).refused(103);
+    for arguments in ["x", "IP=10.244.1.300", "A=b", "IgnoreUnknown=perhaps", "MAC=zz"] {
+        let odd = Attachment { arguments: arguments.into(), ..Attachment::new("c2", &other) };
+        network("1.0.0").add(&odd).refused(4);
+    }
+    for ifname in ["sixteencharacter", "a/b", "a:b", "a b", ".", ".."] {
+        network("1.0.0").add(&Attachment::new("c2", &other).by(ifname)).refused(4);
+    }
+    for container in ["-c", "../c", "c c", "c/d"] {
+        network("1.0.0").add(&Attachment::new(container, &other)).refused(4);
+    }
+    assert!(!other.ip("link").contains("eth"), "{}", other.ip("link"));
+    assert_eq!(node.daemon().leases().len(), 2);
+    network("1.1.0").check(&attachment, &result).must();
+}
+
+#[test]
 fn ipv6_is_usable_when_add_returns() {
     let _turn = turn();
     let cluster = Cluster::new("dad");

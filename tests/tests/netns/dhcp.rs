@@ -129,8 +129,9 @@ fn pods_get_addresses(suffix: &str, port: Option<&str>) {
     let free = || {
         let mut command = Command::new("busybox");
         command.args(["dumpleases", "-r", "-f"]).arg(folder.join("server.leases"));
-        let said = run(command).must();
-        said.matches("expired").count() >= 2 || !said.contains("10.244.9.1")
+        // It fails when it meets the server writing.
+        let said = run(command);
+        said.success && (said.out.matches("expired").count() >= 2 || !said.out.contains("10.244.9.1"))
     };
     eventually("the server has both addresses back", Duration::from_secs(8), free);
     for (node, told) in [(&near, 1), (&far, 0)] {

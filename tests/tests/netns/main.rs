@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod answers;
+mod anything;
 mod attach;
 mod bandwidth;
 mod bench;

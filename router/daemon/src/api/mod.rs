@@ -168,7 +168,7 @@ fn answer(node: &Node, connection: &mut Connection, incoming: Incoming) -> Resul
             reply(connection, deleted)
         }
         Request::Check(request) => {
-            let check = || attach::check(node, &request, incoming.descriptor).map(|()| Empty {});
+            let check = || attach::check::check(node, &request, incoming.descriptor).map(|()| Empty {});
             reply(connection, counted(node, "check", check))
         }
         Request::Gc(request) => reply(connection, counted(node, "gc", || Ok(attach::collect(node, &request)))),
@@ -224,15 +224,16 @@ fn reply_or_free(
     request: &Attach,
     made: Result<Attached, Failure>,
 ) -> Result<(), LineError> {
-    let is_made = made.is_ok();
+    let given = made.as_ref().ok().cloned();
     let replied = if connection.is_abandoned() { Err(LineError::Cut) } else { reply(connection, made) };
-    if is_made && replied.is_err() {
+    if let (Some(given), Err(_)) = (given, &replied)
+        && attach::take_back(node, &request.key, &given)
+    {
         tracing::warn!(
             container = request.key.container,
             ifname = request.key.ifname,
             "freed, for nobody took the answer"
         );
-        attach::del(node, &request.key);
     }
     replied
 }

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use weft_api::{Attach, Attached, AttachedAddress, Check, Failure};
 use weft_ipam::{Facts, Record};
 
+use super::check::differs;
 use super::namespace::Namespace;
-use super::{check_key, differs, given, owner, refusal, seconds, tombstone};
+use super::{check_key, given, owner, refusal, seconds, tombstone};
 use crate::node::{Node, since_boot};
 
 /// Leases addresses.

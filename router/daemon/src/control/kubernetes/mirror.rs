@@ -37,6 +37,8 @@ const LASTED: Duration = Duration::from_secs(2);
 const MAX_OBJECTS: usize = 200_000;
 /// Streams that a server has ended, as when it stops, are opened again within this time.
 const REOPENED: Duration = Duration::from_millis(500);
+/// So often a server may refuse to go on from a version before everything is listed again.
+const MAX_REFUSALS: u32 = 3;
 /// Whoever is not let in tries it again after a while that grows up to this: only people can change that.
 const MAX_REFUSED: Duration = Duration::from_secs(15);
 /// Nodes of one cluster do not list everything again at the same moment; and if a server wants it again and again, ever later.
@@ -65,6 +67,8 @@ pub struct Known<K> {
     pub is_complete: bool,
     /// Why it is not in step.
     pub trouble: Option<String>,
+    /// An object that is known from elsewhere than the stream, and its version: until then the stream tells old news of it.
+    learned: Option<(String, u64)>,
 }
 
 /// All objects of a kind.
@@ -129,7 +133,10 @@ struct Refusal {
 impl<K: Kind> Mirror<K> {
     /// Without knowledge; `changed` is told when there is news.
     pub fn new(changed: Arc<Notify>) -> Mirror<K> {
-        Mirror { known: Mutex::new(Known { objects: BTreeMap::new(), is_complete: false, trouble: None }), changed }
+        Mirror {
+            known: Mutex::new(Known { objects: BTreeMap::new(), is_complete: false, trouble: None, learned: None }),
+            changed,
+        }
     }
 
     /// What is known.
@@ -139,8 +146,10 @@ impl<K: Kind> Mirror<K> {
 
     /// An object as the server answered with it to a request of ours.
     pub fn learn(&self, json: &str) {
-        if let Ok((name, _, object)) = read::<K>(json) {
-            self.known().objects.insert(name, object);
+        if let Ok((name, version, object)) = read::<K>(json) {
+            let mut known = self.known();
+            known.learned = version.parse().ok().map(|version| (name.clone(), version));
+            known.objects.insert(name, object);
         }
     }
 
@@ -177,6 +186,9 @@ impl<K: Kind> Mirror<K> {
     }
 }
 
+/// An object by its name and version; `None` if it is gone.
+type Change<K> = (String, u64, Option<Result<K, String>>);
+
 struct Session<'m, K> {
     mirror: &'m Mirror<K>,
     config: KubernetesConfig,
@@ -186,7 +198,7 @@ struct Session<'m, K> {
     backoff: Backoff,
     /// How long to wait before everything is listed again.
     scattered: Duration,
-    /// How often in a row we were not let in.
+    /// How often in a row the server answered, and refused.
     refusals: u32,
 }
 
@@ -206,10 +218,13 @@ impl<K: Kind> Session<'_, K> {
             is_new
         });
         let mut pause = self.backoff.step();
+        self.refusals = if failure.status.is_some() { self.refusals.saturating_add(1) } else { 0 };
         if matches!(failure.status, Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)) {
-            self.refusals = self.refusals.saturating_add(1);
             let grown = Duration::from_millis(200).saturating_mul(1 << self.refusals.min(16)).min(MAX_REFUSED);
             pause = self.backoff.spread(grown);
+        } else if self.refusals >= MAX_REFUSALS {
+            // It may be the version that it does not like: one of the future, if its store was set back.
+            self.version = None;
         }
         sleep(failure.retry_after.map_or(pause, |asked| asked + pause)).await;
     }
@@ -260,7 +275,7 @@ impl<K: Kind> Session<'_, K> {
         self.backoff.reset();
         self.mirror.change(|known| {
             let changed = !known.is_complete || known.trouble.is_some() || known.objects != objects;
-            *known = Known { objects, is_complete: true, trouble: None };
+            *known = Known { objects, is_complete: true, trouble: None, learned: None };
             changed
         });
         Ok(version)
@@ -315,7 +330,10 @@ impl<K: Kind> Session<'_, K> {
         }
         self.mirror.change(|known| {
             let mut changed = false;
-            for (name, object) in events {
+            for (name, version, object) in events {
+                if known.learned.as_ref().is_some_and(|(of, newest)| *of == name && version < *newest) {
+                    continue;
+                }
                 changed |= match object {
                     Some(object) if known.objects.len() < MAX_OBJECTS || known.objects.contains_key(&name) => {
                         let is_same = known.objects.get(&name) == Some(&object);
@@ -331,9 +349,8 @@ impl<K: Kind> Session<'_, K> {
         ended
     }
 
-    /// One of them: an object by its name, without the object if that is gone.
-    #[allow(clippy::type_complexity)]
-    fn event(&mut self, line: &[u8]) -> Result<Option<(String, Option<Result<K, String>>)>, Failure> {
+    /// One of them: an object by its name and version, without the object if that is gone.
+    fn event(&mut self, line: &[u8]) -> Result<Option<Change<K>>, Failure> {
         let strange = |why: serde_json::Error| Failure::new(format!("the stream of {} is strange: {why}", K::WHAT));
         let event: Event<'_> = serde_json::from_slice(line).map_err(strange)?;
         if event.kind == "ERROR" {
@@ -343,13 +360,15 @@ impl<K: Kind> Session<'_, K> {
             return Err(Failure { status: StatusCode::from_u16(refusal.code).ok(), why, retry_after: None });
         }
         let (name, version, object) = read::<K>(event.object.get()).map_err(strange)?;
+        // Versions are numbers, though that is said of late only: what is none is taken for the newest.
+        let number = version.parse().unwrap_or(u64::MAX);
         if !version.is_empty() {
             self.version = Some(version);
             self.scattered = SCATTERED;
         }
         Ok(match event.kind {
-            "ADDED" | "MODIFIED" => Some((name, Some(object))),
-            "DELETED" => Some((name, None)),
+            "ADDED" | "MODIFIED" => Some((name, number, Some(object))),
+            "DELETED" => Some((name, number, None)),
             // A bookmark says how far we are, and nothing else does.
             _ => None,
         })

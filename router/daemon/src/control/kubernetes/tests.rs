@@ -171,7 +171,7 @@ fn a_server_that_was_away_is_found_again_and_what_is_right_is_not_written_again(
     let started = Instant::now();
     followed.await_peers(3);
     followed.await_trouble("");
-    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
     assert_eq!((api.count("patch nodes"), api.count("list nodes")), (patches, 1), "it goes on where it was");
 }
 
@@ -186,6 +186,20 @@ fn a_history_that_is_forgotten_means_that_everything_is_listed_again() {
     api.start_again();
     followed.await_peers(3);
     assert!(api.count("list nodes") >= 2);
+    followed.await_trouble("");
+}
+
+#[test]
+fn a_server_that_was_set_back_is_believed() {
+    let (mut api, _sources, followed) = three();
+    api.add_node(4);
+    api.add_node(5);
+    api.edit("nodes", "n3", |node| node["status"]["beat"] = json!(1));
+    followed.await_peers(4);
+    api.stop();
+    api.set_back(2);
+    api.start_again();
+    followed.await_peers(3);
     followed.await_trouble("");
 }
 
@@ -449,15 +463,20 @@ fn two_hundred_nodes_that_join_at_once_are_no_herd() {
     const NODES: u16 = 200;
     let (api, sources) = (Api::start(), Sources::new());
     api.spoil(|faults| faults.bookmark_every = Duration::from_millis(500));
-    (1..=NODES).for_each(|number| drop(api.add_node(number)));
-    let table = at(&api, &sources).replace("idle = 2", "idle = 30");
+    for number in 1..=NODES {
+        // Forty thousand of them are read here, by one process that is not optimised.
+        let mut small = node(number);
+        small["metadata"]["managedFields"] = json!([]);
+        small["status"]["images"] = json!([]);
+        api.put("nodes", small);
+    }
+    let table = at(&api, &sources).replace("idle = 2", "idle = 60");
     let started = Instant::now();
     let all: Vec<Followed> = (1..=NODES).map(|number| sources.follow(number, &table)).collect();
-    for followed in &all {
-        followed.await_peers(usize::from(NODES) - 1);
-    }
+    let patience = PATIENCE * 4;
+    eventually("all know all", patience, || all.iter().all(|followed| followed.peers() == usize::from(NODES) - 1));
     let known = started.elapsed();
-    eventually("all have spoken", PATIENCE, || {
+    eventually("all have spoken", patience, || {
         (1..=NODES).all(|number| api.announced(&format!("n{number}")).is_some())
     });
     let spoken = started.elapsed();
