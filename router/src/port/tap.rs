@@ -1,7 +1,7 @@
 //! A pod's TAP: whole superframes in and out, by virtio's network header.
 //!
-//! [`Tap`] is the device, made by the daemon in its own namespace and moved into the pod's afterwards: a descriptor opened
-//! *inside* the pod's namespace would keep that namespace alive after its deletion. [`TapPort`] is the
+//! [`Tap`] is the device, made by the daemon in the pod's namespace, which its descriptor then keeps alive, or in the daemon's own and moved
+//! afterwards. [`TapPort`] is the
 //! device as a port of a worker. Each worker has one and may write by it; one of them reads, since two readers would reorder
 //! a flow. The device is closed by whoever lets go of it last.
 //!
