@@ -133,6 +133,15 @@ fn rights() -> Vec<String> {
     options
 }
 
+/// The configuration that the manifests give every weftd.
+#[track_caller]
+pub fn configuration() -> String {
+    let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/kubernetes/config.yaml");
+    let text = fs::read_to_string(manifest).expect("the manifest is there");
+    let manifest: Value = serde_saphyr::from_str(&text).expect("the manifest is YAML");
+    manifest["data"]["weftd.toml"].as_str().expect("it has a configuration").to_owned()
+}
+
 /// What podman says of the image: its layers' files.
 #[track_caller]
 pub fn files(wrapped: &Wrapped) -> Vec<String> {

@@ -136,7 +136,9 @@ fn pods_get_addresses(suffix: &str, port: Option<&str>) {
     eventually("the server has both addresses back", Duration::from_secs(8), free);
     for (node, told) in [(&near, 1), (&far, 0)] {
         node.daemon().assert_conserved();
-        let problems = node.daemon().status().problems;
+        let mut problems = node.daemon().status().problems;
+        // Who knows the MAC of a pod that is gone may still send to it.
+        problems.retain(|one| !one.contains("NotForUs"));
         assert!(problems.len() == told && problems.iter().all(|one| one.contains("DhcpServer")), "{problems:?}");
     }
 }

@@ -1,8 +1,21 @@
 //! The container image, and weftd in it with the rights that the DaemonSet gives it.
 
+use std::process::Command;
+
+use weft_tests::command::run;
 use weft_tests::container;
 use weft_tests::lab::Lab;
-use weft_tests::machine::turn;
+use weft_tests::machine::{binary, turn};
+
+#[test]
+fn the_configuration_of_the_manifests_is_valid() {
+    let file = tempfile::NamedTempFile::new().expect("there is a folder for temporary files");
+    std::fs::write(file.path(), container::configuration()).expect("it was just made");
+    let mut check = Command::new(binary("weftd"));
+    check.args(["--check", "--config"]).arg(file.path()).env("NODE_NAME", "n1");
+    check.env("KUBERNETES_SERVICE_HOST", "10.96.0.1").env("KUBERNETES_SERVICE_PORT", "443");
+    run(check).must();
+}
 
 #[test]
 fn weftd_works_in_a_container_with_the_rights_of_the_manifest() {

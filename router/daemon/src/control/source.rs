@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 use super::cluster::Cluster;
 use super::config::Config;
@@ -119,6 +120,49 @@ pub fn follow(config: &Config, known: Option<Cluster>) -> Option<Following> {
     Some(Following { views, orders })
 }
 
+/// How soon a change is put in force. A single one at once, and some in a row nearly so; but a node spends no more than a small part of
+/// its time on others that come and go all the time: what it spends beyond that is owed, up to a limit, and while too much is owed,
+/// changes wait for each other.
+#[derive(Debug)]
+pub struct Pace {
+    last: Instant,
+    owed: Duration,
+    gathering: Duration,
+}
+
+impl Pace {
+    /// Changes that come within this time after another was put in force wait for the end of it.
+    const GATHERING: Duration = Duration::from_millis(20);
+    /// The part of its time that a node spends on changes for as long as they come: one of so many.
+    const PART: u32 = 20;
+    /// What it may spend in a row.
+    const CREDIT: Duration = Duration::from_secs(1);
+    const MAX_GATHERING: Duration = Duration::from_secs(1);
+
+    /// Nothing is owed yet.
+    pub fn new(now: Instant) -> Pace {
+        Pace { last: now, owed: Duration::ZERO, gathering: Pace::GATHERING }
+    }
+
+    /// When a change of now is to be put in force.
+    pub fn due(&self, now: Instant) -> Instant {
+        now.max(self.last + self.gathering)
+    }
+
+    /// Changes were put in force, and that took from `started` to `now`.
+    pub fn spent(&mut self, started: Instant, now: Instant) {
+        let cost = now.saturating_duration_since(started);
+        let paid = now.saturating_duration_since(self.last) / Pace::PART;
+        self.owed = self.owed.saturating_sub(paid).saturating_add(cost).min(Pace::CREDIT * 2);
+        self.last = now;
+        self.gathering = if self.owed <= Pace::CREDIT {
+            Pace::GATHERING
+        } else {
+            (cost * Pace::PART).clamp(Pace::GATHERING, Pace::MAX_GATHERING)
+        };
+    }
+}
+
 /// How long to wait before another attempt: longer each time, up to a limit, and for each node another while, so that many do
 /// not come at once.
 #[derive(Debug)]
@@ -179,6 +223,28 @@ mod tests {
         assert!(steps[6..].windows(2).any(|two| two[0].abs_diff(two[1]) > Duration::from_millis(50)), "{steps:?}");
         backoff.reset();
         assert!(backoff.step() <= Backoff::FIRST);
+    }
+
+    #[test]
+    fn changes_in_a_row_are_soon_in_force_and_endless_ones_cost_a_small_part_of_the_time() {
+        let (cost, start) = (Duration::from_millis(13), Instant::now());
+        let mut pace = Pace::new(start);
+        let (mut now, mut waits) = (start + Duration::from_secs(1), Vec::new());
+        for _ in 0..5000 {
+            // The next change is there as soon as the last is in force.
+            let due = pace.due(now);
+            waits.push(due - now);
+            now = due + cost;
+            pace.spent(due, now);
+        }
+        assert!(waits[0].is_zero() && waits[..50].iter().all(|wait| *wait <= Pace::GATHERING), "{:?}", &waits[..50]);
+        let share = (cost * 5000).as_secs_f64() / (now - start).as_secs_f64();
+        assert!(share < 0.06, "{share}");
+        assert!(waits.iter().all(|wait| *wait <= Pace::MAX_GATHERING));
+        // After a rest they are soon in force again.
+        now += Duration::from_secs(60);
+        pace.spent(now, now);
+        assert_eq!(pace.due(now), now + Pace::GATHERING);
     }
 
     #[test]

@@ -27,7 +27,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::cluster::{Cluster, Record, admit, mode_name};
 use super::config::Config;
 use super::config::source::EtcdConfig;
-use super::source::{Backoff, Order, Source, Views};
+use super::source::{Backoff, Order, Pace, Source, Views};
 use client::Client;
 use messages::{
     Compare, DeleteRangeRequest, KeyValue, PutRequest, RangeRequest, Request, RequestOp, Response, TxnRequest,
@@ -38,12 +38,6 @@ use own::Held;
 
 /// For how long nodes stay that are in the keys no more after etcd was set back.
 const MERCY: Duration = Duration::from_secs(30);
-/// The first change is put in force at once; those that come within this time after that, together.
-const GATHERING: Duration = Duration::from_millis(50);
-/// That time is so many times as long as the last took to be put in force, up to a limit: a node spends no more than a small part of its
-/// time on others that come and go.
-const SPARING: u32 = 20;
-const MAX_GATHERING: Duration = Duration::from_secs(1);
 /// How long to wait before trying again to get a slot that somebody else was faster to claim, at most.
 const CONTENDED: Duration = Duration::from_millis(100);
 /// Claims in a row.
@@ -69,8 +63,7 @@ pub struct Etcd {
 struct Timers {
     keep: Instant,
     publish: Option<Instant>,
-    published: Instant,
-    gathering: Duration,
+    pace: Pace,
     retry: Option<Instant>,
 }
 
@@ -138,8 +131,7 @@ impl Etcd {
         let mut watch = client.watch(self.keys("").as_bytes(), from).await.context("cannot follow the keys")?;
         self.keep_leases(&mut client).await?;
         let now = Instant::now();
-        let mut timers =
-            Timers { keep: now + self.keeping(), publish: None, published: now, gathering: GATHERING, retry: None };
+        let mut timers = Timers { keep: now + self.keeping(), publish: None, pace: Pace::new(now), retry: None };
         self.settle(&mut client, &identity, views, &mut timers).await?;
         tracing::info!(revision = self.mirror().revision, "in step with etcd");
         self.backoff.reset();
@@ -148,7 +140,7 @@ impl Etcd {
             tokio::select! {
                 told = watch.message() => {
                     if self.take_in(told.context("the stream of changes ended")?)? {
-                        timers.publish.get_or_insert_with(|| Instant::now().max(timers.published + timers.gathering));
+                        timers.publish.get_or_insert_with(|| timers.pace.due(Instant::now()));
                     }
                 }
                 () = sleep_until(timers.keep) => {
@@ -236,8 +228,7 @@ impl Etcd {
             }
         }
         self.publish(identity, views);
-        timers.published = Instant::now();
-        timers.gathering = (started.elapsed() * SPARING).clamp(GATHERING, MAX_GATHERING);
+        timers.pace.spent(started, Instant::now());
         Ok(())
     }
 

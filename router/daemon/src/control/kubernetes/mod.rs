@@ -36,7 +36,7 @@ use super::cluster::Cluster;
 use super::config::Config;
 use super::config::kubernetes::KubernetesConfig;
 use super::etcd::own;
-use super::source::{Backoff, Order, Source, Views};
+use super::source::{Backoff, Order, Pace, Source, Views};
 use claim::{Claim, GRACE, Step};
 use client::{Client, Doing, Failure, Patch};
 use mirror::{Kind, Mirror, escaped};
@@ -44,11 +44,6 @@ use objects::{ANNOUNCED, Node, Pod};
 
 /// By whom the API says that fields were written.
 const FIELD_MANAGER: &str = "weftd";
-/// The first change is put in force at once; those that come within this time after that, together.
-const GATHERING: Duration = Duration::from_millis(50);
-/// That time is so many times as long as the last took to be worked out, up to a limit.
-const SPARING: u32 = 20;
-const MAX_GATHERING: Duration = Duration::from_secs(1);
 /// Nodes that start together write one after the other: as each of them knows how many they are, it waits for a time that is longer the more
 /// they are. The others know its address until then by its Node alone.
 const PER_NODE: Duration = Duration::from_millis(20);
@@ -140,14 +135,13 @@ impl Source for Kubernetes {
         // Ends with this task, whatever ends it.
         let _followers = EndsWith(followers);
         let mut due: Option<Instant> = None;
-        let mut gathering = GATHERING;
-        let mut published = Instant::now();
+        let mut pace = Pace::new(Instant::now());
         let mut writing: Option<JoinHandle<Written>> = None;
         loop {
             let changed = Arc::clone(&self.changed);
             tokio::select! {
                 () = changed.notified() => {
-                    let soon = Instant::now().max(published + gathering);
+                    let soon = pace.due(Instant::now());
                     due = Some(due.map_or(soon, |due| due.min(soon)));
                 }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
@@ -155,8 +149,7 @@ impl Source for Kubernetes {
                     let write;
                     (write, due) = self.settle(&identity, &views, writing.is_some());
                     writing = writing.or(write.map(|write| tokio::spawn(write.carry_out())));
-                    published = Instant::now();
-                    gathering = (started.elapsed() * SPARING).clamp(GATHERING, MAX_GATHERING);
+                    pace.spent(started, Instant::now());
                 }
                 written = async { writing.as_mut().expect("a branch that is taken has it").await }, if writing.is_some() => {
                     writing = None;
