@@ -117,6 +117,8 @@ fn pods_get_addresses(suffix: &str, port: Option<&str>) {
     // The lease is renewed after half its time, as long as the pod lives.
     let before = count(&log, "sending ACK");
     eventually("both leases are renewed", Duration::from_secs(60), || count(&log, "sending ACK") >= before + 2);
+    // A renewal takes several messages, and one that is under way would undo what is given back meanwhile.
+    std::thread::sleep(Duration::from_secs(2));
     ping(&pods[0].0, pods[1].4);
     for (_pod, network, attachment, result, address) in &pods {
         for _ in 0..2 {
@@ -125,7 +127,7 @@ fn pods_get_addresses(suffix: &str, port: Option<&str>) {
         let node = if attachment.container == "one" { &near } else { &far };
         assert!(node.daemon().leases().iter().all(|lease| lease.address != *address));
     }
-    // They were renewed, and would be the pods' for another ten seconds.
+    // They were renewed, and would be the pods' for more than these eight seconds.
     let free = || {
         let mut command = Command::new("busybox");
         command.args(["dumpleases", "-r", "-f"]).arg(folder.join("server.leases"));
@@ -137,8 +139,8 @@ fn pods_get_addresses(suffix: &str, port: Option<&str>) {
     for (node, told) in [(&near, 1), (&far, 0)] {
         node.daemon().assert_conserved();
         let mut problems = node.daemon().status().problems;
-        // Who knows the MAC of a pod that is gone may still send to it.
-        problems.retain(|one| !one.contains("NotForUs"));
+        // Who knows the MAC of a pod that is gone may still send to it, and while it gets its addresses its interface is down for a moment.
+        problems.retain(|one| !one.contains("NotForUs") && !one.contains("PortDown"));
         assert!(problems.len() == told && problems.iter().all(|one| one.contains("DhcpServer")), "{problems:?}");
     }
 }
