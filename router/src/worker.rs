@@ -418,15 +418,14 @@ impl Worker {
         if let Some(Some(slot)) = self.ports.get_mut(id.index())
             && let Some(port) = slot.port.take()
         {
-            if self.attention.forget(id)
-                && let Some(fd) = port.readable()
-            {
+            if let Some(fd) = port.readable() {
                 // Closing alone is not enough if someone else holds the descriptor too.
                 let _ = self.poll.registry().deregister(&mut SourceFd(&fd.as_raw_fd()));
             }
             device = port.retire();
             (slot.ready, slot.busy) = (false, false);
         }
+        self.attention.forget(id);
         self.ready.retain(|ready| *ready != id);
         self.busy.retain(|busy| *busy != id);
         self.resting.retain(|(resting, _)| *resting != id);

@@ -40,12 +40,10 @@ impl Attention {
         }
     }
 
-    /// A port is no more. Returns whether it was in the poller.
-    pub fn forget(&mut self, id: PortId) -> bool {
+    /// A port is no more.
+    pub fn forget(&mut self, id: PortId) {
         self.busy.retain(|busy| *busy != id);
-        let before = self.away.len();
         self.away.retain(|away| *away != id);
-        self.away.len() == before
     }
 }
 
@@ -117,7 +115,8 @@ mod tests {
         attention.away.push(PortId(6));
         attention.note(PortId(6), BATCH, true);
         assert_eq!(attention.busy, [PortId(5)]);
-        assert!(attention.forget(PortId(5)) && !attention.forget(PortId(6)));
+        attention.forget(PortId(5));
+        attention.forget(PortId(6));
         assert!(attention.busy.is_empty() && attention.away.is_empty());
     }
 }

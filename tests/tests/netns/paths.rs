@@ -10,23 +10,11 @@ use weft_tests::frames::{self, L2, L3};
 use weft_tests::lab::Lab;
 use weft_tests::machine::turn;
 use weft_tests::netns::OwnNetns;
+use weft_tests::traffic;
 use weft_tests::wire::Wire;
-use weft_tests::{plugin, traffic};
 
 use super::reach::{every_size_passes, everyone_reaches_everyone};
-
-/// A pod, and its addresses.
-fn pod(cluster: &Cluster, node: &WeftNode) -> (OwnNetns, Vec<IpAddr>) {
-    let name = format!("p{}", node.number);
-    let sandbox = cluster.sandbox(&name);
-    let addresses = plugin::addresses(&node.attach(&name, &sandbox));
-    (sandbox, addresses)
-}
-
-fn way(node: &WeftNode, peer: &str) -> String {
-    let nodes: Vec<weft_api::NodeInfo> = node.daemon().ask(&weft_api::Request::Nodes);
-    nodes.into_iter().find(|node| node.name == peer).expect("it is a peer").way
-}
+use super::uplink::{pod, way};
 
 #[test]
 fn nodes_with_ipv6_addresses_reach_each_other_by_udp_and_by_xdp() {

@@ -43,14 +43,15 @@ fn node_by(cluster: &Cluster, number: u8, keys: &str, peers: &str) -> WeftNode {
 }
 
 /// A pod, and its addresses.
-fn pod(cluster: &Cluster, node: &WeftNode) -> (OwnNetns, Vec<IpAddr>) {
+pub fn pod(cluster: &Cluster, node: &WeftNode) -> (OwnNetns, Vec<IpAddr>) {
     let name = format!("p{}", node.number);
     let sandbox = cluster.sandbox(&name);
     let addresses = plugin::addresses(&node.attach(&name, &sandbox));
     (sandbox, addresses)
 }
 
-fn way(node: &WeftNode, peer: &str) -> String {
+/// How a node reaches another, as `weft nodes` says it.
+pub fn way(node: &WeftNode, peer: &str) -> String {
     let nodes: Vec<weft_api::NodeInfo> = node.daemon().ask(&weft_api::Request::Nodes);
     nodes.into_iter().find(|node| node.name == peer).expect("it is a peer").way
 }
