@@ -25,16 +25,17 @@ use crate::frame::Frame;
 use crate::gateway::Stack;
 use crate::glimpse::Glimpse;
 use crate::packet::{Ip, Packet};
-use crate::path::{Commit, Entrance, FlowCommit, Hop, Learned, Macs, Path, Reply, Rewrite, Sender, Verdict};
+use crate::path::{Commit, Entrance, FlowCommit, Hop, Macs, Path, Reply, Rewrite, Sender, Verdict};
 use crate::policy::Known;
 use crate::pool::Pool;
 use crate::port::{BATCH, Outbox, PortId};
 use crate::returns::{Returns, ReturnsUse};
 use crate::stats::Stats;
-use crate::tables::{Mode, Neighbour, NodeId, Role, Tables, Via};
+use crate::tables::{Mode, NodeId, Role, Tables};
 use crate::time::Instant;
-use crate::{conntrack, icmp, nat, neigh, policy, route, tunnel};
+use crate::{conntrack, icmp, nat, neigh, policy, tunnel};
 
+mod hop;
 mod known;
 mod returning;
 
@@ -64,9 +65,6 @@ enum AddressedTo {
     /// Somebody with this MAC: it is bridged.
     Neighbour(Mac),
 }
-
-/// A hop, what is rewritten on the way there, and the learned MAC that it rests on.
-type Way = (Hop, Rewrite, Option<Learned>);
 
 impl Forwarder {
     /// Takes one frame and leaves zero or more in `out`. Never blocks, never fails.
@@ -277,39 +275,6 @@ impl Forwarder {
             Sender::Node(_) => tables.underlay.ok_or(DropReason::PortClosed)?,
         };
         if self.flood_budget.allows(port, now) { Ok(()) } else { Err(DropReason::FloodBudget) }
-    }
-
-    fn find_hop(&self, packet: &Packet, to: &AddressedTo, tables: &Tables, now: Instant) -> Result<Way, DropReason> {
-        match (to, packet.ip()) {
-            (AddressedTo::Neighbour(mac), _) => self.bridge_to(*mac, packet, tables, now),
-            (AddressedTo::Router, Some(ip)) => route_to(ip, packet, tables),
-            (AddressedTo::Router | AddressedTo::Group, _) => Err(DropReason::NotIp),
-        }
-    }
-
-    /// By MAC: a local pod's stands in the tables, others are learned; an unknown one may be anywhere among the other nodes.
-    fn bridge_to(&self, mac: Mac, packet: &Packet, tables: &Tables, now: Instant) -> Result<Way, DropReason> {
-        let bridged = |mtu| Rewrite { routed: None, mtu };
-        if let Some(&port) = tables.macs.get(&mac) {
-            if packet.sender == Sender::Port(port) {
-                return Err(DropReason::Hairpin);
-            }
-            return Ok((Hop::Port(port), bridged(port_mtu(port, tables)), None));
-        }
-        match (packet.sender, tables.mode) {
-            // Never from tunnel to tunnel: nodes reach each other without us.
-            (Sender::Node(_), _) => Err(DropReason::NotForUs),
-            (Sender::Port(_), Mode::Routed) => Err(DropReason::UnknownMac),
-            (Sender::Port(_), Mode::Bridged) => match self.fdb.find(mac, now) {
-                Some(learned) if tables.node(learned.node).is_some() => Ok((
-                    Hop::Node(learned.node),
-                    bridged(tables.mtu_to(learned.node, packet.ip().is_some_and(|ip| ip.dst.is_ipv6()))),
-                    Some(learned),
-                )),
-                _ if tables.members.is_empty() => Err(DropReason::UnknownMac),
-                _ => Ok((Hop::Flood { ports: false, nodes: true }, bridged(tables.tunnel_mtu), None)),
-            },
-        }
     }
 }
 
@@ -543,46 +508,11 @@ fn for_us(packet: &Packet, addressed_to: &AddressedTo, tables: &Tables) -> Optio
     here.then_some(Hop::Gateway)
 }
 
-/// By longest prefix, then by neighbour if the prefix is here.
-fn route_to(ip: &Ip, packet: &Packet, tables: &Tables) -> Result<Way, DropReason> {
-    let routed = |dst, src, mtu| Rewrite { routed: Some(Macs { dst, src }), mtu };
-    match route::find(ip.dst, &tables.routes4, &tables.routes6) {
-        // What leads out of the pod network is this node's to route.
-        Err(DropReason::NoRoute) if let Some(host) = host_for(packet, tables) => {
-            let Path { hop, rewrite, .. } = returning::to_host(host, tables);
-            Ok((hop, rewrite, None))
-        }
-        Err(reason) => Err(reason),
-        Ok(Via::Local) => {
-            let neighbour = tables.neighbours.get(&ip.dst).ok_or(DropReason::UnknownNeighbour)?;
-            let rewrite = routed(neighbour.mac, tables.gateway.mac, port_mtu(neighbour.port, tables));
-            Ok((Hop::Port(neighbour.port), rewrite, None))
-        }
-        Ok(Via::Node(_)) if matches!(packet.sender, Sender::Node(_)) => Err(DropReason::NotForUs),
-        Ok(Via::Node(id)) => {
-            let node = tables.node(id).ok_or(DropReason::NoRoute)?;
-            Ok((Hop::Node(id), routed(node.vtep_mac, tables.vtep_mac, tables.mtu_to(id, ip.dst.is_ipv6())), None))
-        }
-    }
-}
-
-/// The host port, for packets of this node's pods: what it sent itself it has no use for, and other nodes have their own.
-fn host_for(packet: &Packet, tables: &Tables) -> Option<Neighbour> {
-    tables.host.filter(|host| matches!(packet.sender, Sender::Port(port) if port != host.port))
-}
-
 /// The way back to a packet's sender, for what the router itself has to say.
 fn back(packet: &Packet, tables: &Tables) -> (Hop, Macs) {
     match packet.sender {
         Sender::Port(port) => (Hop::Port(port), Macs { dst: packet.src, src: tables.gateway.mac }),
         Sender::Node(node) => (Hop::Node(node), Macs { dst: packet.src, src: tables.vtep_mac }),
-    }
-}
-
-fn port_mtu(port: PortId, tables: &Tables) -> u32 {
-    match tables.role(port) {
-        Some(Role::Pod(pod) | Role::Host(pod)) => pod.mtu,
-        Some(Role::Underlay) | None => 0,
     }
 }
 

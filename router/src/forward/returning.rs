@@ -4,7 +4,8 @@ use std::net::IpAddr;
 
 use weft_encap::ip;
 
-use super::{Forwarder, port_mtu};
+use super::Forwarder;
+use super::hop::port_mtu;
 use crate::conntrack::Entry;
 use crate::flow::{FlowKey, Signature};
 use crate::packet::{Ip, Packet};
