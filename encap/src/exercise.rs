@@ -9,8 +9,11 @@ use crate::arp::Arp;
 use crate::checksum::{self, Sum};
 use crate::coalesce::{self, MAX_FRAMES, Run};
 use crate::eth::{ETH_LEN, EthHeader, VlanTag};
+use crate::geneve::{GENEVE_LEN, GeneveHeader};
+use crate::gre::{self, GreHeader};
 use crate::icmp::{self, IcmpHeader};
 use crate::ip;
+use crate::ipip::Inner;
 use crate::ipv4::{IPV4_LEN, Ipv4Header};
 use crate::ipv6::{self, FragmentHeader, IPV6_LEN, Ipv6Header};
 use crate::ndp::{self, Neighbor};
@@ -82,6 +85,35 @@ pub fn neighbor(bytes: &[u8]) {
 pub fn vxlan(bytes: &[u8]) {
     if let Ok(vni) = VxlanHeader::parse(bytes) {
         assert_eq!(VxlanHeader::new(vni).as_bytes(), &bytes[..VXLAN_LEN]);
+    }
+}
+
+/// The Geneve header: what it takes is there, and what we send is read again.
+pub fn geneve(bytes: &[u8]) {
+    if let Ok(read) = GeneveHeader::parse(bytes) {
+        assert!((GENEVE_LEN..=bytes.len().min(260)).contains(&read.len) && read.len % 4 == 0);
+        let again = GeneveHeader::parse(GeneveHeader::new(read.vni).as_bytes());
+        assert!(again.is_ok_and(|again| again.vni == read.vni && again.len == GENEVE_LEN));
+    }
+}
+
+/// The GRE header: what it takes is there, and what we send is read again.
+pub fn gre(bytes: &[u8]) {
+    if let Ok(read) = GreHeader::parse(bytes) {
+        assert!((gre::GRE_LEN..=bytes.len().min(16)).contains(&read.len) && read.len % 4 == 0);
+        let mut out = [0xa5; gre::GRE_KEY_LEN];
+        let len = if read.key.is_some() { gre::GRE_KEY_LEN } else { gre::GRE_LEN };
+        GreHeader::write(read.protocol, read.key, &mut out[..len]);
+        assert_eq!(GreHeader::parse(&out[..len]), Ok(gre::Gre { checksum: false, len, ..read }));
+        let _ = gre::verify(bytes);
+    }
+}
+
+/// IP in IP: `bytes[0]` is the outer protocol.
+pub fn ipip(bytes: &[u8]) {
+    let [protocol, ref rest @ ..] = *bytes else { return };
+    if let Ok(inner) = Inner::parse(protocol, rest) {
+        assert_eq!((inner.protocol(), Inner::of(inner.ethertype())), (protocol, Some(inner)));
     }
 }
 
