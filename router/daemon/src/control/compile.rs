@@ -19,7 +19,7 @@ use ipnet::IpNet;
 use weft_router::tables::{Node, Pod, Via};
 use weft_router::{PortId, Tables};
 
-use super::desired::{DesiredState, HOST, UNDERLAY};
+use super::desired::{DesiredState, HOST, UNDERLAY, tunnel_port};
 
 /// The tables for `state`.
 pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
@@ -31,6 +31,9 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
     tables.vtep_mac = config.vtep_mac;
     tables.tunnel_mtu = config.mtu;
     tables.add_underlay(UNDERLAY);
+    for format in &config.underlay.formats {
+        tables.add_tunnel(tunnel_port(*format), *format);
+    }
     for peer in &config.peers {
         let Some(id) = state.nodes.of(&peer.name) else { continue };
         let overhead = config.encapsulation_to(peer).0.overhead(peer.underlay.is_ipv4());
