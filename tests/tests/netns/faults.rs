@@ -99,6 +99,8 @@ impl Pings {
     /// Ends it. The last request may have no answer yet.
     #[track_caller]
     fn lost_nothing(mut self) {
+        // So that there is something to lose, however quick the test is.
+        std::thread::sleep(Duration::from_millis(500));
         let pid = Pid::from_child(&self.0);
         kill_process(pid, Signal::INT).expect("it pings");
         let mut said = String::new();
