@@ -522,7 +522,10 @@ impl Worker {
     }
 
     fn remove(&mut self, id: PortId) -> Option<Removed> {
-        self.ports.get_mut(id.index())?.as_ref()?;
+        let slot = self.ports.get_mut(id.index())?.as_mut()?;
+        if let Some(port) = &mut slot.port {
+            port.count(self.forwarder.stats());
+        }
         let device = self.retire(id);
         self.ports[id.index()] = None;
         Some(Removed { stats: *self.forwarder.stats().port(id), device })
@@ -531,6 +534,9 @@ impl Worker {
     fn snapshot(&mut self, flows: bool) -> Snapshot {
         let now = Instant::boottime();
         let stats = self.forwarder.stats();
+        for port in self.ports.iter_mut().flatten().filter_map(|slot| slot.port.as_mut()) {
+            port.count(stats);
+        }
         let ports = self.ports.iter().enumerate().filter_map(|(index, slot)| {
             let (id, slot) = (PortId(index as u16), slot.as_ref()?);
             let capabilities = slot.port.as_ref().map_or(slot.capabilities, |port| port.capabilities());

@@ -79,6 +79,13 @@ impl Daemon {
         drops.iter().filter(|drop| drop.reason == reason).map(|drop| drop.count).sum()
     }
 
+    /// Of what entered or left by a port, how much ended for that reason.
+    #[track_caller]
+    pub fn lost_at(&self, port: u32, reason: &str) -> u64 {
+        let drops: Vec<DropInfo> = self.ask(&Request::Drops);
+        drops.iter().filter(|drop| drop.port == port && drop.reason == reason).map(|drop| drop.count).sum()
+    }
+
     /// All drop counters by name, over all ports.
     #[track_caller]
     pub fn all_drops(&self) -> BTreeMap<String, u64> {

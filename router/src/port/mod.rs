@@ -220,6 +220,9 @@ pub trait Port {
     /// Has a port that only sent receive, too: the worker that received from this device is gone.
     fn receive_too(&mut self) {}
 
+    /// Enters what the kernel has counted and tells only who asks.
+    fn count(&mut self, _stats: &mut Stats) {}
+
     /// What it takes on transmit.
     fn capabilities(&self) -> Capabilities;
 

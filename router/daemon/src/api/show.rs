@@ -193,7 +193,13 @@ pub fn leases(node: &Node) -> Vec<LeaseInfo> {
     records.iter().filter(|record| record.owner != hostport::owner()).flat_map(|record| of(record)).collect()
 }
 
-/// The drop counters that are not zero.
+/// What [`PortStats::overruns`](weft_router::stats::PortStats::overruns) means.
+const OVERRUN: &str = "the kernel dropped it before it could be read by this port, whose buffer was full";
+/// What [`PortStats::undelivered`](weft_router::stats::PortStats::undelivered) means.
+const UNDELIVERED: &str =
+    "it left by this port, and the kernel dropped it there: the device is down, or its queue full";
+
+/// The drop counters that are not zero; and, beside them, what the kernel dropped before or behind us.
 pub fn drops(node: &Node) -> Result<Vec<DropInfo>, Failure> {
     let snapshot = snapshot(node, false)?;
     let state = node.state();
@@ -211,6 +217,16 @@ pub fn drops(node: &Node) -> Result<Vec<DropInfo>, Failure> {
                 count,
             });
         }
+        let of_kernel =
+            [("KernelOverrun", OVERRUN, port.stats.overruns), ("Undelivered", UNDELIVERED, port.stats.undelivered)];
+        all.extend(of_kernel.into_iter().filter(|(.., count)| *count > 0).map(|(reason, meaning, count)| DropInfo {
+            port: u32::from(port.id.0),
+            name: name.clone(),
+            reason: reason.into(),
+            meaning: meaning.into(),
+            is_loss: true,
+            count,
+        }));
     }
     Ok(all)
 }
