@@ -71,7 +71,7 @@ impl Template {
     /// A frame that the node [`FAR`] sends through the tunnel.
     pub fn from_node(bytes: &[u8], offload: Offload) -> Template {
         let vni = Vni::new(VNI).expect("it fits 24 bits");
-        let outer = Outer { peer: node_underlay(FAR), entropy: 0, tos: 0 };
+        let outer = Outer::vxlan(node_underlay(FAR));
         Template::new(VxlanHeader::new(vni).as_bytes(), bytes, offload, Some(outer), UNDERLAY)
     }
 
@@ -180,7 +180,7 @@ pub fn tables(mode: Mode, nodes: u16) -> Tables {
     for id in (0..nodes).map(NodeId) {
         let ranges = [format!("{}/24", node_v4(id, 0)), format!("{}/64", node_v6(id, 0))];
         let ranges = ranges.map(|range| range.parse().expect("a prefix")).to_vec();
-        tables.add_node(id, Node { underlay: node_underlay(id), vtep_mac: VTEP, ranges });
+        tables.add_node(id, Node::new(node_underlay(id), VTEP, ranges));
     }
     tables
 }

@@ -21,6 +21,7 @@ use crossbeam::channel::{self, Receiver, Sender};
 
 use crate::bridge::{Fdb, FdbEntry};
 use crate::conntrack::FlowEntry;
+use crate::port::raw::{RawHalf, RawTunnel};
 use crate::port::tap::Tap;
 use crate::port::udp::{Sockets, Underlay};
 use crate::port::xdp::programs::Tunnel;
@@ -91,6 +92,8 @@ pub enum Device {
     Veth(u32),
     /// The UDP underlay, with sockets for each worker.
     Underlay(Underlay),
+    /// The underlay of a format that lies in IP, with sockets for each worker.
+    Raw(RawTunnel),
     /// The same, and beside it the uplink that most of its packets take, to the next hops that are known.
     Uplink {
         /// What takes what the uplink does not.
@@ -187,6 +190,7 @@ pub(crate) enum Half {
     Tap { tap: Arc<Tap>, receives: bool },
     Xdp { device: Box<XdpDevice>, receives: bool },
     Underlay(Sockets),
+    Raw { half: RawHalf, receives: bool },
     Uplink(Box<UplinkHalf>),
 }
 

@@ -44,6 +44,7 @@ use crate::frame::Frame;
 use crate::gather::gather;
 use crate::pace::{self, Bucket};
 use crate::pool::Pool;
+use crate::port::raw::RawPort;
 use crate::port::sys::xsk::Umem;
 use crate::port::tap::TapPort;
 use crate::port::udp::UdpPort;
@@ -477,6 +478,7 @@ impl Worker {
             Half::Tap { tap, receives } => Box::new(TapPort::new(tap, id, receives)),
             Half::Xdp { device, .. } => Box::new(XdpPort::new(*device, &self.pool, id).map_err(RouterError::Device)?),
             Half::Underlay(sockets) => Box::new(UdpPort::new(sockets, id, tunnel_mtu)),
+            Half::Raw { half, receives } => Box::new(RawPort::new(half, id, receives, tunnel_mtu)),
             Half::Uplink(half) => self.uplink(id, *half, tunnel_mtu).map_err(RouterError::Device)?,
         };
         self.insert(id, port, shared).map_err(RouterError::Device)

@@ -20,6 +20,7 @@ use crate::stats::Stats;
 
 pub mod memory;
 mod outbox;
+pub mod raw;
 #[cfg(test)]
 pub(crate) mod sample;
 pub(crate) mod software;
@@ -95,6 +96,11 @@ impl Batch {
     /// Whether no more frames shall be added.
     pub fn is_full(&self) -> bool {
         self.frames.len() >= self.most_frames
+    }
+
+    /// How many more frames it takes.
+    pub fn room(&self) -> usize {
+        self.most_frames.saturating_sub(self.frames.len())
     }
 
     /// Takes all frames out, first to last.

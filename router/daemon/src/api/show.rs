@@ -6,13 +6,15 @@ use std::net::IpAddr;
 use weft_api::{
     Bandwidth, DropInfo, Failure, FdbInfo, FlowInfo, LeaseInfo, NeighbourInfo, NodeInfo, PortInfo, RouteInfo, code,
 };
+use weft_encap::format::Format;
 use weft_router::path::{Hop, Sender};
 use weft_router::tables::{Pod, Tables, Via};
 use weft_router::{DropReason, PortId, RouterError, Snapshot};
 
 use crate::attach::key_of;
 use crate::control::compile::addresses;
-use crate::control::desired::{HOST, UNDERLAY};
+use crate::control::config::Encapsulation;
+use crate::control::desired::{HOST, is_underlay, tunnel_port};
 use crate::hostport;
 use crate::node::{Attachment, Node, State, counters};
 
@@ -46,7 +48,7 @@ pub fn ports(node: &Node) -> Result<Vec<PortInfo>, Failure> {
         PortInfo {
             id: u32::from(port.id.0),
             role: match port.id {
-                UNDERLAY => "underlay".into(),
+                id if is_underlay(id) => "underlay".into(),
                 HOST => "host".into(),
                 _ => "pod".into(),
             },
@@ -245,6 +247,7 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
         sent: 0,
         received: 0,
         last_seen: None,
+        encapsulation: String::new(),
         way: String::new(),
     }];
     all.extend(config.peers.iter().map(|peer| {
@@ -259,7 +262,13 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
             sent: stats.sent,
             received: stats.received,
             last_seen: stats.last_seen.map(|seen| snapshot.now.since(seen).as_secs_f64()),
-            way: node.uplink.way(peer.underlay),
+            encapsulation: config.encapsulation_to(peer).0.name().to_owned(),
+            way: match config.encapsulation_to(peer).0 {
+                Encapsulation::Tunnel(Format::Vxlan) => node.uplink.way(peer.underlay),
+                Encapsulation::Tunnel(Format::Geneve) => "udp".to_owned(),
+                Encapsulation::Tunnel(Format::Gre | Format::Gretap | Format::Ipip) => "raw".to_owned(),
+                Encapsulation::HostGw => "uplink".to_owned(),
+            },
         }
     }));
     Ok(all)
@@ -278,9 +287,9 @@ impl<'a> Names<'a> {
     }
 
     fn port(&self, id: PortId) -> (String, Option<&'a Attachment>) {
-        if id == UNDERLAY {
-            let underlay = &self.state.desired.config.underlay;
-            return (std::net::SocketAddr::new(underlay.address, underlay.port).to_string(), None);
+        let underlay = &self.state.desired.config.underlay;
+        if let Some(format) = underlay.formats.iter().find(|format| tunnel_port(**format) == id) {
+            return (underlay.end(*format), None);
         }
         if id == HOST {
             return ("this node".to_owned(), None);

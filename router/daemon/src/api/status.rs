@@ -10,7 +10,7 @@ use weft_router::tables::Mode;
 use super::show;
 use crate::attach::{addresses, key_of};
 use crate::control::compile::addresses as addresses_of;
-use crate::control::config::{Config, Underlay};
+use crate::control::config::Config;
 use crate::control::desired::UNDERLAY;
 use crate::control::host::{Host, Interface};
 use crate::hostport::{self, forwarding};
@@ -72,6 +72,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         let peer = config.peers.iter().find(|peer| peer.underlay == underlay);
         peer.map(|peer| peer.name.clone())
     }));
+    problems.extend(node.uplink.tunnel_problems(config));
     problems.extend(kernel.problems.iter().cloned());
     problems.extend(forwarding::problems(config, host.as_ref()));
     problems.extend(worker_problem(snapshot.workers, node.router.workers()));
@@ -197,7 +198,7 @@ fn worker_problem(running: usize, started: usize) -> Option<String> {
 
 fn mtu_problem(config: &Config, host: &Host) -> Option<String> {
     let device = underlay_device(config, host)?;
-    let needed = config.mtu + Underlay::overhead(config.underlay.address);
+    let needed = config.mtu + config.underlay.encapsulation.overhead(config.underlay.address.is_ipv4());
     (device.mtu < needed).then(|| {
         format!(
             "pods have an MTU of {}, which needs {needed} on the underlay, but {} has {}: large packets are lost; raise \

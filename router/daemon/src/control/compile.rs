@@ -19,8 +19,7 @@ use ipnet::IpNet;
 use weft_router::tables::{Node, Pod, Via};
 use weft_router::{PortId, Tables};
 
-use super::config::Underlay;
-use super::desired::{DesiredState, HOST, UNDERLAY};
+use super::desired::{DesiredState, HOST, UNDERLAY, tunnel_port};
 
 /// The tables for `state`.
 pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
@@ -32,12 +31,22 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
     tables.vtep_mac = config.vtep_mac;
     tables.tunnel_mtu = config.mtu;
     tables.add_underlay(UNDERLAY);
+    for format in &config.underlay.formats {
+        tables.add_tunnel(tunnel_port(*format), *format);
+    }
     for peer in &config.peers {
         let Some(id) = state.nodes.of(&peer.name) else { continue };
-        let node = Node { underlay: peer.underlay, vtep_mac: peer.vtep_mac, ranges: peer.ranges.clone() };
+        let overhead = config.encapsulation_to(peer).0.overhead(peer.underlay.is_ipv4());
+        let node = Node {
+            underlay: peer.underlay,
+            vtep_mac: peer.vtep_mac,
+            ranges: peer.ranges.clone(),
+            encap: config.tunnel_to(peer),
+            mtu: config.underlay.mtu.saturating_sub(overhead),
+        };
         tables.add_node(id, node);
         if let Some(mtu) = state.path_mtus.get(&peer.underlay) {
-            Arc::make_mut(&mut tables.path_mtus).insert(id, mtu.saturating_sub(Underlay::overhead(peer.underlay)));
+            Arc::make_mut(&mut tables.path_mtus).insert(id, mtu.saturating_sub(overhead));
         }
     }
     for range in &config.ranges {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use weft_encap::format::Format;
 use weft_router::PortId;
 use weft_router::tables::{NodeId, Pod};
 
@@ -11,8 +12,31 @@ use super::config::{Config, Peer};
 
 /// The underlay's port.
 pub const UNDERLAY: PortId = PortId(0);
-/// The host port; pods come after it.
+/// The host port.
 pub const HOST: PortId = PortId(1);
+/// Geneve's.
+const GENEVE: PortId = PortId(2);
+/// GRE's, with either payload.
+const GRE: PortId = PortId(3);
+/// That of IP in IP.
+const IPIP: PortId = PortId(4);
+/// Pods' ports begin here; before them there is room for the node's own.
+const FIRST_POD: u16 = 16;
+
+/// The port by which a format's packets enter and leave.
+pub fn tunnel_port(format: Format) -> PortId {
+    match format {
+        Format::Vxlan => UNDERLAY,
+        Format::Geneve => GENEVE,
+        Format::Gre | Format::Gretap => GRE,
+        Format::Ipip => IPIP,
+    }
+}
+
+/// Whether a port leads to other nodes.
+pub fn is_underlay(port: PortId) -> bool {
+    Format::ALL.into_iter().any(|format| tunnel_port(format) == port)
+}
 
 /// Everything that the data plane's tables are made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,7 +93,7 @@ impl PortNumbers {
         if let Some(port) = self.free.pop_first() {
             return Some(port);
         }
-        let port = PortId(HOST.0 + 1 + self.used);
+        let port = PortId(FIRST_POD + self.used);
         (port.0 <= MAX_PORT).then(|| {
             self.used += 1;
             port
@@ -146,6 +170,8 @@ mod tests {
             underlay: "192.0.2.1".parse().unwrap(),
             ranges: Vec::new(),
             vtep_mac: weft_encap::mac::Mac::ZERO,
+            encapsulation: None,
+            accepts: None,
         };
         names.iter().map(peer).collect()
     }
@@ -154,11 +180,11 @@ mod tests {
     fn the_lowest_free_port_is_given_until_all_are_in_use() {
         let mut numbers = PortNumbers::default();
         let all: Vec<PortId> = std::iter::from_fn(|| numbers.take()).collect();
-        assert_eq!((all.first(), all.last()), (Some(&PortId(2)), Some(&PortId(MAX_PORT))));
-        assert_eq!(all.len(), usize::from(MAX_PORT) - 1);
-        [700, 9, 4095].into_iter().for_each(|port| numbers.give_back(PortId(port)));
+        assert_eq!((all.first(), all.last()), (Some(&PortId(FIRST_POD)), Some(&PortId(MAX_PORT))));
+        assert_eq!(all.len(), usize::from(MAX_PORT - FIRST_POD) + 1);
+        [700, 19, 4095].into_iter().for_each(|port| numbers.give_back(PortId(port)));
         let again: Vec<u16> = std::iter::from_fn(|| numbers.take()).map(|port| port.0).collect();
-        assert_eq!(again, [9, 700, 4095]);
+        assert_eq!(again, [19, 700, 4095]);
     }
 
     #[test]

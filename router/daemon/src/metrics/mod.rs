@@ -22,7 +22,7 @@ use weft_router::DropReason;
 use weft_router::stats::PortStats;
 
 use crate::api::{show, status};
-use crate::control::desired::UNDERLAY;
+use crate::control::desired::is_underlay;
 use crate::node::Node;
 pub use requests::Requests;
 
@@ -72,7 +72,7 @@ impl Reading {
         let snapshot = show::snapshot(node, false)?;
         let mut ports = ["pod", "underlay"].map(|role| Ports { role, ..Ports::default() });
         for port in &snapshot.ports {
-            let of = &mut ports[usize::from(port.id == UNDERLAY)];
+            let of = &mut ports[usize::from(is_underlay(port.id))];
             of.up += u64::from(port.up);
             of.stats += &port.stats;
         }
