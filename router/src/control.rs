@@ -21,6 +21,7 @@ use crossbeam::channel::{self, Receiver, Sender};
 
 use crate::bridge::{Fdb, FdbEntry};
 use crate::conntrack::FlowEntry;
+use crate::port::packet::Outlet;
 use crate::port::tap::Tap;
 use crate::port::udp::{Sockets, Underlay};
 use crate::port::xdp::programs::Tunnel;
@@ -89,6 +90,8 @@ pub enum Device {
     /// The host end of a pod's veth, by its number in the calling thread's network namespace. It has a transmit queue for each worker and
     /// one receive queue.
     Veth(u32),
+    /// An interface of the node's, to be sent by.
+    Outlet(Outlet),
     /// The UDP underlay, with sockets for each worker.
     Underlay(Underlay),
     /// The same, and beside it the uplink that most of its packets take, to the next hops that are known.
@@ -125,7 +128,7 @@ pub enum PortEnd {
 pub struct PortSnapshot {
     /// Its number.
     pub id: PortId,
-    /// `tap`, `xdp`, `udp`, `memory`.
+    /// `tap`, `xdp`, `udp`, `packet`, `memory`.
     pub kind: &'static str,
     /// Whether its device works, for all workers.
     pub up: bool,
@@ -186,6 +189,7 @@ impl std::error::Error for RouterError {}
 pub(crate) enum Half {
     Tap { tap: Arc<Tap>, receives: bool },
     Xdp { device: Box<XdpDevice>, receives: bool },
+    Outlet(Arc<Outlet>),
     Underlay(Sockets),
     Uplink(Box<UplinkHalf>),
 }

@@ -20,6 +20,7 @@ use crate::stats::Stats;
 
 pub mod memory;
 mod outbox;
+pub mod packet;
 #[cfg(test)]
 pub(crate) mod sample;
 pub(crate) mod software;
@@ -236,7 +237,7 @@ pub trait Port {
         None
     }
 
-    /// `tap`, `udp`, `memory`.
+    /// `tap`, `xdp`, `udp`, `packet`, `memory`.
     fn kind(&self) -> &'static str;
 }
 

@@ -7,7 +7,7 @@ use weft_api::{
     Bandwidth, DropInfo, Failure, FdbInfo, FlowInfo, LeaseInfo, NeighbourInfo, NodeInfo, PortInfo, RouteInfo, code,
 };
 use weft_router::path::{Hop, Sender};
-use weft_router::tables::{Pod, Tables, Via};
+use weft_router::tables::{NextHop, NextHops, Pod, Tables, Via};
 use weft_router::{DropReason, PortId, RouterError, Snapshot};
 
 use crate::attach::key_of;
@@ -83,10 +83,20 @@ pub fn routes(node: &Node) -> Vec<RouteInfo> {
         Via::Node(id) => {
             RouteInfo { destination, via: names.node(*id), underlay: tables.node(*id).map(|node| node.underlay) }
         }
+        Via::Uplink(group) => RouteInfo { destination, via: next_hops(tables.group(*group)), underlay: None },
     };
     let v4 = tables.routes4.iter().map(|(net, via)| route(net.to_string(), via));
     let v6 = tables.routes6.iter().map(|(net, via)| route(net.to_string(), via));
     v4.chain(v6).chain(gateway_routes(&tables)).chain(host_routes(&tables)).collect()
+}
+
+/// A group's next hops.
+fn next_hops(group: &NextHops) -> String {
+    let one = |hop: &NextHop| format!("port {} {}", hop.port, hop.macs.dst);
+    match group.all() {
+        [] => "host, for no next hop is known".into(),
+        all => all.iter().map(one).collect::<Vec<_>>().join(", "),
+    }
 }
 
 /// What has no other route is the node's kernel's to route.
