@@ -20,7 +20,7 @@ use crate::port::PortId;
 
 mod next_hops;
 
-pub use next_hops::{GroupId, MOST_HOPS, NextHop, NextHops, Outside};
+pub use next_hops::{GroupId, MOST_HOPS, NextHop, NextHops, Ways};
 
 /// No path by IPv6 carries less (RFC 8200, section 5), so packets of this length must pass whatever is below.
 pub const LEAST_V6: u32 = 1280;
@@ -189,7 +189,7 @@ pub struct Tables {
     pub next_hops: Arc<Vec<NextHops>>,
     /// Where the kernel's main table leads. Nothing is routed by it that [`Tables::routes4`] and [`Tables::routes6`] do not know: what is to
     /// leave the pod network has its source translated first.
-    pub outside: Outside,
+    pub outside: Ways,
     /// Local pods and this node itself by address, link-local addresses included.
     pub neighbours: ExactMap<IpAddr, Neighbour>,
     /// Local pods and this node itself by MAC; these never move.
@@ -219,7 +219,7 @@ impl Tables {
             routes4: Arc::default(),
             routes6: Arc::default(),
             next_hops: Arc::default(),
-            outside: Outside::default(),
+            outside: Ways::default(),
             neighbours: ExactMap::default(),
             macs: ExactMap::default(),
             flood: Vec::new(),
@@ -326,10 +326,7 @@ impl Tables {
 
     /// Where the kernel's main table leads for an address.
     pub fn outside(&self, address: IpAddr) -> Option<GroupId> {
-        match address {
-            IpAddr::V4(address) => self.outside.v4.get_lpm(&Ipv4Net::from(address)).map(|(_, group)| *group),
-            IpAddr::V6(address) => self.outside.v6.get_lpm(&Ipv6Net::from(address)).map(|(_, group)| *group),
-        }
+        self.outside.find(IpNet::from(address))
     }
 
     /// A node by number.
