@@ -12,6 +12,7 @@ use foldhash::fast::RandomState;
 use hashbrown::HashMap;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
+use weft_encap::format::Format;
 use weft_encap::mac::Mac;
 use weft_encap::vxlan::Vni;
 
@@ -129,6 +130,17 @@ pub struct Node {
     pub vtep_mac: Mac,
     /// The ranges whose addresses live there: inner sources that it may use, and routes to it.
     pub ranges: Vec<IpNet>,
+    /// What packets to it are wrapped in, where they are. It may send by any other.
+    pub encap: Format,
+    /// How long a packet to it may be, inside the tunnel, if nothing on the way allows less.
+    pub mtu: u32,
+}
+
+impl Node {
+    /// A node to which packets go by VXLAN.
+    pub fn new(underlay: IpAddr, vtep_mac: Mac, ranges: Vec<IpNet>) -> Node {
+        Node { underlay, vtep_mac, ranges, encap: Format::Vxlan, mtu: u32::MAX }
+    }
 }
 
 /// Where a route leads.
@@ -171,7 +183,7 @@ pub struct Tables {
     pub underlay: Option<PortId>,
     /// This node itself, to whom goes what has no route; absent without a host port.
     pub host: Option<Neighbour>,
-    /// MTU of packets inside the tunnel in bytes: underlay MTU less the encapsulation.
+    /// MTU of packets inside the tunnel in bytes, for all nodes: the pods' own.
     pub tunnel_mtu: u32,
     /// The same towards nodes that less can be sent to at once, as a route or a router on the way says.
     pub path_mtus: Arc<ExactMap<NodeId, u32>>,
@@ -307,7 +319,8 @@ impl Tables {
     /// sends fragments.
     pub fn mtu_to(&self, id: NodeId, is_v6: bool) -> u32 {
         let least = if is_v6 { LEAST_V6 } else { LEAST_V4 };
-        self.path_mtus.get(&id).map_or(self.tunnel_mtu, |mtu| self.tunnel_mtu.min((*mtu).max(least)))
+        let usual = self.node(id).map_or(self.tunnel_mtu, |node| self.tunnel_mtu.min(node.mtu.max(least)));
+        self.path_mtus.get(&id).map_or(usual, |mtu| usual.min((*mtu).max(least)))
     }
 
     /// What whoever is behind a port may send and receive.

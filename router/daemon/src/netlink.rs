@@ -324,7 +324,8 @@ impl Netlink {
             addresses: addresses.iter().filter(|(at, _)| *at == link.index).map(|(_, net)| net.addr()).collect(),
         };
         let interfaces = self.links()?.into_iter().map(interface).collect();
-        Ok(Host { interfaces, ..Host::default() })
+        let subnets = addresses.iter().map(|(_, net)| *net).collect();
+        Ok(Host { interfaces, subnets, ..Host::default() })
     }
 
     /// Gives a namespace a number here.

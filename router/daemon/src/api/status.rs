@@ -197,7 +197,7 @@ fn worker_problem(running: usize, started: usize) -> Option<String> {
 
 fn mtu_problem(config: &Config, host: &Host) -> Option<String> {
     let device = underlay_device(config, host)?;
-    let needed = config.mtu + Underlay::overhead(config.underlay.address);
+    let needed = config.mtu + config.underlay.encapsulation.overhead(config.underlay.address.is_ipv4());
     (device.mtu < needed).then(|| {
         format!(
             "pods have an MTU of {}, which needs {needed} on the underlay, but {} has {}: large packets are lost; raise \

@@ -19,7 +19,6 @@ use ipnet::IpNet;
 use weft_router::tables::{Node, Pod, Via};
 use weft_router::{PortId, Tables};
 
-use super::config::Underlay;
 use super::desired::{DesiredState, HOST, UNDERLAY};
 
 /// The tables for `state`.
@@ -34,10 +33,17 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
     tables.add_underlay(UNDERLAY);
     for peer in &config.peers {
         let Some(id) = state.nodes.of(&peer.name) else { continue };
-        let node = Node { underlay: peer.underlay, vtep_mac: peer.vtep_mac, ranges: peer.ranges.clone() };
+        let overhead = config.encapsulation_to(peer).0.overhead(peer.underlay.is_ipv4());
+        let node = Node {
+            underlay: peer.underlay,
+            vtep_mac: peer.vtep_mac,
+            ranges: peer.ranges.clone(),
+            encap: config.tunnel_to(peer),
+            mtu: config.underlay.mtu.saturating_sub(overhead),
+        };
         tables.add_node(id, node);
         if let Some(mtu) = state.path_mtus.get(&peer.underlay) {
-            Arc::make_mut(&mut tables.path_mtus).insert(id, mtu.saturating_sub(Underlay::overhead(peer.underlay)));
+            Arc::make_mut(&mut tables.path_mtus).insert(id, mtu.saturating_sub(overhead));
         }
     }
     for range in &config.ranges {

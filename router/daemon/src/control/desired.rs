@@ -146,6 +146,8 @@ mod tests {
             underlay: "192.0.2.1".parse().unwrap(),
             ranges: Vec::new(),
             vtep_mac: weft_encap::mac::Mac::ZERO,
+            encapsulation: None,
+            accepts: None,
         };
         names.iter().map(peer).collect()
     }
