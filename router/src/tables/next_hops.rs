@@ -101,8 +101,8 @@ impl Ways {
 
     /// All destinations.
     pub fn all(&self) -> impl Iterator<Item = (IpNet, GroupId)> {
-        let v4 = self.v4.iter().map(|(net, group)| (IpNet::V4(*net), *group));
-        v4.chain(self.v6.iter().map(|(net, group)| (IpNet::V6(*net), *group)))
+        let v4 = self.v4.iter().map(|(net, group)| (IpNet::V4(net), *group));
+        v4.chain(self.v6.iter().map(|(net, group)| (IpNet::V6(net), *group)))
     }
 }
 

@@ -146,7 +146,7 @@ mod tests {
     fn next_hops_of_several_ways_are_told_apart_and_dead_ones_left_out() {
         let mut message = message();
         let gateway = |last| RouteAttribute::Gateway(RouteAddress::Inet([10, 0, 0, last].into()));
-        let hop = |device, weight, attribute, flags| {
+        let hop = |device, weight: u8, attribute, flags| {
             let mut hop = RouteNextHop::default();
             (hop.interface_index, hop.hops, hop.flags) = (device, weight - 1, flags);
             hop.attributes.push(attribute);
