@@ -21,6 +21,7 @@ use crossbeam::channel::{self, Receiver, Sender};
 
 use crate::bridge::{Fdb, FdbEntry};
 use crate::conntrack::FlowEntry;
+use crate::port::packet::Outlet;
 use crate::port::raw::{RawHalf, RawTunnel};
 use crate::port::tap::Tap;
 use crate::port::udp::{Sockets, Underlay};
@@ -90,6 +91,8 @@ pub enum Device {
     /// The host end of a pod's veth, by its number in the calling thread's network namespace. It has a transmit queue for each worker and
     /// one receive queue.
     Veth(u32),
+    /// An interface of the node's, to be sent by.
+    Outlet(Outlet),
     /// The UDP underlay, with sockets for each worker.
     Underlay(Underlay),
     /// The underlay of a format that lies in IP, with sockets for each worker.
@@ -128,7 +131,7 @@ pub enum PortEnd {
 pub struct PortSnapshot {
     /// Its number.
     pub id: PortId,
-    /// `tap`, `xdp`, `udp`, `memory`.
+    /// `tap`, `xdp`, `udp`, `packet`, `memory`.
     pub kind: &'static str,
     /// Whether its device works, for all workers.
     pub up: bool,
@@ -189,6 +192,7 @@ impl std::error::Error for RouterError {}
 pub(crate) enum Half {
     Tap { tap: Arc<Tap>, receives: bool },
     Xdp { device: Box<XdpDevice>, receives: bool },
+    Outlet(Arc<Outlet>),
     Underlay(Sockets),
     Raw { half: RawHalf, receives: bool },
     Uplink(Box<UplinkHalf>),

@@ -73,6 +73,7 @@ reasons! {
 
     // Where to?
     NoRoute = "no route leads to the destination",
+    NoNextHop = "the route leads to a router or node that is not known to be there, and this node has no host port to look for it",
     UnknownMac = "no port or node has the destination MAC",
     UnknownNeighbour = "the destination is in a local range, but no pod has that address",
     NotForwardable = "loopback, link-local, unspecified or multicast addresses are not routed",

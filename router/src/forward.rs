@@ -175,8 +175,9 @@ impl Forwarder {
 
         // 6. First packet, or not IP and hence no flow: find the hop, by the FDB if it is addressed to a MAC of its segment, by the
         //    routes if to the router.
-        let (hop, rewrite, learned) = self.find_hop(packet, &addressed_to, tables, now)?;
-        let path = Path { hop, rewrite, entropy: flow.map_or(0, |(_, hash)| conntrack::entropy(hash)) };
+        let hash = flow.map_or(0, |(_, hash)| hash);
+        let (hop, rewrite, learned) = self.find_hop(packet, &addressed_to, tables, hash, now)?;
+        let path = Path { hop, rewrite, entropy: conntrack::entropy(hash) };
         if let Hop::Flood { .. } = hop {
             self.within_budget(packet, tables, now)?;
             return Ok((path, remember(receivers(hop, packet, tables), FlowCommit::None)));
@@ -470,7 +471,7 @@ fn check_source(packet: &Packet, tables: &Tables) -> Result<Option<(Mac, NodeId)
             match tables.role(port) {
                 Some(Role::Pod(pod)) => policy::check_pod(pod, packet, known)?,
                 Some(Role::Host(host)) => policy::check_host(host, packet, known)?,
-                Some(Role::Underlay) | None => return Err(DropReason::PortClosed),
+                Some(Role::Underlay | Role::Uplink) | None => return Err(DropReason::PortClosed),
             }
             Ok(None)
         }

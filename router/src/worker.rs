@@ -44,6 +44,7 @@ use crate::frame::Frame;
 use crate::gather::gather;
 use crate::pace::{self, Bucket};
 use crate::pool::Pool;
+use crate::port::packet::PacketPort;
 use crate::port::raw::RawPort;
 use crate::port::sys::xsk::Umem;
 use crate::port::tap::TapPort;
@@ -476,6 +477,7 @@ impl Worker {
         let tunnel_mtu = self.tables.load().tunnel_mtu;
         let port: Box<dyn Port> = match half {
             Half::Tap { tap, receives } => Box::new(TapPort::new(tap, id, receives)),
+            Half::Outlet(outlet) => Box::new(PacketPort::new(outlet, id)),
             Half::Xdp { device, .. } => Box::new(XdpPort::new(*device, &self.pool, id).map_err(RouterError::Device)?),
             Half::Underlay(sockets) => Box::new(UdpPort::new(sockets, id, tunnel_mtu)),
             Half::Raw { half, receives } => Box::new(RawPort::new(half, id, receives, tunnel_mtu)),

@@ -20,6 +20,7 @@ use crate::stats::Stats;
 
 pub mod memory;
 mod outbox;
+pub mod packet;
 pub mod raw;
 #[cfg(test)]
 pub(crate) mod sample;
@@ -245,7 +246,7 @@ pub trait Port {
         None
     }
 
-    /// `tap`, `udp`, `memory`.
+    /// `tap`, `xdp`, `udp`, `packet`, `memory`.
     fn kind(&self) -> &'static str;
 }
 

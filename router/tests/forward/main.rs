@@ -7,4 +7,5 @@ mod host;
 mod lies;
 mod limits;
 mod shapes;
+mod uplink;
 mod ways;

@@ -157,7 +157,7 @@ impl HostPort {
         link::set(&mut netlink, &mut device, &wanted).map_err(|error| failed("cannot set up the interface", error))?;
         let index = device.index;
         self.lock().device = Some(device);
-        let routes = routes::wanted(&config, &leased, index);
+        let routes = routes::wanted(&config, &leased, index, &node.egress.plain(&config));
         // Known before they are made, so that what is told of them is not taken for somebody else's doing.
         self.lock().routes.clone_from(&routes);
         routes::set(&mut netlink, index, &routes, name, problems)

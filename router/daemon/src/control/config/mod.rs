@@ -22,7 +22,7 @@
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
 //! `underlay.device`, `underlay.kind` (`"udp"`), `underlay.vlan`, `underlay.encapsulation` (`"vxlan"`), `underlay.cross_subnet` (false),
 //! `underlay.geneve_port` (6081), `peers.encapsulation`, `host_port` (`"weft0"`; another name, or `false` for none),
-//! `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`, `[cni]`, `metrics.listen` (nothing is served without it), `[log]`.
+//! `peers.vtep_mac` (for kernel VXLAN peers), `[routes]` ([`Routes`]), `[limits]`, `[leases]`, `[cni]`, `metrics.listen` (nothing is served without it), `[log]`.
 //! With `[etcd]` ([`source`]) or `[kubernetes]` ([`kubernetes`]) ranges and peers come from there, and `underlay.address` is what the
 //! source says, or the machine's main one, unless given.
 
@@ -32,6 +32,7 @@ pub mod encapsulation;
 pub mod kubernetes;
 mod leases;
 pub mod reader;
+pub mod routes;
 pub mod source;
 
 use std::fmt;
@@ -52,6 +53,7 @@ pub use encapsulation::Encapsulation;
 use kubernetes::DraftKubernetes;
 pub use leases::Leases;
 use reader::{At, Problem, Reader, Section, Switch, TEXT};
+pub use routes::Routes;
 use source::{DraftEtcd, SourceConfig};
 
 /// The UDP port of VXLAN as Linux and Flannel use it.
@@ -173,6 +175,8 @@ pub struct Config {
     pub underlay: Underlay,
     /// The other nodes.
     pub peers: Vec<Peer>,
+    /// Which routes of a routing daemon are followed.
+    pub routes: Routes,
     /// Sizes and limits of the data plane.
     pub limits: Limits,
     /// Where metrics and probes are served, if they are.
@@ -383,6 +387,7 @@ struct Draft {
     vtep_mac: Option<At<Mac>>,
     underlay: Option<DraftUnderlay>,
     peers: Vec<DraftPeer>,
+    routes: Routes,
     limits: Limits,
     metrics: Option<At<SocketAddr>>,
     leases: Leases,
@@ -432,6 +437,7 @@ impl Draft {
             vtep_mac: reader.parsed(&mut root, "vtep_mac", MAC),
             underlay: DraftUnderlay::read(reader, &mut root),
             peers: DraftPeer::read_all(reader, &mut root),
+            routes: Routes::read(reader, &mut root),
             limits: Limits::read(reader, &mut root),
             metrics: read_metrics(reader, &mut root),
             leases: Leases::read(reader, &mut root),
