@@ -178,7 +178,7 @@ pub fn tables(mode: Mode, nodes: u16) -> Tables {
     for id in (0..nodes).map(NodeId) {
         let ranges = [format!("{}/24", node_v4(id, 0)), format!("{}/64", node_v6(id, 0))];
         let ranges = ranges.map(|range| range.parse().expect("a prefix")).to_vec();
-        tables.add_node(id, Node { underlay: node_underlay(id), vtep_mac: VTEP, ranges });
+        tables.add_node(id, Node::new(node_underlay(id), VTEP, ranges));
     }
     tables
 }

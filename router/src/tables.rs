@@ -12,6 +12,7 @@ use foldhash::fast::RandomState;
 use hashbrown::HashMap;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
+use weft_encap::format::Format;
 use weft_encap::mac::Mac;
 use weft_encap::vxlan::Vni;
 
@@ -22,7 +23,7 @@ mod masquerade;
 mod next_hops;
 
 pub use masquerade::{Masquerade, WayOut, came_back, came_by};
-pub use next_hops::{GroupId, MOST_HOPS, NextHop, NextHops, Outside};
+pub use next_hops::{GroupId, MOST_HOPS, NextHop, NextHops, Ways};
 
 /// No path by IPv6 carries less (RFC 8200, section 5), so packets of this length must pass whatever is below.
 pub const LEAST_V6: u32 = 1280;
@@ -131,6 +132,17 @@ pub struct Node {
     pub vtep_mac: Mac,
     /// The ranges whose addresses live there: inner sources that it may use, and routes to it.
     pub ranges: Vec<IpNet>,
+    /// What packets to it are wrapped in, where they are. It may send by any other.
+    pub encap: Format,
+    /// How long a packet to it may be, inside the tunnel, if nothing on the way allows less.
+    pub mtu: u32,
+}
+
+impl Node {
+    /// A node to which packets go by VXLAN.
+    pub fn new(underlay: IpAddr, vtep_mac: Mac, ranges: Vec<IpNet>) -> Node {
+        Node { underlay, vtep_mac, ranges, encap: Format::Vxlan, mtu: u32::MAX }
+    }
 }
 
 /// Where a route leads.
@@ -173,7 +185,7 @@ pub struct Tables {
     pub underlay: Option<PortId>,
     /// This node itself, to whom goes what has no route; absent without a host port.
     pub host: Option<Neighbour>,
-    /// MTU of packets inside the tunnel in bytes: underlay MTU less the encapsulation.
+    /// MTU of packets inside the tunnel in bytes, for all nodes: the pods' own.
     pub tunnel_mtu: u32,
     /// The same towards nodes that less can be sent to at once, as a route or a router on the way says.
     pub path_mtus: Arc<ExactMap<NodeId, u32>>,
@@ -191,7 +203,7 @@ pub struct Tables {
     pub next_hops: Arc<Vec<NextHops>>,
     /// Where the kernel's main table leads. Nothing is routed by it that [`Tables::routes4`] and [`Tables::routes6`] do not know: what is to
     /// leave the pod network has its source translated first.
-    pub outside: Outside,
+    pub outside: Ways,
     /// As whom packets of pods go there; none: they go to this node's kernel as they are.
     pub masquerade: Option<Arc<Masquerade>>,
     /// Local pods and this node itself by address, link-local addresses included.
@@ -223,7 +235,7 @@ impl Tables {
             routes4: Arc::default(),
             routes6: Arc::default(),
             next_hops: Arc::default(),
-            outside: Outside::default(),
+            outside: Ways::default(),
             masquerade: None,
             neighbours: ExactMap::default(),
             macs: ExactMap::default(),
@@ -312,7 +324,8 @@ impl Tables {
     /// sends fragments.
     pub fn mtu_to(&self, id: NodeId, is_v6: bool) -> u32 {
         let least = if is_v6 { LEAST_V6 } else { LEAST_V4 };
-        self.path_mtus.get(&id).map_or(self.tunnel_mtu, |mtu| self.tunnel_mtu.min((*mtu).max(least)))
+        let usual = self.node(id).map_or(self.tunnel_mtu, |node| self.tunnel_mtu.min(node.mtu.max(least)));
+        self.path_mtus.get(&id).map_or(usual, |mtu| usual.min((*mtu).max(least)))
     }
 
     /// What whoever is behind a port may send and receive.
@@ -331,10 +344,7 @@ impl Tables {
 
     /// Where the kernel's main table leads for an address.
     pub fn outside(&self, address: IpAddr) -> Option<GroupId> {
-        match address {
-            IpAddr::V4(address) => self.outside.v4.get_lpm(&Ipv4Net::from(address)).map(|(_, group)| *group),
-            IpAddr::V6(address) => self.outside.v6.get_lpm(&Ipv6Net::from(address)).map(|(_, group)| *group),
-        }
+        self.outside.find(IpNet::from(address))
     }
 
     /// A node by number.

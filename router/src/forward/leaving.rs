@@ -18,7 +18,7 @@ use crate::frame::Frame;
 use crate::packet::{Fragment, Ip, Packet};
 use crate::path::{Commit, FlowCommit, Hop, Leaving, Macs, Path, Rewrite, Sender, Side, Translation};
 use crate::route;
-use crate::tables::{Gateway, Masquerade, Tables, WayOut, came_by};
+use crate::tables::{Gateway, GroupId, Masquerade, Tables, WayOut, came_by};
 use crate::time::Instant;
 
 /// The uplink that the host port's frame came by, if it came by one.
@@ -58,7 +58,8 @@ impl Forwarder {
         if !from_pod || route::find(ip.dst, &tables.routes4, &tables.routes6) != Err(DropReason::NoRoute) {
             return Ok(None);
         }
-        let Some(group) = tables.outside(ip.dst).filter(|_| masquerade.covers(ip.dst)) else { return Ok(None) };
+        let leads = |group: &GroupId| *group != GroupId::NOT_OUTSIDE && masquerade.covers(ip.dst);
+        let Some(group) = tables.outside(ip.dst).filter(leads) else { return Ok(None) };
         let group = tables.group(group);
         let next = group.choose(hash);
         let (known, leaves) = match self.session_of(ip, masquerade, now)? {

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
 
 use crate::path::Macs;
@@ -28,6 +28,11 @@ pub struct NextHop {
 /// Number of a group in [`super::Tables::next_hops`].
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GroupId(pub u16);
+
+impl GroupId {
+    /// No group: in [`super::Tables::outside`], what is the kernel's alone, as the node's own addresses are.
+    pub const NOT_OUTSIDE: GroupId = GroupId(u16::MAX);
+}
 
 /// Next hops that are as good as each other. None: nobody is known who could take the packet, and the node's kernel is to find out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -75,13 +80,35 @@ fn mix(mut word: u64) -> u64 {
     word ^ word >> 31
 }
 
-/// The kernel's main table: where whatever leaves this node's part of the network goes, by longest prefix.
+/// Groups of next hops by destination, of which the longest prefix holds.
 #[derive(Clone, Debug, Default)]
-pub struct Outside {
-    /// By IPv4.
-    pub v4: Arc<PrefixMap<Ipv4Net, GroupId>>,
-    /// By IPv6.
-    pub v6: Arc<PrefixMap<Ipv6Net, GroupId>>,
+pub struct Ways {
+    v4: Arc<PrefixMap<Ipv4Net, GroupId>>,
+    v6: Arc<PrefixMap<Ipv6Net, GroupId>>,
+}
+
+impl Ways {
+    /// Enters a destination.
+    pub fn insert(&mut self, destination: IpNet, group: GroupId) {
+        match destination {
+            IpNet::V4(to) => drop(Arc::make_mut(&mut self.v4).insert(to.trunc(), group)),
+            IpNet::V6(to) => drop(Arc::make_mut(&mut self.v6).insert(to.trunc(), group)),
+        }
+    }
+
+    /// The group for all of a destination, or for what it is part of.
+    pub fn find(&self, destination: IpNet) -> Option<GroupId> {
+        match destination {
+            IpNet::V4(to) => self.v4.get_lpm(&to.trunc()).map(|(_, group)| *group),
+            IpNet::V6(to) => self.v6.get_lpm(&to.trunc()).map(|(_, group)| *group),
+        }
+    }
+
+    /// All destinations.
+    pub fn all(&self) -> impl Iterator<Item = (IpNet, GroupId)> {
+        let v4 = self.v4.iter().map(|(net, group)| (IpNet::V4(net), *group));
+        v4.chain(self.v6.iter().map(|(net, group)| (IpNet::V6(net), *group)))
+    }
 }
 
 #[cfg(test)]

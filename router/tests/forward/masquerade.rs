@@ -33,9 +33,9 @@ fn bed() -> Bed {
     bed.tables.add_uplink(PortId(UPLINK));
     let hop = NextHop { port: PortId(UPLINK), macs: MACS, mtu: 1500, weight: 1 };
     bed.tables.next_hops = Arc::new(vec![NextHops::new([hop])]);
-    let outside = &mut bed.tables.outside;
-    Arc::make_mut(&mut outside.v4).insert("0.0.0.0/0".parse().unwrap(), GroupId(0));
-    Arc::make_mut(&mut outside.v6).insert("::/0".parse().unwrap(), GroupId(0));
+    for net in ["0.0.0.0/0", "::/0"] {
+        bed.tables.outside.insert(net.parse().unwrap(), GroupId(0));
+    }
     let addresses = ["192.0.2.5/24", "2001:db8::5/64"].map(|net| net.parse().unwrap()).to_vec();
     let way = WayOut { port: PortId(UPLINK), mac: MACS.src, addresses };
     let own = vec![IpAddr::from(NODE), IpAddr::from(NODE6)];

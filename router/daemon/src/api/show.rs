@@ -12,7 +12,8 @@ use weft_router::{DropReason, PortId, RouterError, Snapshot};
 
 use crate::attach::key_of;
 use crate::control::compile::addresses;
-use crate::control::desired::{HOST, UNDERLAY};
+use crate::control::desired::{HOST, OUTLETS, UNDERLAY};
+use crate::egress::name_of;
 use crate::hostport;
 use crate::node::{Attachment, Node, State, counters};
 
@@ -35,6 +36,7 @@ pub fn ports(node: &Node) -> Result<Vec<PortInfo>, Failure> {
     let names = Names::of(&state);
     let shown = snapshot.ports.iter().map(|port| {
         let (name, attachment) = names.port(port.id);
+        let name = node.outlets.device(port.id).map_or(name, name_of);
         let interface = attachment.map(|attachment| &attachment.interface);
         let host = state.desired.host.as_ref().filter(|_| port.id == HOST);
         let host_name = state.desired.config.host_port.clone().filter(|_| port.id == HOST);
@@ -48,6 +50,7 @@ pub fn ports(node: &Node) -> Result<Vec<PortInfo>, Failure> {
             role: match port.id {
                 UNDERLAY => "underlay".into(),
                 HOST => "host".into(),
+                PortId(number) if OUTLETS.contains(&number) => "uplink".into(),
                 _ => "pod".into(),
             },
             kind: port.kind.to_owned(),

@@ -15,6 +15,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 
 use anyhow::{Context, bail};
+use weft_encap::format::Format;
 use weft_encap::mac::Mac;
 use weft_router::port::sys::namespace::new_network;
 use weft_router::port::udp::Underlay;
@@ -156,7 +157,7 @@ impl Uplink {
         let narrow = self.path_mtus().into_iter().filter(|(node, mtu)| needs_fragments(*node, *mtu));
         let told = |(node, mtu): (IpAddr, u32)| {
             let name = name(node)?;
-            let needed = LEAST_V6 + config::Underlay::overhead(node);
+            let needed = LEAST_V6 + Format::Vxlan.overhead(node.is_ipv4());
             Some(format!(
                 "the path to {name} ({node}) carries packets of {mtu} bytes only, and pods may send what takes {needed}: longer ones go in \
                  fragments, which is slow and which firewalls may drop; raise the MTU of what is on that path"
@@ -187,7 +188,7 @@ impl Uplink {
 
 /// Whether packets of pods may be longer than a path with this MTU carries: they are never asked for less than the floor.
 fn needs_fragments(node: IpAddr, mtu: u32) -> bool {
-    mtu < LEAST_V6 + config::Underlay::overhead(node)
+    mtu < LEAST_V6 + Format::Vxlan.overhead(node.is_ipv4())
 }
 
 fn name_of(device: u32) -> String {
