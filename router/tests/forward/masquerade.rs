@@ -270,7 +270,17 @@ fn what_is_too_long_for_a_pod_is_answered_by_the_uplink_it_came_by() {
     let mut bed = bed();
     let [pod, node, server] = ends(false);
     let (_, sent) = bed.pod_sends(1, &udp((pod_mac(1), GATEWAY), (pod, 1), (server, 53), &[])).pop().unwrap();
-    let long = udp((MACS.dst, came_back(PortId(UPLINK))), (server, 53), (node, source_port(&sent)), &[0; 1440]);
+    let mut long = udp((MACS.dst, came_back(PortId(UPLINK))), (server, 53), (node, source_port(&sent)), &[0; 1440]);
+    // What may be fragmented the kernel cuts.
+    long[20] &= !0x40;
+    let sum = checksum::ipv4_header(&long[14..34]);
+    long[24..26].copy_from_slice(&sum.to_be_bytes());
+    let cut = bed.pod_sends(HOST, &long);
+    let [(HOST, bytes)] = &cut[..] else { panic!("{cut:?}") };
+    assert_eq!((&bytes[..6], &bytes[30..34], bytes.len()), (&HOST_MAC.0[..], &pod_v4(1).octets()[..], long.len()));
+    long[20] |= 0x40;
+    let sum = checksum::ipv4_header(&long[14..34]);
+    long[24..26].copy_from_slice(&sum.to_be_bytes());
     let told = bed.pod_sends(HOST, &long);
     let [(UPLINK, bytes)] = &told[..] else { panic!("{told:?}") };
     assert_sound(bytes);
