@@ -82,6 +82,14 @@ reasons! {
     GatewayRefused = "the gateway does not serve what was asked of it",
     NotIp = "the frame is for the gateway's MAC, but is not IP",
 
+    // Leaving the cluster.
+    NotMasqueraded = "the protocol has no ports by which answers could be told apart, so it cannot leave the cluster in the node's name",
+    NoSource = "the node has no address of that family by which the packet could leave the cluster",
+    MasqueradePorts = "all reserved ports towards that destination are taken (masquerade.ports; weft nat)",
+    MasqueradeQuota = "the pod has as many translated conversations as it may (masquerade.per_pod; weft nat)",
+    MasqueradeFull = "the node has as many translated conversations as it may (masquerade.sessions; weft nat)",
+    UnknownPiece = "a later fragment whose first one did not pass here, or of which there are too many at once",
+
     // On the way.
     TtlExceeded = "TTL or hop limit reached zero",
     MtuExceeded = "the packet is larger than the path's MTU; its sender is told, and nothing is fragmented here",

@@ -19,8 +19,10 @@ use weft_encap::vxlan::Vni;
 use crate::pace::Limits;
 use crate::port::PortId;
 
+mod masquerade;
 mod next_hops;
 
+pub use masquerade::{Masquerade, WayOut, came_back, came_by};
 pub use next_hops::{GroupId, MOST_HOPS, NextHop, NextHops, Ways};
 
 /// No path by IPv6 carries less (RFC 8200, section 5), so packets of this length must pass whatever is below.
@@ -204,6 +206,8 @@ pub struct Tables {
     /// Where the kernel's main table leads. Nothing is routed by it that [`Tables::routes4`] and [`Tables::routes6`] do not know: what is to
     /// leave the pod network has its source translated first.
     pub outside: Ways,
+    /// As whom packets of pods go there; none: they go to this node's kernel as they are.
+    pub masquerade: Option<Arc<Masquerade>>,
     /// Local pods and this node itself by address, link-local addresses included.
     pub neighbours: ExactMap<IpAddr, Neighbour>,
     /// Local pods and this node itself by MAC; these never move.
@@ -235,6 +239,7 @@ impl Tables {
             routes6: Arc::default(),
             next_hops: Arc::default(),
             outside: Ways::default(),
+            masquerade: None,
             neighbours: ExactMap::default(),
             macs: ExactMap::default(),
             flood: Vec::new(),

@@ -33,13 +33,12 @@ use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::bridge::Fdb;
 use crate::control;
 use crate::control::{
     Command, Event, Half, NewPort, PortEnd, PortSnapshot, Removed, RouterConfig, RouterError, Snapshot, UplinkHalf,
 };
 use crate::drop_reason::DropReason;
-use crate::forward::Forwarder;
+use crate::forward::{Forwarder, Memory};
 use crate::frame::Frame;
 use crate::gather::gather;
 use crate::pace::{self, Bucket};
@@ -51,7 +50,7 @@ use crate::port::tap::TapPort;
 use crate::port::udp::UdpPort;
 use crate::port::xdp::{KernelWay, XdpPort, XdpUnderlay};
 use crate::port::{BATCH, Batch, Capabilities, Outbox, Port, PortId, QUEUE, Queue, Received};
-use crate::returns::{Returns, ReturnsUse};
+use crate::returns::ReturnsUse;
 use crate::tables::Tables;
 use crate::time::Instant;
 use attention::Attention;
@@ -66,8 +65,7 @@ const BUSY_RETRY: Duration = Duration::from_millis(1);
 #[derive(Clone)]
 pub(crate) struct Shared {
     pub(crate) tables: Arc<ArcSwap<Tables>>,
-    pub(crate) fdb: Arc<Fdb>,
-    pub(crate) returns: Arc<Returns>,
+    pub(crate) memory: Memory,
     pub(crate) events: Sender<Event>,
 }
 
@@ -180,7 +178,7 @@ impl Worker {
             } else {
                 Pool::new(config.chunks, config.supers)?
             },
-            forwarder: Forwarder::sharing(shared.fdb, shared.returns, config),
+            forwarder: Forwarder::sharing(shared.memory, config),
             outbox: Outbox::new(),
             next_tick: None,
             batch: Batch::new(),
@@ -614,9 +612,8 @@ mod tests {
     fn shared() -> (Shared, Receiver<Event>) {
         let (sender, events) = channel::unbounded();
         let tables = Arc::new(ArcSwap::from_pointee(tables()));
-        let fdb = Arc::new(Fdb::new(64, Duration::from_secs(300), 1));
-        let returns = Arc::new(Returns::new(64, 1));
-        (Shared { tables, fdb, returns, events: sender }, events)
+        let memory = Memory::new(&RouterConfig { fdb_limit: 64, host_flows: 64, seed: 1, ..RouterConfig::default() });
+        (Shared { tables, memory, events: sender }, events)
     }
 
     /// A port that no other worker has.

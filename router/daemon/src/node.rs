@@ -18,7 +18,7 @@ use rustix::time::{ClockId, clock_gettime};
 use weft_api::{AttachmentKey, Counters};
 use weft_ipam::Store;
 use weft_router::stats::PortStats;
-use weft_router::tables::Pod;
+use weft_router::tables::{Pod, WayOut};
 use weft_router::{PortEnd, PortId, Router, RouterConfig, Snapshot, Tables, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
@@ -33,7 +33,8 @@ use crate::control::compile::{compile, with_pod, without_pod};
 use crate::control::config::{Config, default_workers};
 use crate::control::desired::{DesiredState, HOST, OUTLETS, PortNumbers, is_underlay};
 use crate::control::source::{Order, View};
-use crate::egress::{Egress, Outlets};
+use crate::egress::answers::AnswerLeads;
+use crate::egress::{Egress, Leads, Outlets};
 use crate::hostport::HostPort;
 
 use crate::log::LogLevel;
@@ -57,6 +58,8 @@ pub struct Node {
     pub uplink: Uplink,
     /// What leaves without a tunnel.
     pub egress: Egress,
+    /// What leads answers from outside to the host port.
+    pub answers: AnswerLeads,
     /// The interfaces by which it does.
     pub outlets: Outlets,
     /// The kinds of devices that pods can have here.
@@ -167,6 +170,7 @@ impl Node {
             router,
             uplink,
             egress,
+            answers: AnswerLeads::default(),
             outlets: Outlets::default(),
             devices,
             store,
@@ -191,6 +195,24 @@ impl Node {
         self.put_in_force(&mut state, desired);
     }
 
+    /// Has answers to what leaves in the node's name come back by the host port; the interfaces where they do.
+    fn lead_answers(&self, config: &Config, leads: &Leads) -> Vec<WayOut> {
+        let ports = config.masquerade.as_ref().map(|masquerade| (masquerade.limits.first, masquerade.limits.last));
+        let ways = self.answers.follow(&leads.ways, &leads.own, self.host.interface(), ports);
+        if !leads.own.is_empty() {
+            self.router.snat().forget(|address| !leads.own.contains(&address));
+        }
+        ways
+    }
+
+    /// The host port's interface is another one.
+    pub fn host_made(&self) {
+        let mut state = self.state();
+        let ways_out = self.lead_answers(&state.desired.config, &state.desired.leads);
+        let desired = DesiredState { ways_out, ..state.desired.clone() };
+        self.put_in_force(&mut state, desired);
+    }
+
     /// The kernel's routes or neighbours lead elsewhere.
     pub fn leads_changed(&self) {
         let mut retired = PortStats::default();
@@ -199,7 +221,8 @@ impl Node {
         state.retired += &retired;
         if let Some(leads) = leads {
             let moved = leads.peers.keys().ne(state.desired.leads.peers.keys());
-            let desired = DesiredState { leads, ..state.desired.clone() };
+            let ways_out = self.lead_answers(&state.desired.config, &leads);
+            let desired = DesiredState { leads, ways_out, ..state.desired.clone() };
             self.put_in_force(&mut state, desired);
             drop(state);
             if moved {

@@ -27,6 +27,7 @@ pub(crate) mod sample;
 pub(crate) mod software;
 pub mod sys;
 pub mod tap;
+pub mod tcx;
 pub mod udp;
 pub mod xdp;
 

@@ -29,6 +29,7 @@ mod ipam_plugins;
 mod kubernetes;
 mod labs;
 mod lifecycle;
+mod masquerade;
 mod order;
 mod overload;
 mod paths;

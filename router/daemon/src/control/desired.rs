@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use weft_encap::format::Format;
 use weft_router::PortId;
-use weft_router::tables::{NodeId, Pod};
+use weft_router::tables::{NodeId, Pod, WayOut};
 
 use super::config::{Config, Peer};
 use crate::egress::Leads;
@@ -56,6 +56,8 @@ pub struct DesiredState {
     pub path_mtus: BTreeMap<IpAddr, u32>,
     /// What leaves without a tunnel, and where.
     pub leads: Leads,
+    /// The interfaces that pods' packets leave by in the node's name: those whose answers come back.
+    pub ways_out: Vec<WayOut>,
 }
 
 impl DesiredState {
@@ -70,6 +72,7 @@ impl DesiredState {
             pods: BTreeMap::new(),
             path_mtus: BTreeMap::new(),
             leads: Leads::default(),
+            ways_out: Vec::new(),
         }
     }
 
@@ -84,6 +87,7 @@ impl DesiredState {
             pods: self.pods.clone(),
             path_mtus: self.path_mtus.clone(),
             leads: self.leads.clone(),
+            ways_out: self.ways_out.clone(),
         }
     }
 }
