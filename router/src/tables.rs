@@ -19,6 +19,12 @@ use weft_encap::vxlan::Vni;
 use crate::pace::Limits;
 use crate::port::PortId;
 
+mod masquerade;
+mod next_hops;
+
+pub use masquerade::{Masquerade, WayOut, came_back, came_by};
+pub use next_hops::{GroupId, MOST_HOPS, NextHop, NextHops, Ways};
+
 /// No path by IPv6 carries less (RFC 8200, section 5), so packets of this length must pass whatever is below.
 pub const LEAST_V6: u32 = 1280;
 /// Linux believes in no narrower path by IPv4, and from then on sends packets of this length that may be fragmented:
@@ -113,6 +119,8 @@ pub enum Role {
     Host(Pod),
     /// The other nodes.
     Underlay,
+    /// A network beside the cluster's, to which frames leave without a tunnel; none come from there.
+    Uplink,
 }
 
 /// Another node.
@@ -144,6 +152,8 @@ pub enum Via {
     Local,
     /// Another node.
     Node(NodeId),
+    /// A router or another node, without a tunnel.
+    Uplink(GroupId),
 }
 
 /// Where a neighbour is.
@@ -191,6 +201,13 @@ pub struct Tables {
     pub routes4: Arc<PrefixMap<Ipv4Net, Via>>,
     /// IPv6 routes.
     pub routes6: Arc<PrefixMap<Ipv6Net, Via>>,
+    /// Ways that need no tunnel, indexed by [`GroupId`].
+    pub next_hops: Arc<Vec<NextHops>>,
+    /// Where the kernel's main table leads. Nothing is routed by it that [`Tables::routes4`] and [`Tables::routes6`] do not know: what is to
+    /// leave the pod network has its source translated first.
+    pub outside: Ways,
+    /// As whom packets of pods go there; none: they go to this node's kernel as they are.
+    pub masquerade: Option<Arc<Masquerade>>,
     /// Local pods and this node itself by address, link-local addresses included.
     pub neighbours: ExactMap<IpAddr, Neighbour>,
     /// Local pods and this node itself by MAC; these never move.
@@ -220,6 +237,9 @@ impl Tables {
             members: Arc::default(),
             routes4: Arc::default(),
             routes6: Arc::default(),
+            next_hops: Arc::default(),
+            outside: Ways::default(),
+            masquerade: None,
             neighbours: ExactMap::default(),
             macs: ExactMap::default(),
             flood: Vec::new(),
@@ -278,6 +298,11 @@ impl Tables {
         self.set_port(port, Role::Underlay);
     }
 
+    /// Enters a port by which frames leave without a tunnel.
+    pub fn add_uplink(&mut self, port: PortId) {
+        self.set_port(port, Role::Uplink);
+    }
+
     /// Enters a node and routes to its ranges.
     pub fn add_node(&mut self, id: NodeId, node: Node) {
         for range in &node.ranges {
@@ -316,8 +341,19 @@ impl Tables {
     pub fn limits(&self, port: PortId) -> Option<&Limits> {
         match self.role(port)? {
             Role::Pod(pod) | Role::Host(pod) => Some(&pod.limits),
-            Role::Underlay => None,
+            Role::Underlay | Role::Uplink => None,
         }
+    }
+
+    /// The next hops of a group; none if there is no such group.
+    pub fn group(&self, id: GroupId) -> &NextHops {
+        const NONE: &NextHops = &NextHops::none();
+        self.next_hops.get(usize::from(id.0)).unwrap_or(NONE)
+    }
+
+    /// Where the kernel's main table leads for an address.
+    pub fn outside(&self, address: IpAddr) -> Option<GroupId> {
+        self.outside.find(IpNet::from(address))
     }
 
     /// A node by number.

@@ -8,6 +8,7 @@ mod api;
 mod attach;
 mod conflist;
 mod control;
+mod egress;
 mod hostport;
 mod log;
 mod metrics;
@@ -211,6 +212,12 @@ async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: L
             node.path_mtus_changed();
         }
     });
+    let listener = Arc::downgrade(&node);
+    node.egress.on_change(Box::new(move || {
+        if let Some(node) = listener.upgrade() {
+            node.leads_changed();
+        }
+    }));
     if first.is_some_and(|first| known.as_ref() != Some(&*first)) {
         node.keep_cluster();
     }

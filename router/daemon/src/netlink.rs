@@ -32,6 +32,7 @@ use weft_encap::mac::Mac;
 use crate::control::host::{Host, Interface};
 
 pub mod routes;
+pub mod table;
 
 /// A netlink message of one dump is at most this long; the kernel sizes its own by what the reader offers, up to 32 KiB.
 const BUFFER: usize = 32 * 1024;

@@ -18,7 +18,7 @@ use rustix::time::{ClockId, clock_gettime};
 use weft_api::{AttachmentKey, Counters};
 use weft_ipam::Store;
 use weft_router::stats::PortStats;
-use weft_router::tables::Pod;
+use weft_router::tables::{Pod, WayOut};
 use weft_router::{PortEnd, PortId, Router, RouterConfig, Snapshot, Tables, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
@@ -31,8 +31,10 @@ use crate::attach::veth::Veth;
 use crate::attach::watch::Watch;
 use crate::control::compile::{compile, with_pod, without_pod};
 use crate::control::config::{Config, default_workers};
-use crate::control::desired::{DesiredState, HOST, PortNumbers, is_underlay};
+use crate::control::desired::{DesiredState, HOST, OUTLETS, PortNumbers, is_underlay};
 use crate::control::source::{Order, View};
+use crate::egress::answers::AnswerLeads;
+use crate::egress::{Egress, Leads, Outlets};
 use crate::hostport::HostPort;
 
 use crate::log::LogLevel;
@@ -54,6 +56,12 @@ pub struct Node {
     pub router: Router,
     /// How other nodes are reached.
     pub uplink: Uplink,
+    /// What leaves without a tunnel.
+    pub egress: Egress,
+    /// What leads answers from outside to the host port.
+    pub answers: AnswerLeads,
+    /// The interfaces by which it does.
+    pub outlets: Outlets,
     /// The kinds of devices that pods can have here.
     pub devices: Devices,
     /// The leases.
@@ -142,6 +150,7 @@ impl Node {
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
         let uplink = Uplink::open(&desired.config.underlay, tunnels, &router)?;
         uplink.set_nodes(router.tables().members.keys().copied());
+        let egress = Egress::start(&desired.config)?;
         let (removed, removals) = mpsc::channel();
         let devices = Devices::new(desired.config.port, desired.config.mtu, workers, removed);
         let state = State {
@@ -160,6 +169,9 @@ impl Node {
             started: Instant::now(),
             router,
             uplink,
+            egress,
+            answers: AnswerLeads::default(),
+            outlets: Outlets::default(),
             devices,
             store,
             census,
@@ -181,6 +193,42 @@ impl Node {
         let mut state = self.state();
         let desired = DesiredState { path_mtus: self.uplink.path_mtus(), ..state.desired.clone() };
         self.put_in_force(&mut state, desired);
+    }
+
+    /// Has answers to what leaves in the node's name come back by the host port; the interfaces where they do.
+    fn lead_answers(&self, config: &Config, leads: &Leads) -> Vec<WayOut> {
+        let ports = config.masquerade.as_ref().map(|masquerade| (masquerade.limits.first, masquerade.limits.last));
+        let ways = self.answers.follow(&leads.ways, &leads.own, self.host.interface(), ports);
+        if !leads.own.is_empty() {
+            self.router.snat().forget(|address| !leads.own.contains(&address));
+        }
+        ways
+    }
+
+    /// The host port's interface is another one.
+    pub fn host_made(&self) {
+        let mut state = self.state();
+        let ways_out = self.lead_answers(&state.desired.config, &state.desired.leads);
+        let desired = DesiredState { ways_out, ..state.desired.clone() };
+        self.put_in_force(&mut state, desired);
+    }
+
+    /// The kernel's routes or neighbours lead elsewhere.
+    pub fn leads_changed(&self) {
+        let mut retired = PortStats::default();
+        let leads = self.outlets.follow(&self.egress.found(), &self.router, &mut retired);
+        let mut state = self.state();
+        state.retired += &retired;
+        if let Some(leads) = leads {
+            let moved = leads.peers.keys().ne(state.desired.leads.peers.keys());
+            let ways_out = self.lead_answers(&state.desired.config, &leads);
+            let desired = DesiredState { leads, ways_out, ..state.desired.clone() };
+            self.put_in_force(&mut state, desired);
+            drop(state);
+            if moved {
+                self.host.kick();
+            }
+        }
     }
 
     /// What requests change. Never hold it while working on devices or inside namespaces.
@@ -271,6 +319,9 @@ impl Node {
             tracing::warn!("the host port's interface is gone: it is made anew");
             return self.host.lost();
         }
+        if OUTLETS.contains(&port.0) {
+            return self.outlet_gone(port);
+        }
         let key = {
             let state = self.state();
             let found = state.attachments.iter().find(|(_, attachment)| attachment.port == port);
@@ -286,6 +337,18 @@ impl Node {
                     "the pod is cut off, for its port's code panicked, see above: recreate the pod, and report this as a bug"
                 ),
             }
+        }
+    }
+
+    /// An interface that frames left by is gone: what it led to goes other ways, and it is opened anew if it is back.
+    fn outlet_gone(&self, port: PortId) {
+        if self.outlets.lost(port) {
+            tracing::warn!(%port, "an interface that frames left by is gone");
+            if let Ok(Some(last)) = self.router.remove_port(port) {
+                self.state().retired += &last;
+            }
+            self.leads_changed();
+            self.egress.look_again();
         }
     }
 
@@ -420,6 +483,7 @@ impl Node {
     fn put_compiled(&self, desired: &DesiredState, epoch: u64) {
         let tables = compile(desired, epoch);
         self.uplink.set_nodes(tables.members.keys().copied());
+        self.egress.follow(&desired.config);
         self.router.set_tables(tables);
     }
 }

@@ -135,6 +135,11 @@ impl Workers {
                 let halves = self.open_veth(interface, self.place(id, false)?).map_err(RouterError::Device)?;
                 Ok(halves.into_iter().map(|(worker, half)| (worker, port(half, 1))).collect())
             }
+            Device::Outlet(outlet) => {
+                let outlet = Arc::new(outlet);
+                let half = |worker| (worker, port(Half::Outlet(Arc::clone(&outlet)), 1));
+                Ok((0..count).map(half).collect())
+            }
             Device::Underlay(underlay) => {
                 let half = |sockets| port(Half::Underlay(sockets), count as u32);
                 Ok(self.sockets(underlay)?.into_iter().map(half).enumerate().collect())

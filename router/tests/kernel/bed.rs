@@ -164,6 +164,14 @@ impl Node {
         self.router().set_tables(self.tables());
     }
 
+    /// The same, with something that is not said otherwise.
+    pub fn apply_with(&mut self, change: impl FnOnce(&mut Tables)) {
+        self.epoch += 1;
+        let mut tables = self.tables();
+        change(&mut tables);
+        self.router().set_tables(tables);
+    }
+
     fn tables(&self) -> Tables {
         let number = self.number;
         let mut tables = Tables::empty(Gateway {

@@ -8,13 +8,14 @@ use weft_api::{
 };
 use weft_encap::format::Format;
 use weft_router::path::{Hop, Sender};
-use weft_router::tables::{Pod, Tables, Via};
+use weft_router::tables::{NextHop, NextHops, Pod, Tables, Via};
 use weft_router::{DropReason, PortId, RouterError, Snapshot};
 
 use crate::attach::key_of;
 use crate::control::compile::addresses;
 use crate::control::config::Encapsulation;
-use crate::control::desired::{HOST, is_underlay, tunnel_port};
+use crate::control::desired::{HOST, OUTLETS, is_underlay, tunnel_port};
+use crate::egress::name_of;
 use crate::hostport;
 use crate::node::{Attachment, Node, State, counters};
 
@@ -37,6 +38,7 @@ pub fn ports(node: &Node) -> Result<Vec<PortInfo>, Failure> {
     let names = Names::of(&state);
     let shown = snapshot.ports.iter().map(|port| {
         let (name, attachment) = names.port(port.id);
+        let name = node.outlets.device(port.id).map_or(name, name_of);
         let interface = attachment.map(|attachment| &attachment.interface);
         let host = state.desired.host.as_ref().filter(|_| port.id == HOST);
         let host_name = state.desired.config.host_port.clone().filter(|_| port.id == HOST);
@@ -50,6 +52,7 @@ pub fn ports(node: &Node) -> Result<Vec<PortInfo>, Failure> {
             role: match port.id {
                 id if is_underlay(id) => "underlay".into(),
                 HOST => "host".into(),
+                PortId(number) if OUTLETS.contains(&number) => "uplink".into(),
                 _ => "pod".into(),
             },
             kind: port.kind.to_owned(),
@@ -85,10 +88,20 @@ pub fn routes(node: &Node) -> Vec<RouteInfo> {
         Via::Node(id) => {
             RouteInfo { destination, via: names.node(*id), underlay: tables.node(*id).map(|node| node.underlay) }
         }
+        Via::Uplink(group) => RouteInfo { destination, via: next_hops(tables.group(*group)), underlay: None },
     };
     let v4 = tables.routes4.iter().map(|(net, via)| route(net.to_string(), via));
     let v6 = tables.routes6.iter().map(|(net, via)| route(net.to_string(), via));
     v4.chain(v6).chain(gateway_routes(&tables)).chain(host_routes(&tables)).collect()
+}
+
+/// A group's next hops.
+fn next_hops(group: &NextHops) -> String {
+    let one = |hop: &NextHop| format!("port {} {}", hop.port, hop.macs.dst);
+    match group.all() {
+        [] => "host, for no next hop is known".into(),
+        all => all.iter().map(one).collect::<Vec<_>>().join(", "),
+    }
 }
 
 /// What has no other route is the node's kernel's to route.
@@ -195,7 +208,13 @@ pub fn leases(node: &Node) -> Vec<LeaseInfo> {
     records.iter().filter(|record| record.owner != hostport::owner()).flat_map(|record| of(record)).collect()
 }
 
-/// The drop counters that are not zero.
+/// What [`PortStats::overruns`](weft_router::stats::PortStats::overruns) means.
+const OVERRUN: &str = "the kernel dropped it before it could be read by this port, whose buffer was full";
+/// What [`PortStats::undelivered`](weft_router::stats::PortStats::undelivered) means.
+const UNDELIVERED: &str =
+    "it left by this port, and the kernel dropped it there: the device is down, or its queue full";
+
+/// The drop counters that are not zero; and, beside them, what the kernel dropped before or behind us.
 pub fn drops(node: &Node) -> Result<Vec<DropInfo>, Failure> {
     let snapshot = snapshot(node, false)?;
     let state = node.state();
@@ -213,6 +232,16 @@ pub fn drops(node: &Node) -> Result<Vec<DropInfo>, Failure> {
                 count,
             });
         }
+        let of_kernel =
+            [("KernelOverrun", OVERRUN, port.stats.overruns), ("Undelivered", UNDELIVERED, port.stats.undelivered)];
+        all.extend(of_kernel.into_iter().filter(|(.., count)| *count > 0).map(|(reason, meaning, count)| DropInfo {
+            port: u32::from(port.id.0),
+            name: name.clone(),
+            reason: reason.into(),
+            meaning: meaning.into(),
+            is_loss: true,
+            count,
+        }));
     }
     Ok(all)
 }

@@ -73,6 +73,9 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         peer.map(|peer| peer.name.clone())
     }));
     problems.extend(node.uplink.tunnel_problems(config));
+    problems.extend(node.egress.problems(config));
+    problems.extend(node.answers.problems());
+    problems.extend(node.outlets.problems());
     problems.extend(kernel.problems.iter().cloned());
     problems.extend(forwarding::problems(config, host.as_ref()));
     problems.extend(worker_problem(snapshot.workers, node.router.workers()));
@@ -249,7 +252,8 @@ fn without_device(pods: &[String]) -> Option<String> {
 
 fn peer_problems(state: &State, snapshot: &Snapshot) -> Vec<String> {
     let config = &state.desired.config;
-    let silent = config.peers.iter().filter(|peer| {
+    let tunnelled = config.peers.iter().filter(|peer| !state.desired.leads.peers.contains_key(&peer.underlay));
+    let silent = tunnelled.filter(|peer| {
         let id = state.desired.nodes.of(&peer.name);
         let stats = id.and_then(|id| snapshot.nodes.get(id.index()));
         stats.is_some_and(|stats| stats.sent > 0 && stats.last_seen.is_none())

@@ -119,7 +119,9 @@ impl Reading {
             by_role(|stats| stats.merged),
         )?;
         let help = "Frames that the kernel dropped before they could be received, because its buffer was full";
-        out.counter("weft_overrun_frames", help, by_role(|stats| stats.overruns))
+        out.counter("weft_overrun_frames", help, by_role(|stats| stats.overruns))?;
+        let help = "Frames that left by these and that the kernel then dropped: a device was down or its queue full";
+        out.counter("weft_undelivered_frames", help, by_role(|stats| stats.undelivered))
     }
 
     fn write_drops(&self, out: &mut Writer<'_>) -> fmt::Result {

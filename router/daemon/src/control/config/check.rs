@@ -78,6 +78,8 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
             vtep_mac: draft.vtep_mac.as_ref().map_or_else(vtep_mac, |mac| mac.value),
             underlay,
             peers: draft.peers.iter().map(|peer| build_peer(peer, mode)).collect::<Option<_>>()?,
+            routes: draft.routes,
+            masquerade: draft.masquerade,
             limits: draft.limits,
             metrics: draft.metrics.as_ref().map(|metrics| metrics.value),
             leases: draft.leases,
