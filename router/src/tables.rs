@@ -19,8 +19,10 @@ use weft_encap::vxlan::Vni;
 use crate::pace::Limits;
 use crate::port::PortId;
 
+mod masquerade;
 mod next_hops;
 
+pub use masquerade::{Masquerade, WayOut, came_back, came_by};
 pub use next_hops::{GroupId, MOST_HOPS, NextHop, NextHops, Ways};
 
 /// No path by IPv6 carries less (RFC 8200, section 5), so packets of this length must pass whatever is below.
@@ -181,6 +183,8 @@ pub struct Tables {
     pub vtep_mac: Mac,
     /// The port to the other nodes; absent on a node that has none.
     pub underlay: Option<PortId>,
+    /// The ports by which each format leaves, indexed by [`Format`]; VXLAN's is the one above.
+    pub tunnels: [Option<PortId>; Format::ALL.len()],
     /// This node itself, to whom goes what has no route; absent without a host port.
     pub host: Option<Neighbour>,
     /// MTU of packets inside the tunnel in bytes, for all nodes: the pods' own.
@@ -202,6 +206,8 @@ pub struct Tables {
     /// Where the kernel's main table leads. Nothing is routed by it that [`Tables::routes4`] and [`Tables::routes6`] do not know: what is to
     /// leave the pod network has its source translated first.
     pub outside: Ways,
+    /// As whom packets of pods go there; none: they go to this node's kernel as they are.
+    pub masquerade: Option<Arc<Masquerade>>,
     /// Local pods and this node itself by address, link-local addresses included.
     pub neighbours: ExactMap<IpAddr, Neighbour>,
     /// Local pods and this node itself by MAC; these never move.
@@ -222,6 +228,7 @@ impl Tables {
             gateway,
             vtep_mac: Mac::ZERO,
             underlay: None,
+            tunnels: [None; Format::ALL.len()],
             host: None,
             tunnel_mtu: 1450,
             path_mtus: Arc::default(),
@@ -232,6 +239,7 @@ impl Tables {
             routes6: Arc::default(),
             next_hops: Arc::default(),
             outside: Ways::default(),
+            masquerade: None,
             neighbours: ExactMap::default(),
             macs: ExactMap::default(),
             flood: Vec::new(),
@@ -281,6 +289,12 @@ impl Tables {
     /// Enters the port to the other nodes.
     pub fn add_underlay(&mut self, port: PortId) {
         self.underlay = Some(port);
+        self.add_tunnel(port, Format::Vxlan);
+    }
+
+    /// Enters a port to the other nodes for what is wrapped like this.
+    pub fn add_tunnel(&mut self, port: PortId, format: Format) {
+        self.tunnels[format as usize] = Some(port);
         self.set_port(port, Role::Underlay);
     }
 

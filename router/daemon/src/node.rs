@@ -18,7 +18,7 @@ use rustix::time::{ClockId, clock_gettime};
 use weft_api::{AttachmentKey, Counters};
 use weft_ipam::Store;
 use weft_router::stats::PortStats;
-use weft_router::tables::Pod;
+use weft_router::tables::{Pod, WayOut};
 use weft_router::{PortEnd, PortId, Router, RouterConfig, Snapshot, Tables, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
@@ -31,14 +31,15 @@ use crate::attach::veth::Veth;
 use crate::attach::watch::Watch;
 use crate::control::compile::{compile, with_pod, without_pod};
 use crate::control::config::{Config, default_workers};
-use crate::control::desired::{DesiredState, HOST, OUTLETS, PortNumbers, UNDERLAY};
+use crate::control::desired::{DesiredState, HOST, OUTLETS, PortNumbers, is_underlay};
 use crate::control::source::{Order, View};
-use crate::egress::{Egress, Outlets};
+use crate::egress::answers::AnswerLeads;
+use crate::egress::{Egress, Leads, Outlets};
 use crate::hostport::HostPort;
 
 use crate::log::LogLevel;
 use crate::metrics::Requests;
-use crate::uplink::Uplink;
+use crate::uplink::{Tunnels, Uplink};
 use told::{joined, rules};
 pub use told::{log_warnings, read_config};
 
@@ -57,6 +58,8 @@ pub struct Node {
     pub uplink: Uplink,
     /// What leaves without a tunnel.
     pub egress: Egress,
+    /// What leads answers from outside to the host port.
+    pub answers: AnswerLeads,
     /// The interfaces by which it does.
     pub outlets: Outlets,
     /// The kinds of devices that pods can have here.
@@ -123,6 +126,7 @@ impl Node {
     /// What could not be had, and what to do.
     pub fn start(
         local: Config,
+        tunnels: Tunnels,
         view: View,
         config_path: PathBuf,
         log_level: LogLevel,
@@ -138,13 +142,13 @@ impl Node {
         store.set_rules(rules(&config, &store, &view.pods));
         // What rests is written down by the clock of its boot: before anything else is asked of the store.
         store.begin_boot(census.boot(), since_boot()).context("cannot write to the lease store")?;
-        let workers = config.workers.unwrap_or_else(|| default_workers(cpus()));
+        let workers = workers(&config);
         let desired = DesiredState::new(Arc::new(config));
         let epoch = 1;
         let sizes = RouterConfig { workers, seed: random_seed()?, ..desired.config.sizes() };
         let router = Router::start(sizes, compile(&desired, epoch))
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
-        let uplink = Uplink::open(&desired.config.underlay, &router)?;
+        let uplink = Uplink::open(&desired.config.underlay, tunnels, &router)?;
         uplink.set_nodes(router.tables().members.keys().copied());
         let egress = Egress::start(&desired.config)?;
         let (removed, removals) = mpsc::channel();
@@ -166,6 +170,7 @@ impl Node {
             router,
             uplink,
             egress,
+            answers: AnswerLeads::default(),
             outlets: Outlets::default(),
             devices,
             store,
@@ -190,6 +195,24 @@ impl Node {
         self.put_in_force(&mut state, desired);
     }
 
+    /// Has answers to what leaves in the node's name come back by the host port; the interfaces where they do.
+    fn lead_answers(&self, config: &Config, leads: &Leads) -> Vec<WayOut> {
+        let ports = config.masquerade.as_ref().map(|masquerade| (masquerade.limits.first, masquerade.limits.last));
+        let ways = self.answers.follow(&leads.ways, &leads.own, self.host.interface(), ports);
+        if !leads.own.is_empty() {
+            self.router.snat().forget(|address| !leads.own.contains(&address));
+        }
+        ways
+    }
+
+    /// The host port's interface is another one.
+    pub fn host_made(&self) {
+        let mut state = self.state();
+        let ways_out = self.lead_answers(&state.desired.config, &state.desired.leads);
+        let desired = DesiredState { ways_out, ..state.desired.clone() };
+        self.put_in_force(&mut state, desired);
+    }
+
     /// The kernel's routes or neighbours lead elsewhere.
     pub fn leads_changed(&self) {
         let mut retired = PortStats::default();
@@ -198,7 +221,8 @@ impl Node {
         state.retired += &retired;
         if let Some(leads) = leads {
             let moved = leads.peers.keys().ne(state.desired.leads.peers.keys());
-            let desired = DesiredState { leads, ..state.desired.clone() };
+            let ways_out = self.lead_answers(&state.desired.config, &leads);
+            let desired = DesiredState { leads, ways_out, ..state.desired.clone() };
             self.put_in_force(&mut state, desired);
             drop(state);
             if moved {
@@ -287,8 +311,8 @@ impl Node {
         if !dead {
             return;
         }
-        if port == UNDERLAY {
-            tracing::error!("the underlay's socket is broken: other nodes cannot be reached; restart weftd");
+        if is_underlay(port) {
+            tracing::error!(%port, "an underlay's socket is broken: other nodes cannot be reached by it; restart weftd");
             return;
         }
         if port == HOST {
@@ -473,6 +497,11 @@ pub fn since_boot() -> u64 {
     let now = clock_gettime(ClockId::Boottime);
     let [seconds, nanos] = [now.tv_sec, now.tv_nsec].map(|part| u64::try_from(part).unwrap_or_default());
     seconds * 1000 + nanos / 1_000_000
+}
+
+/// How many workers the data plane has.
+pub fn workers(config: &Config) -> usize {
+    config.workers.unwrap_or_else(|| default_workers(cpus()))
 }
 
 /// CPUs that weftd may use.

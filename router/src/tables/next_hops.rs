@@ -29,6 +29,11 @@ pub struct NextHop {
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GroupId(pub u16);
 
+impl GroupId {
+    /// No group: in [`super::Tables::outside`], what is the kernel's alone, as the node's own addresses are.
+    pub const NOT_OUTSIDE: GroupId = GroupId(u16::MAX);
+}
+
 /// Next hops that are as good as each other. None: nobody is known who could take the packet, and the node's kernel is to find out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NextHops(Vec<NextHop>);

@@ -220,7 +220,7 @@ fn ranges(number: u8) -> [ipnet::IpNet; 2] {
 }
 
 fn peer(number: u8, vtep_mac: Mac) -> Peer {
-    Peer { underlay: Ipv4Addr::new(10, 200, 0, number).into(), vtep_mac, ranges: ranges(number).to_vec() }
+    Peer::new(Ipv4Addr::new(10, 200, 0, number).into(), vtep_mac, ranges(number).to_vec())
 }
 
 /// Makes a namespace node 2 with a VXLAN device of the kernel: not learning, neighbours and FDB permanent.

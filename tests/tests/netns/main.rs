@@ -30,6 +30,7 @@ mod ipam_plugins;
 mod kubernetes;
 mod labs;
 mod lifecycle;
+mod masquerade;
 mod order;
 mod overload;
 mod paths;

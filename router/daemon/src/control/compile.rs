@@ -18,11 +18,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use weft_router::tables::{GroupId, Node, Pod, Via};
+use weft_router::tables::{GroupId, Masquerade, Node, Pod, Via};
 use weft_router::{PortId, Tables};
 
 use super::config::{Encapsulation, Peer};
-use super::desired::{DesiredState, HOST, UNDERLAY};
+use super::desired::{DesiredState, HOST, UNDERLAY, tunnel_port};
 
 /// The tables for `state`.
 pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
@@ -34,6 +34,9 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
     tables.vtep_mac = config.vtep_mac;
     tables.tunnel_mtu = config.mtu;
     tables.add_underlay(UNDERLAY);
+    for format in &config.underlay.formats {
+        tables.add_tunnel(tunnel_port(*format), *format);
+    }
     for peer in &config.peers {
         let Some(id) = state.nodes.of(&peer.name) else { continue };
         let plainly = plainly(state, peer);
@@ -57,6 +60,7 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
         tables.add_route(*range, Via::Local);
     }
     add_leads(&mut tables, state);
+    tables.masquerade = masquerade(state).map(Arc::new);
     if let Some(host) = &state.host {
         tables.add_host(HOST, host.clone());
     }
@@ -73,6 +77,13 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
 fn plainly(state: &DesiredState, peer: &Peer) -> Option<GroupId> {
     let wanted = state.config.encapsulation_to(peer).0 == Encapsulation::HostGw;
     state.leads.peers.get(&peer.underlay).copied().filter(|_| wanted)
+}
+
+/// As whom packets of pods leave the cluster. Without a way out nothing leaves.
+fn masquerade(state: &DesiredState) -> Option<Masquerade> {
+    let config = state.config.masquerade.as_ref().filter(|_| state.config.host_port.is_some())?;
+    let nodes = state.config.peers.iter().map(|peer| peer.underlay).collect();
+    Some(Masquerade::new(state.ways_out.clone(), &config.kept(), nodes, state.leads.own.clone()))
 }
 
 /// What a routing daemon says of other destinations than the configuration's, and what is outside.

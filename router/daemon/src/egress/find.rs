@@ -15,6 +15,7 @@ use weft_encap::mac::Mac;
 use weft_router::path::Macs;
 use weft_router::tables::{GroupId, MOST_HOPS, Ways};
 
+use super::answers::is_public;
 use crate::control::config::Routes;
 use crate::netlink::paths::Neighbour;
 use crate::netlink::routes::PROTOCOL;
@@ -95,6 +96,10 @@ pub struct Found {
     pub peers: BTreeMap<IpAddr, (u32, GroupId)>,
     /// The interfaces that there are.
     pub devices: BTreeSet<u32>,
+    /// Those that outside destinations are behind, a default route's first, with their MACs and addresses.
+    pub ways: Vec<(u32, Mac, Vec<IpNet>)>,
+    /// All addresses of this machine.
+    pub own: Vec<IpAddr>,
     /// All that the groups may lead to.
     pub in_use: BTreeSet<(u32, IpAddr)>,
     /// What is wrong.
@@ -192,7 +197,10 @@ impl Finding<'_> {
     fn outside(&mut self, best: &BTreeMap<IpNet, &TableRoute>) {
         let mut on_link = Vec::new();
         for (net, route) in best {
+            // What does not leave by a network that frames can be sent to is the kernel's.
+            let elsewhere = !route.hops.iter().any(|hop| self.known.devices.contains_key(&hop.device));
             let group = match route.hops.as_slice() {
+                _ if elsewhere => GroupId::NOT_OUTSIDE,
                 hops if hops.iter().any(|hop| hop.via.is_some()) => self.group(hops, route.mtu),
                 _ => KERNEL,
             };
@@ -209,8 +217,30 @@ impl Finding<'_> {
             self.found.outside.insert(IpNet::from(address), group);
         }
         for net in self.known.own() {
-            self.found.outside.insert(net, KERNEL);
+            self.found.outside.insert(net, GroupId::NOT_OUTSIDE);
         }
+        self.found.own = self.known.own().map(|net| net.addr()).collect();
+        self.find_ways(best);
+    }
+
+    /// The interfaces that routes leave by.
+    fn find_ways(&mut self, best: &BTreeMap<IpNet, &TableRoute>) {
+        // A default route's prefix sorts before others.
+        let hops = best.values().flat_map(|route| &route.hops).map(|hop| hop.device);
+        let mut devices: Vec<u32> = Vec::new();
+        for device in hops {
+            if !devices.contains(&device) {
+                devices.push(device);
+            }
+        }
+        let known = self.known;
+        let addresses = |device: u32| {
+            let there = known.addresses.iter().filter(move |(at, _)| *at == device).map(|(_, net)| *net);
+            there.filter(is_public).collect::<Vec<_>>()
+        };
+        let ways =
+            devices.iter().filter_map(|device| Some((*device, known.devices.get(device)?.mac, addresses(*device))));
+        self.found.ways = ways.filter(|(_, _, addresses)| !addresses.is_empty()).collect();
     }
 
     /// The number of a group; it does not depend on which of its members are known at the moment.
@@ -420,7 +450,9 @@ mod tests {
         let found = known.find(&Wanted { outside: true, ..wanted() });
         let to = |to| leads(&found, &found.outside, to);
         assert_eq!((to("192.0.2.1"), to("10.0.0.1")), (Some(vec![0x11]), Some(vec![0x11])));
-        assert_eq!((to("10.0.0.8"), to("10.0.0.2")), (Some(vec![]), Some(vec![])), "unknown so far, and this machine");
+        assert_eq!(to("10.0.0.8"), Some(vec![]), "unknown so far");
+        assert_eq!(found.outside.find(net("10.0.0.2/32")), Some(GroupId::NOT_OUTSIDE), "this machine");
+        assert_eq!(found.ways, [(2, mac(2), vec![net("10.0.0.2/24")])]);
         assert!(known.find(&wanted()).outside.all().next().is_none());
     }
 }

@@ -8,6 +8,7 @@
 //! faster that is done. Next hops that nobody has heard of for a while, or not yet, are looked for, as the kernel does for its own
 //! packets: what leaves by a packet socket tells the kernel nothing.
 
+pub mod answers;
 pub mod find;
 mod outlets;
 
@@ -69,7 +70,7 @@ impl Wanted {
             underlay: config.underlay.address,
             peers: config.peers.iter().filter(plain).map(|peer| peer.underlay).collect(),
             routes: config.routes.clone(),
-            outside: false,
+            outside: config.masquerade.is_some() && config.host_port.is_some(),
             host_port: config.host_port.clone(),
         }
     }

@@ -6,9 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use ipnet::IpNet;
+use weft_encap::mac::Mac;
 use weft_router::port::packet::Outlet;
 use weft_router::stats::PortStats;
-use weft_router::tables::{GroupId, NextHop, NextHops, Ways};
+use weft_router::tables::{GroupId, NextHop, NextHops, WayOut, Ways};
 use weft_router::{Device, PortId, Router};
 
 use super::find::{Found, Hop};
@@ -30,6 +32,10 @@ pub struct Leads {
     pub outside: Ways,
     /// Nodes on the same network that can be sent packets as they are.
     pub peers: BTreeMap<IpAddr, GroupId>,
+    /// The interfaces that outside destinations are behind, with their numbers.
+    pub ways: Vec<(u32, WayOut)>,
+    /// All addresses of this machine.
+    pub own: Vec<IpAddr>,
 }
 
 impl PartialEq for Leads {
@@ -61,6 +67,7 @@ impl Outlets {
         let state = &mut *guard;
         state.problems.clear();
         let used: BTreeSet<u32> = found.groups.iter().flatten().map(|hop| hop.device).collect();
+        let used: BTreeSet<u32> = found.ways.iter().map(|(device, _, _)| *device).chain(used).collect();
         let gone: Vec<u32> = state.ports.keys().filter(|device| !found.devices.contains(device)).copied().collect();
         for device in gone {
             if let Some(port) = state.ports.remove(&device)
@@ -86,6 +93,8 @@ impl Outlets {
             learned: found.learned.clone(),
             outside: found.outside.clone(),
             peers: found.peers.iter().map(|(peer, (_, group))| (*peer, *group)).collect(),
+            ways: state.ways(found),
+            own: found.own.clone(),
         };
         if leads.says_the_same(&state.last) {
             return None;
@@ -118,6 +127,15 @@ impl Outlets {
 }
 
 impl State {
+    /// Which of the interfaces that outside destinations are behind have a port.
+    fn ways(&self, found: &Found) -> Vec<(u32, WayOut)> {
+        let way = |(device, mac, addresses): &(u32, Mac, Vec<IpNet>)| {
+            let port = *self.ports.get(device)?;
+            Some((*device, WayOut { port, mac: *mac, addresses: addresses.clone() }))
+        };
+        found.ways.iter().filter_map(way).collect()
+    }
+
     fn open(&mut self, device: u32, router: &Router) {
         let name = name_of(device);
         let Some(port) = OUTLETS.map(PortId).find(|port| !self.ports.values().any(|other| other == port)) else {
@@ -148,6 +166,8 @@ impl Leads {
     fn says_the_same(&self, other: &Leads) -> bool {
         self.uplinks == other.uplinks
             && self.groups == other.groups
+            && self.ways == other.ways
+            && self.own == other.own
             && self.peers == other.peers
             && self.learned.all().eq(other.learned.all())
             && self.outside.all().eq(other.outside.all())

@@ -79,6 +79,7 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
             underlay,
             peers: draft.peers.iter().map(|peer| build_peer(peer, mode)).collect::<Option<_>>()?,
             routes: draft.routes,
+            masquerade: draft.masquerade,
             limits: draft.limits,
             metrics: draft.metrics.as_ref().map(|metrics| metrics.value),
             leases: draft.leases,

@@ -22,7 +22,7 @@
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
 //! `underlay.device`, `underlay.kind` (`"udp"`), `underlay.vlan`, `underlay.encapsulation` (`"vxlan"`), `underlay.cross_subnet` (false),
 //! `underlay.geneve_port` (6081), `peers.encapsulation`, `host_port` (`"weft0"`; another name, or `false` for none),
-//! `peers.vtep_mac` (for kernel VXLAN peers), `[routes]` ([`Routes`]), `[limits]`, `[leases]`, `[cni]`, `metrics.listen` (nothing is served without it), `[log]`.
+//! `peers.vtep_mac` (for kernel VXLAN peers), `[routes]` ([`Routes`]), `[masquerade]` ([`Masquerade`]), `[limits]`, `[leases]`, `[cni]`, `metrics.listen` (nothing is served without it), `[log]`.
 //! With `[etcd]` ([`source`]) or `[kubernetes]` ([`kubernetes`]) ranges and peers come from there, and `underlay.address` is what the
 //! source says, or the machine's main one, unless given.
 
@@ -31,8 +31,9 @@ mod cni;
 pub mod encapsulation;
 pub mod kubernetes;
 mod leases;
+mod masquerade;
 pub mod reader;
-mod routes;
+pub mod routes;
 pub mod source;
 
 use std::fmt;
@@ -44,14 +45,15 @@ use ipnet::IpNet;
 use weft_encap::format::Format;
 use weft_encap::mac::Mac;
 use weft_encap::vxlan::Vni;
-use weft_router::RouterConfig;
 use weft_router::tables::{Gateway, Mode};
+use weft_router::{RouterConfig, snat};
 
 use super::host::Host;
 pub use cni::Cni;
 pub use encapsulation::Encapsulation;
 use kubernetes::DraftKubernetes;
 pub use leases::Leases;
+pub use masquerade::Masquerade;
 use reader::{At, Problem, Reader, Section, Switch, TEXT};
 pub use routes::Routes;
 use source::{DraftEtcd, SourceConfig};
@@ -177,6 +179,8 @@ pub struct Config {
     pub peers: Vec<Peer>,
     /// Which routes of a routing daemon are followed.
     pub routes: Routes,
+    /// How packets of pods leave the cluster in the node's name, if they do.
+    pub masquerade: Option<Masquerade>,
     /// Sizes and limits of the data plane.
     pub limits: Limits,
     /// Where metrics and probes are served, if they are.
@@ -323,6 +327,7 @@ impl Config {
             ("underlay.kind", self.underlay.kind != new.underlay.kind),
             ("underlay.vlan", self.underlay.vlan != new.underlay.vlan),
             ("limits", self.limits != new.limits),
+            ("masquerade's ports and sessions", self.snat_limits() != new.snat_limits()),
             ("metrics.listen", self.metrics != new.metrics),
             ("leases.boot_id", self.leases.boot_id != new.leases.boot_id),
             ("cni", self.cni != new.cni),
@@ -335,7 +340,12 @@ impl Config {
     pub fn sizes(&self) -> RouterConfig {
         let chunks = self.limits.chunks.or((self.port == PortKind::Xdp).then_some(XDP_CHUNKS));
         let huge_pages = self.port == PortKind::Xdp || self.underlay.kind == UnderlayKind::Xdp;
-        RouterConfig { huge_pages, ..Limits { chunks, ..self.limits }.into() }
+        let masquerade = self.snat_limits();
+        RouterConfig { huge_pages, masquerade, ..Limits { chunks, ..self.limits }.into() }
+    }
+
+    fn snat_limits(&self) -> snat::Limits {
+        self.masquerade.as_ref().map(|masquerade| masquerade.limits).unwrap_or_default()
     }
 
     /// The gateway of the family of `address`.
@@ -388,6 +398,7 @@ struct Draft {
     underlay: Option<DraftUnderlay>,
     peers: Vec<DraftPeer>,
     routes: Routes,
+    masquerade: Option<Masquerade>,
     limits: Limits,
     metrics: Option<At<SocketAddr>>,
     leases: Leases,
@@ -438,6 +449,7 @@ impl Draft {
             underlay: DraftUnderlay::read(reader, &mut root),
             peers: DraftPeer::read_all(reader, &mut root),
             routes: Routes::read(reader, &mut root),
+            masquerade: Masquerade::read(reader, &mut root),
             limits: Limits::read(reader, &mut root),
             metrics: read_metrics(reader, &mut root),
             leases: Leases::read(reader, &mut root),
