@@ -170,8 +170,8 @@ impl Fabric {
                 machine
             })
             .into();
-        far.ip("route add 10.244.0.0/16 nexthop via 10.99.200.1 nexthop via 10.99.201.1");
-        far.ip("route add fd00:10:244::/48 nexthop via fd00:10:99:200::1 nexthop via fd00:10:99:201::1");
+        far.ip("route add 10.244.0.0/16 src 10.9.0.1 nexthop via 10.99.200.1 nexthop via 10.99.201.1");
+        far.ip("route add fd00:10:244::/48 src fd00:10:9::1 nexthop via fd00:10:99:200::1 nexthop via fd00:10:99:201::1");
         let file = if suite == Suite::Bird { "bird/bird.conf" } else { "frr/frr.conf" };
         let mut daemons = Vec::new();
         for (router, net) in routers.iter().zip([200, 201]) {
