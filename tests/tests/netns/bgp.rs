@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use weft_tests::cluster::{Cluster, WeftNode};
-use weft_tests::command::{Background, eventually};
+use weft_tests::command::{Background, eventually, run};
 use weft_tests::machine::{need, turn};
 use weft_tests::netns::{Netns, OwnNetns};
 use weft_tests::traffic;
@@ -115,9 +115,13 @@ fn route(suite: Suite, cluster: &Cluster, netns: &Netns, text: &str) -> Vec<Back
     match suite {
         Suite::Bird => vec![start(format!("bird -f -c {at}/routing.conf -s {at}/socket -P {at}/pid"))],
         Suite::Frr => {
+            // Its daemons insist on a user of their own, whose folder this then is.
+            let mut give = Command::new("sh");
+            give.args(["-c", &format!("chmod 0711 {0} && chown -R frr:frr {at}", cluster.folder.path().display())]);
+            run(give).must();
             let usual = |name: &str| {
                 format!(
-                    "/usr/lib/frr/{name} -S -f {at}/routing.conf -i {at}/{name}.pid -z {at}/zebra.socket --vty_socket {at} -P 0 \
+                    "/usr/lib/frr/{name} -f {at}/routing.conf -i {at}/{name}.pid -z {at}/zebra.socket --vty_socket {at} -P 0 \
                      --log stdout"
                 )
             };
@@ -171,7 +175,9 @@ impl Fabric {
             })
             .into();
         far.ip("route add 10.244.0.0/16 src 10.9.0.1 nexthop via 10.99.200.1 nexthop via 10.99.201.1");
-        far.ip("route add fd00:10:244::/48 src fd00:10:9::1 nexthop via fd00:10:99:200::1 nexthop via fd00:10:99:201::1");
+        far.ip(
+            "route add fd00:10:244::/48 src fd00:10:9::1 nexthop via fd00:10:99:200::1 nexthop via fd00:10:99:201::1",
+        );
         let file = if suite == Suite::Bird { "bird/bird.conf" } else { "frr/frr.conf" };
         let mut daemons = Vec::new();
         for (router, net) in routers.iter().zip([200, 201]) {
