@@ -10,6 +10,7 @@ mod anything;
 mod attach;
 mod bandwidth;
 mod bench;
+mod bgp;
 mod bridged;
 mod chains;
 mod cni;
