@@ -70,7 +70,7 @@ impl Template {
     /// A frame that the node [`FAR`] sends through the tunnel.
     pub fn from_node(bytes: &[u8], offload: Offload) -> Template {
         let vni = Vni::new(VNI).expect("it fits 24 bits");
-        let outer = Outer { peer: node_underlay(FAR), entropy: 0, tos: 0 };
+        let outer = Outer::vxlan(node_underlay(FAR));
         Template::new(VxlanHeader::new(vni).as_bytes(), bytes, offload, Some(outer), UNDERLAY)
     }
 

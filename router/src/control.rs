@@ -23,6 +23,7 @@ use crate::bridge::FdbEntry;
 use crate::conntrack::FlowEntry;
 use crate::forward::Memory;
 use crate::port::packet::Outlet;
+use crate::port::raw::{RawHalf, RawTunnel};
 use crate::port::tap::Tap;
 use crate::port::udp::{Sockets, Underlay};
 use crate::port::xdp::programs::Tunnel;
@@ -99,6 +100,8 @@ pub enum Device {
     Outlet(Outlet),
     /// The UDP underlay, with sockets for each worker.
     Underlay(Underlay),
+    /// The underlay of a format that lies in IP, with sockets for each worker.
+    Raw(RawTunnel),
     /// The same, and beside it the uplink that most of its packets take, to the next hops that are known.
     Uplink {
         /// What takes what the uplink does not.
@@ -196,6 +199,7 @@ pub(crate) enum Half {
     Xdp { device: Box<XdpDevice>, receives: bool },
     Outlet(Arc<Outlet>),
     Underlay(Sockets),
+    Raw { half: RawHalf, receives: bool },
     Uplink(Box<UplinkHalf>),
 }
 

@@ -66,6 +66,8 @@ reasons! {
     DhcpServer = "a pod answered as a DHCP server",
     NotMember = "the outer source is not a node of this cluster",
     TunnelHeader = "the tunnel header is malformed or has reserved bits set",
+    TunnelOption = "a Geneve option that has to be understood, and is not",
+    TunnelPayload = "the tunnel carries something that this node does not take from it: IP alone in bridged mode, or neither IP nor Ethernet",
     WrongVni = "the tunnel header carries another network identifier",
     TunnelSource = "the inner source does not belong to the node that sent it",
 

@@ -327,7 +327,8 @@ impl Forwarder {
     }
 
     fn send(&mut self, id: NodeId, mut frame: Frame, entropy: u16, tables: &Tables, out: &mut Outbox) {
-        let (Some(node), Some(underlay)) = (tables.node(id), tables.underlay) else {
+        let way = tables.node(id).and_then(|node| Some((node, tables.tunnels[node.encap as usize]?)));
+        let Some((node, underlay)) = way else {
             return self.stats.drop(frame, DropReason::NoRoute);
         };
         match tunnel::encapsulate(&mut frame, node, tables, entropy) {

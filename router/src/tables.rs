@@ -183,6 +183,8 @@ pub struct Tables {
     pub vtep_mac: Mac,
     /// The port to the other nodes; absent on a node that has none.
     pub underlay: Option<PortId>,
+    /// The ports by which each format leaves, indexed by [`Format`]; VXLAN's is the one above.
+    pub tunnels: [Option<PortId>; Format::ALL.len()],
     /// This node itself, to whom goes what has no route; absent without a host port.
     pub host: Option<Neighbour>,
     /// MTU of packets inside the tunnel in bytes, for all nodes: the pods' own.
@@ -226,6 +228,7 @@ impl Tables {
             gateway,
             vtep_mac: Mac::ZERO,
             underlay: None,
+            tunnels: [None; Format::ALL.len()],
             host: None,
             tunnel_mtu: 1450,
             path_mtus: Arc::default(),
@@ -286,6 +289,12 @@ impl Tables {
     /// Enters the port to the other nodes.
     pub fn add_underlay(&mut self, port: PortId) {
         self.underlay = Some(port);
+        self.add_tunnel(port, Format::Vxlan);
+    }
+
+    /// Enters a port to the other nodes for what is wrapped like this.
+    pub fn add_tunnel(&mut self, port: PortId, format: Format) {
+        self.tunnels[format as usize] = Some(port);
         self.set_port(port, Role::Underlay);
     }
 

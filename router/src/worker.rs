@@ -44,6 +44,7 @@ use crate::gather::gather;
 use crate::pace::{self, Bucket};
 use crate::pool::Pool;
 use crate::port::packet::PacketPort;
+use crate::port::raw::RawPort;
 use crate::port::sys::xsk::Umem;
 use crate::port::tap::TapPort;
 use crate::port::udp::UdpPort;
@@ -477,6 +478,7 @@ impl Worker {
             Half::Outlet(outlet) => Box::new(PacketPort::new(outlet, id)),
             Half::Xdp { device, .. } => Box::new(XdpPort::new(*device, &self.pool, id).map_err(RouterError::Device)?),
             Half::Underlay(sockets) => Box::new(UdpPort::new(sockets, id, tunnel_mtu)),
+            Half::Raw { half, receives } => Box::new(RawPort::new(half, id, receives, tunnel_mtu)),
             Half::Uplink(half) => self.uplink(id, *half, tunnel_mtu).map_err(RouterError::Device)?,
         };
         self.insert(id, port, shared).map_err(RouterError::Device)
@@ -522,7 +524,10 @@ impl Worker {
     }
 
     fn remove(&mut self, id: PortId) -> Option<Removed> {
-        self.ports.get_mut(id.index())?.as_ref()?;
+        let slot = self.ports.get_mut(id.index())?.as_mut()?;
+        if let Some(port) = &mut slot.port {
+            port.count(self.forwarder.stats());
+        }
         let device = self.retire(id);
         self.ports[id.index()] = None;
         Some(Removed { stats: *self.forwarder.stats().port(id), device })
@@ -531,6 +536,9 @@ impl Worker {
     fn snapshot(&mut self, flows: bool) -> Snapshot {
         let now = Instant::boottime();
         let stats = self.forwarder.stats();
+        for port in self.ports.iter_mut().flatten().filter_map(|slot| slot.port.as_mut()) {
+            port.count(stats);
+        }
         let ports = self.ports.iter().enumerate().filter_map(|(index, slot)| {
             let (id, slot) = (PortId(index as u16), slot.as_ref()?);
             let capabilities = slot.port.as_ref().map_or(slot.capabilities, |port| port.capabilities());

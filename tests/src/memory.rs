@@ -128,7 +128,7 @@ impl Input {
     /// From any address in the underlay, behind any tunnel header.
     pub fn underlay(peer: IpAddr, tunnel: [u8; 8], inner: &[u8]) -> Input {
         let bytes = [&tunnel[..], inner].concat();
-        Input { outer: Some(Outer { peer, entropy: 0, tos: 0 }), ..Input::pod(0, bytes) }
+        Input { outer: Some(Outer::vxlan(peer)), ..Input::pod(0, bytes) }
     }
 
     /// From a member node.

@@ -287,7 +287,17 @@ fn drops(mut list: Vec<DropInfo>, style: Style) -> String {
 }
 
 fn nodes(list: Vec<NodeInfo>, style: Style) -> String {
-    let mut table = Table::new(&["name", "underlay", "ranges", "vtep mac", ">sent", ">received", ">last seen", "by"]);
+    let mut table = Table::new(&[
+        "name",
+        "underlay",
+        "ranges",
+        "vtep mac",
+        ">sent",
+        ">received",
+        ">last seen",
+        "encapsulation",
+        "by",
+    ]);
     for node in list {
         let name = if node.local { format!("{} (this node)", node.name) } else { node.name };
         let seen = match node.last_seen {
@@ -304,6 +314,7 @@ fn nodes(list: Vec<NodeInfo>, style: Style) -> String {
             node.sent.to_string(),
             node.received.to_string(),
             seen,
+            node.encapsulation,
             node.way,
         ];
         table.push(cells, silent);

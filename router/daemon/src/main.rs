@@ -183,6 +183,9 @@ async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: L
         }
         early = Some(socket);
     }
+    let workers = node::workers(&config);
+    // Before anybody is told what this node takes in.
+    let tunnels = uplink::Tunnels::open(&mut config, workers);
     let known = known_before(&config);
     let mut following = source::follow(&config, known.clone());
     let view = match following.as_mut().zip(early.as_ref()) {
@@ -197,7 +200,7 @@ async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: L
     };
     let (socket_path, first) = (config.socket.clone(), view.cluster.clone());
     let (kicks, kicked) = std::sync::mpsc::channel();
-    let (mut node, removals) = Node::start(config, view, path, level, kicks)?;
+    let (mut node, removals) = Node::start(config, tunnels, view, path, level, kicks)?;
     node.orders = following.as_ref().map(|following| following.orders.clone());
     let node = Arc::new(node);
     watch_veths(&node, removals)?;

@@ -31,7 +31,7 @@ use crate::attach::veth::Veth;
 use crate::attach::watch::Watch;
 use crate::control::compile::{compile, with_pod, without_pod};
 use crate::control::config::{Config, default_workers};
-use crate::control::desired::{DesiredState, HOST, OUTLETS, PortNumbers, UNDERLAY};
+use crate::control::desired::{DesiredState, HOST, OUTLETS, PortNumbers, is_underlay};
 use crate::control::source::{Order, View};
 use crate::egress::answers::AnswerLeads;
 use crate::egress::{Egress, Leads, Outlets};
@@ -39,7 +39,7 @@ use crate::hostport::HostPort;
 
 use crate::log::LogLevel;
 use crate::metrics::Requests;
-use crate::uplink::Uplink;
+use crate::uplink::{Tunnels, Uplink};
 use told::{joined, rules};
 pub use told::{log_warnings, read_config};
 
@@ -126,6 +126,7 @@ impl Node {
     /// What could not be had, and what to do.
     pub fn start(
         local: Config,
+        tunnels: Tunnels,
         view: View,
         config_path: PathBuf,
         log_level: LogLevel,
@@ -141,13 +142,13 @@ impl Node {
         store.set_rules(rules(&config, &store, &view.pods));
         // What rests is written down by the clock of its boot: before anything else is asked of the store.
         store.begin_boot(census.boot(), since_boot()).context("cannot write to the lease store")?;
-        let workers = config.workers.unwrap_or_else(|| default_workers(cpus()));
+        let workers = workers(&config);
         let desired = DesiredState::new(Arc::new(config));
         let epoch = 1;
         let sizes = RouterConfig { workers, seed: random_seed()?, ..desired.config.sizes() };
         let router = Router::start(sizes, compile(&desired, epoch))
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
-        let uplink = Uplink::open(&desired.config.underlay, &router)?;
+        let uplink = Uplink::open(&desired.config.underlay, tunnels, &router)?;
         uplink.set_nodes(router.tables().members.keys().copied());
         let egress = Egress::start(&desired.config)?;
         let (removed, removals) = mpsc::channel();
@@ -310,8 +311,8 @@ impl Node {
         if !dead {
             return;
         }
-        if port == UNDERLAY {
-            tracing::error!("the underlay's socket is broken: other nodes cannot be reached; restart weftd");
+        if is_underlay(port) {
+            tracing::error!(%port, "an underlay's socket is broken: other nodes cannot be reached by it; restart weftd");
             return;
         }
         if port == HOST {
@@ -496,6 +497,11 @@ pub fn since_boot() -> u64 {
     let now = clock_gettime(ClockId::Boottime);
     let [seconds, nanos] = [now.tv_sec, now.tv_nsec].map(|part| u64::try_from(part).unwrap_or_default());
     seconds * 1000 + nanos / 1_000_000
+}
+
+/// How many workers the data plane has.
+pub fn workers(config: &Config) -> usize {
+    config.workers.unwrap_or_else(|| default_workers(cpus()))
 }
 
 /// CPUs that weftd may use.

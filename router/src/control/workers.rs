@@ -144,6 +144,12 @@ impl Workers {
                 let half = |sockets| port(Half::Underlay(sockets), count as u32);
                 Ok(self.sockets(underlay)?.into_iter().map(half).enumerate().collect())
             }
+            Device::Raw(tunnel) => {
+                self.check_workers(tunnel.workers())?;
+                let owner = self.place(id, true)?;
+                let half = |(worker, half)| (worker, port(Half::Raw { half, receives: worker == owner }, 1));
+                Ok(tunnel.into_halves().enumerate().map(half).collect())
+            }
             Device::Uplink { underlay, uplink, hops } => {
                 let OpenUplink { devices, tunnel, .. } = uplink;
                 let half = |(sockets, devices): (Sockets, Vec<XdpDevice>)| {
@@ -158,12 +164,16 @@ impl Workers {
 
     /// An underlay's sockets, if there are some for each worker.
     fn sockets(&self, underlay: Underlay) -> Result<Vec<Sockets>, RouterError> {
-        let (sockets, count) = (underlay.into_sockets(), self.count());
-        if sockets.len() != count {
-            let what = format!("there are sockets for {} workers, but {count} workers", sockets.len());
-            return Err(RouterError::Device(io::Error::new(io::ErrorKind::InvalidInput, what)));
-        }
+        let sockets = underlay.into_sockets();
+        self.check_workers(sockets.len())?;
         Ok(sockets)
+    }
+
+    fn check_workers(&self, sockets: usize) -> Result<(), RouterError> {
+        let count = self.count();
+        let what = || format!("there are sockets for {sockets} workers, but {count} workers");
+        let wrong = || RouterError::Device(io::Error::new(io::ErrorKind::InvalidInput, what()));
+        if sockets == count { Ok(()) } else { Err(wrong()) }
     }
 
     /// The chunks of each worker.
@@ -282,7 +292,10 @@ impl Workers {
 
 impl NewPort {
     fn receives(&self) -> bool {
-        !matches!(self.half, Half::Tap { receives: false, .. } | Half::Xdp { receives: false, .. })
+        !matches!(
+            self.half,
+            Half::Tap { receives: false, .. } | Half::Xdp { receives: false, .. } | Half::Raw { receives: false, .. }
+        )
     }
 }
 

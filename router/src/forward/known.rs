@@ -7,8 +7,6 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use weft_encap::vxlan::VXLAN_LEN;
-
 use super::Forwarder;
 use super::leaving::tcp_flags;
 use super::returning::is_tied;
@@ -41,8 +39,7 @@ impl Forwarder {
         let (meta, head) = frame.parts();
         let (start, sender) = match &meta.outer {
             None => (0, Sender::Port(meta.ingress())),
-            Some(_) if !tunnel::is_plain(head, tables) => return None,
-            Some(outer) => (VXLAN_LEN, Sender::Node(self.member(&outer.peer, tables)?)),
+            Some(outer) => (tunnel::plain(outer, head, tables)?, Sender::Node(self.member(&outer.peer, tables)?)),
         };
         glimpse(meta, head, start, sender, self.conntrack.seed(), seen)?;
         self.conntrack.prefetch(seen.hash);

@@ -116,7 +116,7 @@ impl Bed {
 
     pub fn underlay_brings(&mut self, peer: IpAddr, bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
         let mut frame = Frame::from_bytes(bytes, UNDERLAY, &self.pool).unwrap();
-        frame.outer = Some(Outer { peer, entropy: 0, tos: 0 });
+        frame.outer = Some(Outer::vxlan(peer));
         self.pass(frame)
     }
 

@@ -19,6 +19,7 @@ mod etcd;
 mod faults;
 mod footprint;
 mod given_up;
+mod hostgw;
 mod hostile;
 mod hostport;
 mod image;

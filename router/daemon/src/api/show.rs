@@ -6,13 +6,15 @@ use std::net::IpAddr;
 use weft_api::{
     Bandwidth, DropInfo, Failure, FdbInfo, FlowInfo, LeaseInfo, NeighbourInfo, NodeInfo, PortInfo, RouteInfo, code,
 };
+use weft_encap::format::Format;
 use weft_router::path::{Hop, Sender};
 use weft_router::tables::{NextHop, NextHops, Pod, Tables, Via};
 use weft_router::{DropReason, PortId, RouterError, Snapshot};
 
 use crate::attach::key_of;
 use crate::control::compile::addresses;
-use crate::control::desired::{HOST, OUTLETS, UNDERLAY};
+use crate::control::config::Encapsulation;
+use crate::control::desired::{HOST, OUTLETS, is_underlay, tunnel_port};
 use crate::egress::name_of;
 use crate::hostport;
 use crate::node::{Attachment, Node, State, counters};
@@ -48,7 +50,7 @@ pub fn ports(node: &Node) -> Result<Vec<PortInfo>, Failure> {
         PortInfo {
             id: u32::from(port.id.0),
             role: match port.id {
-                UNDERLAY => "underlay".into(),
+                id if is_underlay(id) => "underlay".into(),
                 HOST => "host".into(),
                 PortId(number) if OUTLETS.contains(&number) => "uplink".into(),
                 _ => "pod".into(),
@@ -206,7 +208,13 @@ pub fn leases(node: &Node) -> Vec<LeaseInfo> {
     records.iter().filter(|record| record.owner != hostport::owner()).flat_map(|record| of(record)).collect()
 }
 
-/// The drop counters that are not zero.
+/// What [`PortStats::overruns`](weft_router::stats::PortStats::overruns) means.
+const OVERRUN: &str = "the kernel dropped it before it could be read by this port, whose buffer was full";
+/// What [`PortStats::undelivered`](weft_router::stats::PortStats::undelivered) means.
+const UNDELIVERED: &str =
+    "it left by this port, and the kernel dropped it there: the device is down, or its queue full";
+
+/// The drop counters that are not zero; and, beside them, what the kernel dropped before or behind us.
 pub fn drops(node: &Node) -> Result<Vec<DropInfo>, Failure> {
     let snapshot = snapshot(node, false)?;
     let state = node.state();
@@ -224,6 +232,16 @@ pub fn drops(node: &Node) -> Result<Vec<DropInfo>, Failure> {
                 count,
             });
         }
+        let of_kernel =
+            [("KernelOverrun", OVERRUN, port.stats.overruns), ("Undelivered", UNDELIVERED, port.stats.undelivered)];
+        all.extend(of_kernel.into_iter().filter(|(.., count)| *count > 0).map(|(reason, meaning, count)| DropInfo {
+            port: u32::from(port.id.0),
+            name: name.clone(),
+            reason: reason.into(),
+            meaning: meaning.into(),
+            is_loss: true,
+            count,
+        }));
     }
     Ok(all)
 }
@@ -242,6 +260,7 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
         sent: 0,
         received: 0,
         last_seen: None,
+        encapsulation: String::new(),
         way: String::new(),
     }];
     all.extend(config.peers.iter().map(|peer| {
@@ -256,7 +275,13 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
             sent: stats.sent,
             received: stats.received,
             last_seen: stats.last_seen.map(|seen| snapshot.now.since(seen).as_secs_f64()),
-            way: node.uplink.way(peer.underlay),
+            encapsulation: config.encapsulation_to(peer).0.name().to_owned(),
+            way: match config.encapsulation_to(peer).0 {
+                Encapsulation::Tunnel(Format::Vxlan) => node.uplink.way(peer.underlay),
+                Encapsulation::Tunnel(Format::Geneve) => "udp".to_owned(),
+                Encapsulation::Tunnel(Format::Gre | Format::Gretap | Format::Ipip) => "raw".to_owned(),
+                Encapsulation::HostGw => "uplink".to_owned(),
+            },
         }
     }));
     Ok(all)
@@ -275,9 +300,9 @@ impl<'a> Names<'a> {
     }
 
     fn port(&self, id: PortId) -> (String, Option<&'a Attachment>) {
-        if id == UNDERLAY {
-            let underlay = &self.state.desired.config.underlay;
-            return (std::net::SocketAddr::new(underlay.address, underlay.port).to_string(), None);
+        let underlay = &self.state.desired.config.underlay;
+        if let Some(format) = underlay.formats.iter().find(|format| tunnel_port(**format) == id) {
+            return (underlay.end(*format), None);
         }
         if id == HOST {
             return ("this node".to_owned(), None);

@@ -22,7 +22,7 @@ use weft_router::tables::{GroupId, Masquerade, Node, Pod, Via};
 use weft_router::{PortId, Tables};
 
 use super::config::{Encapsulation, Peer};
-use super::desired::{DesiredState, HOST, UNDERLAY};
+use super::desired::{DesiredState, HOST, UNDERLAY, tunnel_port};
 
 /// The tables for `state`.
 pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
@@ -34,6 +34,9 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
     tables.vtep_mac = config.vtep_mac;
     tables.tunnel_mtu = config.mtu;
     tables.add_underlay(UNDERLAY);
+    for format in &config.underlay.formats {
+        tables.add_tunnel(tunnel_port(*format), *format);
+    }
     for peer in &config.peers {
         let Some(id) = state.nodes.of(&peer.name) else { continue };
         let plainly = plainly(state, peer);

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use weft_encap::format::Format;
 use weft_router::PortId;
 use weft_router::tables::{NodeId, Pod, WayOut};
 
@@ -18,6 +19,27 @@ pub const HOST: PortId = PortId(1);
 pub const OUTLETS: std::ops::RangeInclusive<u16> = 5..=15;
 /// The first one of a pod.
 pub const FIRST_POD: PortId = PortId(16);
+/// Geneve's.
+const GENEVE: PortId = PortId(2);
+/// GRE's, with either payload.
+const GRE: PortId = PortId(3);
+/// That of IP in IP.
+const IPIP: PortId = PortId(4);
+
+/// The port by which a format's packets enter and leave.
+pub fn tunnel_port(format: Format) -> PortId {
+    match format {
+        Format::Vxlan => UNDERLAY,
+        Format::Geneve => GENEVE,
+        Format::Gre | Format::Gretap => GRE,
+        Format::Ipip => IPIP,
+    }
+}
+
+/// Whether a port leads to other nodes.
+pub fn is_underlay(port: PortId) -> bool {
+    Format::ALL.into_iter().any(|format| tunnel_port(format) == port)
+}
 
 /// Everything that the data plane's tables are made of.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -22,7 +22,7 @@ use weft_router::DropReason;
 use weft_router::stats::PortStats;
 
 use crate::api::{show, status};
-use crate::control::desired::UNDERLAY;
+use crate::control::desired::is_underlay;
 use crate::node::Node;
 pub use requests::Requests;
 
@@ -72,7 +72,7 @@ impl Reading {
         let snapshot = show::snapshot(node, false)?;
         let mut ports = ["pod", "underlay"].map(|role| Ports { role, ..Ports::default() });
         for port in &snapshot.ports {
-            let of = &mut ports[usize::from(port.id == UNDERLAY)];
+            let of = &mut ports[usize::from(is_underlay(port.id))];
             of.up += u64::from(port.up);
             of.stats += &port.stats;
         }
@@ -119,7 +119,9 @@ impl Reading {
             by_role(|stats| stats.merged),
         )?;
         let help = "Frames that the kernel dropped before they could be received, because its buffer was full";
-        out.counter("weft_overrun_frames", help, by_role(|stats| stats.overruns))
+        out.counter("weft_overrun_frames", help, by_role(|stats| stats.overruns))?;
+        let help = "Frames that left by these and that the kernel then dropped: a device was down or its queue full";
+        out.counter("weft_undelivered_frames", help, by_role(|stats| stats.undelivered))
     }
 
     fn write_drops(&self, out: &mut Writer<'_>) -> fmt::Result {

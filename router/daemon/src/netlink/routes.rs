@@ -14,8 +14,7 @@ use rustix::io::Errno;
 
 use super::{BUFFER, Netlink, RTNLGRP_LINK, family};
 
-/// `rtm_protocol` of the routes that weftd makes: who reads the routing table sees whose they are (`ip route show proto 87`).
-pub const PROTOCOL: u8 = 87;
+pub use crate::control::config::routes::PROTOCOL;
 
 /// <https://elixir.bootlin.com/linux/v6.18/A/ident/RTNLGRP_IPV4_IFADDR>.
 const RTNLGRP_IPV4_IFADDR: u32 = 5;

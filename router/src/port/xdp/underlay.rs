@@ -250,6 +250,10 @@ impl Port for XdpUnderlay {
         true
     }
 
+    fn count(&mut self, stats: &mut Stats) {
+        self.channels.iter_mut().for_each(|channel| channel.count(stats));
+    }
+
     /// Everything is cut and summed here.
     fn capabilities(&self) -> Capabilities {
         Capabilities::default()

@@ -5,7 +5,7 @@
 //! of it concerns what is *sent*: each node takes in every format that it could open, so the key can be changed node by node. What a peer
 //! says it takes in is believed: to one that does not take in what it would get, packets go by VXLAN, which every node does.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 use ipnet::IpNet;
@@ -83,6 +83,16 @@ impl Underlay {
         match format {
             Format::Geneve if self.geneve_port != geneve::PORT => format!("{format}/{}", self.geneve_port),
             _ => format.to_string(),
+        }
+    }
+
+    /// Where what is wrapped like this enters.
+    pub fn end(&self, format: Format) -> String {
+        match format {
+            Format::Vxlan => SocketAddr::new(self.address, self.port).to_string(),
+            Format::Geneve => format!("geneve {}", SocketAddr::new(self.address, self.geneve_port)),
+            Format::Gre | Format::Gretap => format!("gre {}", self.address),
+            Format::Ipip => format!("ipip {}", self.address),
         }
     }
 
@@ -249,7 +259,7 @@ mod tests {
             let why = read("bridged", bad, "").unwrap_err();
             assert!(why.contains("carries no Ethernet frames"), "{why}");
         }
-        assert!(read("bridged", "", "encapsulation = \"ipip\"").unwrap_err().contains("peers[0].encapsulation"));
+        assert!(read("bridged", "", "encapsulation = \"ipip\"").unwrap_err().contains(".encapsulation: "));
     }
 
     #[test]

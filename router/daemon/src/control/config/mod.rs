@@ -33,7 +33,7 @@ pub mod kubernetes;
 mod leases;
 mod masquerade;
 pub mod reader;
-mod routes;
+pub mod routes;
 pub mod source;
 
 use std::fmt;

@@ -5,8 +5,9 @@ use std::str::FromStr;
 use ipnet::IpNet;
 
 use super::reader::{At, Reader, Section};
-use crate::netlink::routes::PROTOCOL;
 
+/// `rtm_protocol` of the routes that weftd makes: who reads the routing table sees whose they are (`ip route show proto 87`).
+pub const PROTOCOL: u8 = 87;
 /// Routing protocols as `ip route` names them: <https://elixir.bootlin.com/linux/v6.18/A/ident/RTPROT_BIRD>. Those of FRR's daemons bear
 /// their own names where zebra is built so, which Debian's is.
 const PROTOCOLS: [(&str, u8); 12] = [
