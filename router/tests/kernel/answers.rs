@@ -39,7 +39,7 @@ fn udp6(dst: [u8; 16], port: u16) -> Vec<u8> {
 
 /// The packet as a fragment that begins at this byte.
 fn fragment(mut bytes: Vec<u8>, at: u16, more: bool) -> Vec<u8> {
-    bytes[20..22].copy_from_slice(&(at / 8 | if more { 0x2000 } else { 0 }).to_be_bytes());
+    bytes[20..22].copy_from_slice(&((at / 8) | if more { 0x2000 } else { 0 }).to_be_bytes());
     let sum = checksum::ipv4_header(&bytes[14..34]);
     bytes[24..26].copy_from_slice(&sum.to_be_bytes());
     bytes
