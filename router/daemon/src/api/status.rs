@@ -112,6 +112,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
             flows: snapshot.returns.entries,
             evicted: snapshot.returns.evicted,
         }),
+        masquerade: show::masquerade(node, &state.desired),
         vni: config.vni.get(),
         mtu: config.mtu,
         underlay_mtu: device.map_or(config.underlay.mtu, |device| device.mtu),

@@ -93,7 +93,12 @@ impl Reading {
         out.plain("weft_tables_epoch", "Changes of the tables since weftd started", *epoch as f64)?;
         out.plain("weft_pods", "Attachments that have a port", *pods as f64)?;
         out.plain("weft_peers", "Other nodes that are known", *peers as f64)?;
-        out.plain("weft_workers", "Threads of the data plane that were started", *workers as f64)
+        out.plain("weft_workers", "Threads of the data plane that were started", *workers as f64)?;
+        let Some(masquerade) = &self.status.masquerade else { return Ok(()) };
+        let sessions = "Conversations that leave the cluster in the node's name";
+        out.plain("weft_masquerade_sessions", sessions, masquerade.sessions as f64)?;
+        let fullest = "Reserved ports that are taken where fewest are left";
+        out.plain("weft_masquerade_ports_taken", fullest, masquerade.fullest.into())
     }
 
     fn write_ports(&self, out: &mut Writer<'_>) -> fmt::Result {
