@@ -37,6 +37,7 @@ use crate::{conntrack, icmp, nat, neigh, policy, tunnel};
 
 mod hop;
 mod known;
+mod probing;
 mod returning;
 
 /// What frames teach, and the counters.
@@ -45,6 +46,7 @@ pub struct Forwarder {
     fdb: Arc<Fdb>,
     returns: Arc<Returns>,
     gateway: Stack,
+    probing: probing::Probing,
     flood_budget: Budgets,
     icmp_budget: Budgets,
     stats: Stats,
@@ -216,6 +218,7 @@ impl Forwarder {
             Hop::Flood { ports, nodes } => self.flood(frame, packet, (ports, nodes), path.entropy, round, out),
             Hop::Reply(reply) => self.reply(frame, packet, reply, out),
             Hop::Gateway => self.serve(frame, packet, round, out),
+            Hop::Probe => self.probe(frame, packet, round, out),
         }
     }
 
@@ -398,6 +401,7 @@ impl Forwarder {
             fdb,
             returns,
             gateway: Stack::new(config.seed),
+            probing: probing::Probing::new(config.probe_secret),
             flood_budget: Budgets::new(config.flood_rate),
             icmp_budget: Budgets::new(config.icmp_rate),
             stats: Stats::default(),
@@ -500,6 +504,11 @@ fn for_us(packet: &Packet, addressed_to: &AddressedTo, tables: &Tables) -> Optio
         && let Some(reply) = neigh::answer(packet, &tables.gateway, &tables.neighbours)
     {
         return Some(Hop::Reply(reply));
+    }
+    if let Sender::Node(id) = packet.sender
+        && tables.node(id).is_some_and(|node| probing::is_for_us(packet, node, tables))
+    {
+        return Some(Hop::Probe);
     }
     let ip = packet.ip()?;
     // In bridged mode each node has the same gateway: another node's pods have their own.

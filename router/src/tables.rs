@@ -161,6 +161,8 @@ pub struct Tables {
     pub vtep_mac: Mac,
     /// The port to the other nodes; absent on a node that has none.
     pub underlay: Option<PortId>,
+    /// This node's underlay address, from which it asks other nodes about the way to them; without it, it does not.
+    pub address: Option<IpAddr>,
     /// This node itself, to whom goes what has no route; absent without a host port.
     pub host: Option<Neighbour>,
     /// MTU of packets inside the tunnel in bytes: underlay MTU less the encapsulation.
@@ -197,6 +199,7 @@ impl Tables {
             gateway,
             vtep_mac: Mac::ZERO,
             underlay: None,
+            address: None,
             host: None,
             tunnel_mtu: 1450,
             path_mtus: Arc::default(),

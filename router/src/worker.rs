@@ -17,6 +17,9 @@
 //! conservation is not exact after it. A panic anywhere else ends the thread, and its counters with it; the daemon hears of that, too.
 
 mod attention;
+mod telling;
+
+pub use telling::News;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -49,10 +52,12 @@ use crate::port::tap::TapPort;
 use crate::port::udp::UdpPort;
 use crate::port::xdp::{KernelWay, XdpPort, XdpUnderlay};
 use crate::port::{BATCH, Batch, Capabilities, Outbox, Port, PortId, QUEUE, Queue, Received};
+use crate::probing::Question;
 use crate::returns::{Returns, ReturnsUse};
 use crate::tables::Tables;
 use crate::time::Instant;
 use attention::Attention;
+use telling::Telling;
 
 /// The waker's token; ports' are their numbers.
 const WAKER: Token = Token(usize::MAX);
@@ -67,6 +72,7 @@ pub(crate) struct Shared {
     pub(crate) fdb: Arc<Fdb>,
     pub(crate) returns: Arc<Returns>,
     pub(crate) events: Sender<Event>,
+    pub(crate) news: Sender<News>,
 }
 
 /// A worker's thread, as others see it.
@@ -158,6 +164,7 @@ struct Worker {
     next_tick: Option<Instant>,
     batch: Batch,
     attention: Attention,
+    telling: Telling,
 }
 
 impl Worker {
@@ -183,6 +190,7 @@ impl Worker {
             next_tick: None,
             batch: Batch::new(),
             attention: Attention::default(),
+            telling: Telling::new(shared.news),
         })
     }
 
@@ -293,11 +301,22 @@ impl Worker {
                 self.forwarder.forward_all(&mut frames, tables, now, &self.pool, &mut self.outbox);
             }));
             if forwarded.is_ok() {
-                return;
+                break;
             }
             let at_fault = self.forwarder.current();
             self.forwarder.stats().port(at_fault).dropped[DropReason::RouterFault as usize] += 1;
         }
+        self.telling.heard(self.forwarder.heard().drain(..));
+        self.telling.traffic(self.forwarder.stats().nodes(), now);
+    }
+
+    /// Asks other nodes.
+    fn ask(&mut self, questions: &[Question]) {
+        let (tables, now) = (Arc::clone(self.tables.load()), Instant::boottime());
+        for question in questions {
+            self.forwarder.ask(question, &tables, now, &self.pool, &mut self.outbox);
+        }
+        self.flush(&tables);
     }
 
     /// Has all ports send that were given frames.
@@ -460,6 +479,7 @@ impl Worker {
             match inbox.try_recv() {
                 Ok(Command::AddPort(port, answer)) => drop(answer.send(self.add(port))),
                 Ok(Command::Receive(id)) => self.receive(id),
+                Ok(Command::Ask(questions)) => self.ask(&questions),
                 Ok(Command::RemovePort(id, answer)) => drop(answer.send(self.remove(id))),
                 #[cfg(test)]
                 Ok(Command::Panic) => panic!("a worker with a bug"),
@@ -606,7 +626,7 @@ mod tests {
         let tables = Arc::new(ArcSwap::from_pointee(tables()));
         let fdb = Arc::new(Fdb::new(64, Duration::from_secs(300), 1));
         let returns = Arc::new(Returns::new(64, 1));
-        (Shared { tables, fdb, returns, events: sender }, events)
+        (Shared { tables, fdb, returns, events: sender, news: channel::bounded(16).0 }, events)
     }
 
     /// A port that no other worker has.

@@ -7,6 +7,7 @@
 mod told;
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
@@ -37,6 +38,7 @@ use crate::hostport::HostPort;
 
 use crate::log::LogLevel;
 use crate::metrics::Requests;
+use crate::probing::Probing;
 use crate::uplink::Uplink;
 use told::{joined, rules};
 pub use told::{log_warnings, read_config};
@@ -54,6 +56,8 @@ pub struct Node {
     pub router: Router,
     /// How other nodes are reached.
     pub uplink: Uplink,
+    /// What is known of the ways to other nodes.
+    pub probing: Probing,
     /// The kinds of devices that pods can have here.
     pub devices: Devices,
     /// The leases.
@@ -136,7 +140,7 @@ impl Node {
         let workers = config.workers.unwrap_or_else(|| default_workers(cpus()));
         let desired = DesiredState::new(Arc::new(config));
         let epoch = 1;
-        let sizes = RouterConfig { workers, seed: random_seed()?, ..desired.config.sizes() };
+        let sizes = RouterConfig { workers, seed: random_seed()?, probe_secret: random_seed()?, ..desired.config.sizes() };
         let router = Router::start(sizes, compile(&desired, epoch))
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
         let uplink = Uplink::open(&desired.config.underlay, &router)?;
@@ -159,6 +163,7 @@ impl Node {
             started: Instant::now(),
             router,
             uplink,
+            probing: Probing::default(),
             devices,
             store,
             census,
@@ -179,6 +184,24 @@ impl Node {
     pub fn path_mtus_changed(&self) {
         let mut state = self.state();
         let desired = DesiredState { path_mtus: self.uplink.path_mtus(), ..state.desired.clone() };
+        self.put_in_force(&mut state, desired);
+    }
+
+    /// It was measured anew what ways to other nodes carry.
+    pub fn ways_changed(&self) {
+        let measured = self.probing.measured();
+        let mut state = self.state();
+        let most = state.desired.config.mtu;
+        let narrow = |all: &BTreeMap<IpAddr, u32>| -> Vec<(IpAddr, u32)> {
+            all.iter().filter(|(_, mtu)| **mtu < most).map(|(node, mtu)| (*node, *mtu)).collect()
+        };
+        if narrow(&measured) == narrow(&state.desired.measured) {
+            // The tables are the same: it counts if pods use more one day.
+            state.desired.measured = measured;
+            return;
+        }
+        self.uplink.measured(&measured);
+        let desired = DesiredState { measured, ..state.desired.clone() };
         self.put_in_force(&mut state, desired);
     }
 

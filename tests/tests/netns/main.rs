@@ -28,6 +28,7 @@ mod ipam_plugins;
 mod kubernetes;
 mod labs;
 mod lifecycle;
+mod narrowing;
 mod order;
 mod overload;
 mod paths;

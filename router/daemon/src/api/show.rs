@@ -160,7 +160,7 @@ pub fn flows(node: &Node) -> Result<Vec<FlowInfo>, Failure> {
                 Hop::Port(port) => format!("port {port}"),
                 Hop::Node(id) => format!("node {}", names.node(id)),
                 Hop::Flood { .. } => "flood".into(),
-                Hop::Reply(_) | Hop::Gateway => "gateway".into(),
+                Hop::Reply(_) | Hop::Gateway | Hop::Probe => "gateway".into(),
             },
             frames: flow.frames,
             bytes: flow.bytes,
@@ -230,6 +230,7 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
         received: 0,
         last_seen: None,
         way: String::new(),
+        asked: None,
     }];
     all.extend(config.peers.iter().map(|peer| {
         let id = state.desired.nodes.of(&peer.name);
@@ -244,6 +245,7 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
             received: stats.received,
             last_seen: stats.last_seen.map(|seen| snapshot.now.since(seen).as_secs_f64()),
             way: node.uplink.way(peer.underlay),
+            asked: id.and_then(|id| node.probing.info(id)),
         }
     }));
     Ok(all)

@@ -72,6 +72,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         let peer = config.peers.iter().find(|peer| peer.underlay == underlay);
         peer.map(|peer| peer.name.clone())
     }));
+    problems.extend(node.probing.problems(&config.node));
     problems.extend(kernel.problems.iter().cloned());
     problems.extend(forwarding::problems(config, host.as_ref()));
     problems.extend(worker_problem(snapshot.workers, node.router.workers()));

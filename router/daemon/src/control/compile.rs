@@ -19,7 +19,7 @@ use ipnet::IpNet;
 use weft_router::tables::{Node, Pod, Via};
 use weft_router::{PortId, Tables};
 
-use super::config::Underlay;
+use super::config::{Peer, Underlay};
 use super::desired::{DesiredState, HOST, UNDERLAY};
 
 /// The tables for `state`.
@@ -32,12 +32,13 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
     tables.vtep_mac = config.vtep_mac;
     tables.tunnel_mtu = config.mtu;
     tables.add_underlay(UNDERLAY);
+    tables.address = Some(config.underlay.address);
     for peer in &config.peers {
         let Some(id) = state.nodes.of(&peer.name) else { continue };
         let node = Node { underlay: peer.underlay, vtep_mac: peer.vtep_mac, ranges: peer.ranges.clone() };
         tables.add_node(id, node);
-        if let Some(mtu) = state.path_mtus.get(&peer.underlay) {
-            Arc::make_mut(&mut tables.path_mtus).insert(id, mtu.saturating_sub(Underlay::overhead(peer.underlay)));
+        if let Some(mtu) = path_mtu(state, peer) {
+            Arc::make_mut(&mut tables.path_mtus).insert(id, mtu);
         }
     }
     for range in &config.ranges {
@@ -53,6 +54,13 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
         tables.add_pod(*port, pod.clone());
     }
     tables
+}
+
+/// How long a packet inside the tunnel to a peer may be, where that is less than configured.
+fn path_mtu(state: &DesiredState, peer: &Peer) -> Option<u32> {
+    let told = state.path_mtus.get(&peer.underlay).map(|mtu| mtu.saturating_sub(Underlay::overhead(peer.underlay)));
+    let measured = state.measured.get(&peer.underlay).copied();
+    told.into_iter().chain(measured).min().filter(|mtu| *mtu < state.config.mtu)
 }
 
 /// The tables with one more pod than `before`; `None` if it has something that another one has, or routes of its own.

@@ -27,6 +27,8 @@ pub struct DesiredState {
     pub pods: BTreeMap<PortId, Pod>,
     /// How long packets to an underlay address may be, where routers on the way said so; in bytes, with the outer IP header.
     pub path_mtus: BTreeMap<IpAddr, u32>,
+    /// How long packets inside the tunnel to an underlay address may be, as was measured.
+    pub measured: BTreeMap<IpAddr, u32>,
 }
 
 impl DesiredState {
@@ -34,7 +36,7 @@ impl DesiredState {
     pub fn new(config: Arc<Config>) -> DesiredState {
         let mut nodes = NodeNumbers::default();
         nodes.follow(&config.peers);
-        DesiredState { config, nodes, host: None, pods: BTreeMap::new(), path_mtus: BTreeMap::new() }
+        DesiredState { config, nodes, host: None, pods: BTreeMap::new(), path_mtus: BTreeMap::new(), measured: BTreeMap::new() }
     }
 
     /// The same pods and interface under another configuration.
@@ -47,6 +49,7 @@ impl DesiredState {
             host: self.host.clone(),
             pods: self.pods.clone(),
             path_mtus: self.path_mtus.clone(),
+            measured: self.measured.clone(),
         }
     }
 }

@@ -112,6 +112,14 @@ impl Uplink {
         self.outcome.as_ref().map(|chosen| chosen.follower.path_mtus()).unwrap_or_default()
     }
 
+    /// How long packets inside the tunnel to nodes may be, as was measured: it is more than what routers said.
+    pub fn measured(&self, all: &BTreeMap<IpAddr, u32>) {
+        if let Ok(chosen) = &self.outcome {
+            let outer = all.iter().map(|(node, mtu)| (*node, mtu + config::Underlay::overhead(*node)));
+            chosen.follower.measured(outer.collect());
+        }
+    }
+
     /// Has that be told of, once.
     pub fn on_path_mtu(&self, listener: impl Fn() + Send + Sync + 'static) {
         if let Ok(chosen) = &self.outcome {
