@@ -223,7 +223,7 @@ impl Worker {
         if !self.ready.is_empty() {
             return Some(Duration::ZERO);
         }
-        let woken = self.resting.iter().map(|(_, until)| *until).chain(self.next_tick).min();
+        let woken = self.resting.iter().map(|(_, until)| *until).chain(self.next_tick).chain(self.telling.due()).min();
         let wait = woken.map(|woken| woken.since(Instant::boottime()));
         if self.busy.is_empty() { wait } else { Some(wait.unwrap_or(BUSY_RETRY).min(BUSY_RETRY)) }
     }
@@ -454,6 +454,9 @@ impl Worker {
 
     /// Lets what was learned age, as often as there is something that can.
     fn tick(&mut self, worked: bool) {
+        if self.telling.due().is_some() {
+            self.telling.traffic(self.forwarder.stats().nodes(), Instant::boottime());
+        }
         let due = match self.next_tick {
             Some(tick) => tick <= Instant::boottime(),
             None => worked,

@@ -30,23 +30,31 @@ pub(super) struct Telling {
     /// Frames to and from each node.
     known: Vec<u64>,
     told: Option<Instant>,
+    /// Whether frames came since.
+    waits: bool,
 }
 
 impl Telling {
     pub(super) fn new(to: Sender<News>) -> Telling {
-        Telling { to, known: Vec::new(), told: None }
+        Telling { to, known: Vec::new(), told: None, waits: false }
     }
 
     pub(super) fn heard(&self, all: impl Iterator<Item = Heard>) {
         all.for_each(|heard| drop(self.to.try_send(News::Heard(heard))));
     }
 
+    /// When counters are to be compared although no more frames come.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.told.filter(|_| self.waits).map(|told| told + EACH)
+    }
+
     /// Tells of the nodes whose counters have changed, if it is time for it.
     pub(super) fn traffic(&mut self, nodes: &[NodeStats], now: Instant) {
         if self.told.is_some_and(|told| now.since(told) < EACH) {
+            self.waits = true;
             return;
         }
-        self.told = Some(now);
+        (self.told, self.waits) = (Some(now), false);
         self.known.resize(nodes.len(), 0);
         let mut busy = Vec::new();
         for (id, (known, stats)) in (0..).map(NodeId).zip(self.known.iter_mut().zip(nodes)) {
@@ -75,8 +83,10 @@ mod tests {
         let at = |millis: u64| Instant(1) + Duration::from_millis(millis);
         telling.traffic(&nodes, at(0));
         nodes[1].sent = 1;
+        assert_eq!(telling.due(), None);
         telling.traffic(&nodes, at(49));
         assert!(told.is_empty());
+        assert_eq!(telling.due(), Some(at(50)), "if nothing more comes");
         telling.traffic(&nodes, at(50));
         assert_eq!(told.try_recv(), Ok(News::Traffic(vec![NodeId(1)])));
         (nodes[2].received, nodes[2].probes) = (5, 5);

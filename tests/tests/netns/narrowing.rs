@@ -17,6 +17,8 @@ use weft_tests::traffic;
 
 use super::uplink::pod;
 
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Two nodes with a pod each, and two routers between them.
 struct Bed {
     nodes: [WeftNode; 2],
@@ -76,14 +78,20 @@ impl Bed {
 
     fn way(&self, from: usize) -> WayInfo {
         let nodes: Vec<NodeInfo> = self.nodes[from].daemon().ask(&Request::Nodes);
-        nodes.into_iter().find(|node| !node.local).and_then(|node| node.asked).expect("it is asked")
+        let asked = nodes.into_iter().find(|node| !node.local).and_then(|node| node.asked);
+        asked.unwrap_or_else(|| panic!("it is asked:\n{}", self.nodes[from].log()))
     }
 
     fn await_measured(&self, mtu: u32) {
         for from in [0, 1] {
-            eventually(&format!("n{} measures {mtu}", from + 1), Duration::from_secs(15), || {
-                self.way(from).measured == Some(mtu)
-            });
+            let started = Instant::now();
+            while self.way(from).measured != Some(mtu) {
+                let way = self.way(from);
+                assert!(started.elapsed() < Duration::from_secs(15), "{mtu}: {way:?}\n{}", self.nodes[from].log());
+                // Who is not spoken with is not asked.
+                self.pods[0].0.exec(&format!("ping -n -q -c 1 -W 1 {}", self.pods[1].1[0]));
+                thread::sleep(Duration::from_millis(20));
+            }
         }
     }
 }
@@ -111,6 +119,15 @@ impl Stream<'_> {
     }
 }
 
+/// Ends the stream, whatever happens.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Does `what` while a stream flows from the first pod to that address of the second.
 fn streaming(bed: &Bed, to: IpAddr, what: impl FnOnce(&Stream<'_>)) {
     let [(one, _), (two, _)] = &bed.pods[..] else { panic!("two pods") };
@@ -119,23 +136,25 @@ fn streaming(bed: &Bed, to: IpAddr, what: impl FnOnce(&Stream<'_>)) {
     thread::scope(|scope| {
         scope.spawn(|| {
             let (mut stream, _) = listener.accept().expect("somebody connects");
+            stream.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
             let mut piece = vec![0; 256 << 10];
             while let Ok(len @ 1..) = stream.read(&mut piece) {
                 received.fetch_add(len as u64, Ordering::Relaxed);
             }
         });
         let mut stream = one.inside(|| TcpStream::connect((to, 7100)).expect("it listens"));
-        let (ended_, piece) = (&ended, vec![7; 64 << 10]);
+        stream.set_write_timeout(Some(PATIENCE)).expect("a timeout can be set");
+        let _ends = Ends(&ended);
+        let (is_ended, piece) = (&ended, vec![7; 64 << 10]);
         scope.spawn(move || {
             // As fast as it goes would leave nothing of this machine for anybody else.
-            while !ended_.load(Ordering::Relaxed) && stream.write_all(&piece).is_ok() {
+            while !is_ended.load(Ordering::Relaxed) && stream.write_all(&piece).is_ok() {
                 thread::sleep(Duration::from_millis(2));
             }
         });
         let begun = || received.load(Ordering::Relaxed) > 1 << 20;
         eventually("the stream flows", Duration::from_secs(10), begun);
         what(&Stream { received: &received });
-        ended.store(true, Ordering::Relaxed);
     });
 }
 

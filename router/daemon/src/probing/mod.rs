@@ -82,6 +82,7 @@ struct Round {
 /// No thread can be started.
 pub fn start(node: &Arc<Node>) -> anyhow::Result<()> {
     let news = node.router.news().clone();
+    node.probing.round(node, Vec::new());
     let node: Weak<Node> = Arc::downgrade(node);
     let thread = Builder::new().name("weft-probes".into()).stack_size(512 << 10);
     let take = move |patience: Duration| match news.recv_timeout(patience) {
