@@ -147,6 +147,21 @@ fn a_narrower_path_is_known_within_two_hundred_milliseconds_to_the_byte_soon_aft
 }
 
 #[test]
+fn a_path_that_is_narrow_and_becomes_narrower_is_noticed_as_fast() {
+    for offset in (0..2000).step_by(61) {
+        let mut bed = Bed::up(Path::good());
+        bed.peer.set_most(8930, 70, bed.now);
+        bed.path.mtu = 1430;
+        bed.until(|bed| bed.carries() == 1430);
+        bed.run(offset);
+        bed.path.mtu = 1330;
+        let safe = bed.until(|bed| bed.carries() <= 1330);
+        // A search that was under way has to end first.
+        assert!(safe < if offset == 0 { 400 } else { 250 }, "{offset}: {safe} ms");
+    }
+}
+
+#[test]
 fn a_path_that_becomes_wider_is_noticed_by_itself_and_at_once_if_something_changed_here() {
     let mut bed = Bed::up(Path { mtu: 1300, ..Path::good() });
     bed.run(30_000);

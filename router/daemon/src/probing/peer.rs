@@ -28,6 +28,8 @@ const HASTE: Duration = Duration::from_millis(25);
 const LEAST_PATIENCE: Duration = Duration::from_millis(30);
 /// How long a node is silent before it is taken to be away, counted from the first question that it did not answer.
 const SILENCE: Duration = Duration::from_millis(190);
+/// However many are lost lately, it is away after this.
+const LONGEST_SILENCE: Duration = Duration::from_secs(1);
 /// How likely it may be that a node is taken to be away by chance: by so many questions in a row that are lost, as often as they were
 /// lately.
 const CHANCE: f64 = 1e-6;
@@ -109,6 +111,8 @@ pub struct Peer {
     rtt: Rtt,
     /// When the last question was sent that has been answered, and the same of those of full size.
     proven: Instant,
+    /// When the last answer came.
+    heard: Instant,
     proven_full: Instant,
     search: Option<Search>,
     rise_at: Instant,
@@ -148,6 +152,7 @@ impl Peer {
             tries: 0,
             rtt: Rtt::default(),
             proven: now,
+            heard: now,
             proven_full: now,
             search: None,
             rise_at: now,
@@ -193,7 +198,7 @@ impl Peer {
         let found = self.open.iter().position(|open| (open.number, open.size) == (number, size));
         let Some(open) = found.and_then(|at| self.open.remove(at)) else { return };
         self.rtt.answered(now.since(open.at), open.late);
-        self.proven = self.proven.max(open.at);
+        (self.proven, self.heard) = (self.proven.max(open.at), now);
         if size >= self.mtu {
             self.proven_full = self.proven_full.max(open.at);
         }
@@ -229,7 +234,7 @@ impl Peer {
 
     /// Traffic begins, after a while in which anything may have happened.
     fn begin(&mut self, now: Instant) {
-        (self.proven, self.proven_full, self.next) = (now, now, now);
+        (self.proven, self.heard, self.proven_full, self.next) = (now, now, now, now);
         if self.mtu < self.most {
             self.try_rise(now);
         }
@@ -286,7 +291,8 @@ impl Peer {
         let unanswered = self.open.iter().filter(|open| open.at >= first).count();
         let needed = (CHANCE.ln() / self.rtt.loss().clamp(0.01, 0.9).ln()).ceil() as usize;
         let silence = SILENCE.max(self.patience() + SILENCE - LEAST_PATIENCE);
-        now.since(first) >= silence && unanswered >= needed.clamp(4, 100)
+        let is_silent = now.since(self.heard).min(now.since(first)) >= silence;
+        is_silent && (unanswered >= needed.max(4) || now.since(first) >= silence + LONGEST_SILENCE)
     }
 
     /// Whether large packets are missing though later small ones were answered.
@@ -304,16 +310,16 @@ impl Peer {
 
     /// Finds out what the way carries, if that may have changed.
     fn measure(&mut self, patience: Duration, now: Instant, look: &mut Look) {
-        if self.search.is_none() {
-            if self.full_late(patience, now).count() >= 2 {
-                self.search = Some(Search::new(0, self.least, self.mtu, self.overhead, now));
-            } else if self.mtu < self.most && now >= self.rise_at {
-                self.search = Some(Search::new(self.mtu, self.least, self.most, self.overhead, now));
-                self.rise_at = now + RISES[self.rises];
-                self.rises = (self.rises + 1).min(RISES.len() - 1);
-            }
+        // Before anything else it has to be known what still gets through.
+        if !self.search.as_ref().is_some_and(Search::is_for_less) && self.full_late(patience, now).count() >= 2 {
+            self.search = Some(Search::new(0, self.least, self.mtu, self.overhead, now));
+        } else if self.search.is_none() && self.mtu < self.most && now >= self.rise_at {
+            self.search = Some(Search::new(self.mtu, self.least, self.most, self.overhead, now));
+            self.rise_at = now + RISES[self.rises];
+            self.rises = (self.rises + 1).min(RISES.len() - 1);
         }
         let Some(mut search) = self.search.take() else { return };
+        let is_for_less = search.is_for_less();
         let low = search.low();
         match search.step(now, patience) {
             Step::Wait(_) => self.search = Some(search),
@@ -324,10 +330,12 @@ impl Peer {
                 self.search = Some(search);
             }
             Step::Found(0) => {}
+            // Nothing more gets through than before.
+            Step::Found(size) if size == self.mtu && !is_for_less => {}
             Step::Found(size) => self.carry(size, now, look),
         }
         // What is known before all is: pods wait for it.
-        if low > 0 && self.search.is_some() {
+        if low > 0 && low != self.mtu && self.search.is_some() {
             self.carry(low, now, look);
         }
     }

@@ -1,12 +1,15 @@
 //! How long answers take, and how many do not come.
 //!
-//! The estimate is TCP's (RFC 6298): a smoothed round trip and how much it varies. Beside it, the last round trips for
-//! whoever looks, and a running mean of what was lost.
+//! An answer is late after some times the shortest of the last ones: a mean would follow those that wait for a neighbour to be found, or for
+//! a CPU, and what is missing would then be missed much later. To be late has no consequence but that one asks again. Beside it, a running mean of what was lost.
 
 use std::time::Duration;
 
 /// Round trips that are remembered.
 const KEPT: usize = 32;
+/// An answer is late after so many times the shortest of so many.
+const LATE: u32 = 4;
+const RECENT: usize = 8;
 /// An answer is never waited for longer.
 const MOST: Duration = Duration::from_secs(5);
 /// How much one outcome counts in the mean of losses.
@@ -15,28 +18,18 @@ const WEIGHT: f64 = 1.0 / 32.0;
 /// See the module's essay.
 #[derive(Debug, Clone, Default)]
 pub struct Rtt {
-    smoothed: f64,
-    varies: f64,
     last: Vec<Duration>,
     at: usize,
+    shortest: Option<Duration>,
     loss: f64,
-    any: bool,
 }
 
 impl Rtt {
     /// An answer came after that time; `late`, if it was counted as lost before.
     pub fn answered(&mut self, after: Duration, late: bool) {
-        let sample = after.as_secs_f64();
-        if self.any {
-            self.varies += ((self.smoothed - sample).abs() - self.varies) / 4.0;
-            self.smoothed += (sample - self.smoothed) / 8.0;
-        } else {
-            (self.smoothed, self.varies, self.any) = (sample, sample / 2.0, true);
-        }
         if late {
-            // It is as if nothing had been lost. The time is what is different now, and is believed at once.
+            // It is as if nothing had been lost.
             self.loss = ((self.loss - WEIGHT) / (1.0 - WEIGHT)).max(0.0);
-            (self.smoothed, self.varies) = (self.smoothed.max(sample), self.varies.max(sample / 8.0));
         }
         self.loss -= self.loss * WEIGHT;
         if self.last.len() < KEPT {
@@ -45,6 +38,8 @@ impl Rtt {
             self.last[self.at] = after;
         }
         self.at = (self.at + 1) % KEPT;
+        let recent = (1..=RECENT.min(self.last.len())).map(|back| self.last[(self.at + KEPT - back) % KEPT]);
+        self.shortest = recent.min();
     }
 
     /// An answer did not come.
@@ -54,7 +49,7 @@ impl Rtt {
 
     /// How long an answer may take before it is late.
     pub fn patience(&self) -> Duration {
-        Duration::from_secs_f64(self.smoothed + 4.0 * self.varies).min(MOST)
+        (self.shortest.unwrap_or_default() * LATE).min(MOST)
     }
 
     /// The part of the questions that was not answered lately, 0 to 1.
@@ -83,16 +78,17 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     #[test]
-    fn patience_follows_what_answers_take() {
+    fn patience_follows_what_answers_take_at_least() {
         let mut rtt = Rtt::default();
         (0..50).for_each(|_| rtt.answered(10 * MS, false));
-        assert!((10 * MS..12 * MS).contains(&rtt.patience()), "{:?}", rtt.patience());
-        assert_eq!((rtt.last(), rtt.median()), (Some(10 * MS), Some(10 * MS)));
-        rtt.answered(2000 * MS, true);
-        assert!(rtt.patience() > 2000 * MS && rtt.last() == Some(2000 * MS));
-        (0..200).for_each(|_| rtt.answered(10 * MS, false));
-        assert!(rtt.patience() < 40 * MS && rtt.median() == Some(10 * MS));
-        rtt.answered(Duration::from_secs(100), true);
+        assert_eq!((rtt.last(), rtt.median(), rtt.patience()), (Some(10 * MS), Some(10 * MS), 40 * MS));
+        (0..7).for_each(|_| rtt.answered(2000 * MS, true));
+        assert_eq!((rtt.last(), rtt.patience()), (Some(2000 * MS), 40 * MS), "a few say little");
+        rtt.answered(1000 * MS, true);
+        assert_eq!(rtt.patience(), 4000 * MS);
+        rtt.answered(MS, false);
+        assert_eq!(rtt.patience(), 4 * MS);
+        (0..32).for_each(|_| rtt.answered(Duration::from_secs(100), true));
         assert_eq!(rtt.patience(), MOST);
     }
 

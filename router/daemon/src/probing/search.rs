@@ -26,6 +26,8 @@ const ROUNDS: u32 = 7;
 pub struct Search {
     /// The longest that is known to arrive; 0 if none is.
     low: u32,
+    /// Whether it began without anything that is known to arrive.
+    is_for_less: bool,
     /// The shortest that is known not to.
     high: u32,
     /// What was asked for in this round, and whether it was answered.
@@ -59,14 +61,14 @@ impl Search {
         if low == 0 && least < most {
             sizes.push(least);
         }
-        Search { high: most + 1, ..Search::round(low, sizes, now) }
+        Search { high: most + 1, is_for_less: low == 0, ..Search::round(low, sizes, now) }
     }
 
     fn round(low: u32, mut sizes: Vec<u32>, now: Instant) -> Search {
         sizes.sort_unstable();
         sizes.dedup();
         let asked = sizes.into_iter().map(|size| (size, false)).collect();
-        Search { low, high: 0, asked, next: now, times: 0, rounds: 1, heard: None }
+        Search { low, is_for_less: false, high: 0, asked, next: now, times: 0, rounds: 1, heard: None }
     }
 
     /// A packet of this length arrived.
@@ -76,6 +78,11 @@ impl Search {
             self.heard = Some(now);
         }
         self.low = self.low.max(size);
+    }
+
+    /// Whether it looks for what still gets through, and not for what does by now.
+    pub fn is_for_less(&self) -> bool {
+        self.is_for_less
     }
 
     /// The longest packet that is known to arrive, so far.
@@ -108,7 +115,8 @@ impl Search {
         let points = BETWEEN.min(gap - 1);
         let sizes = (1..=points).map(|point| self.low + gap * point / (points + 1)).collect();
         let rounds = self.rounds + 1;
-        *self = Search { high: self.high, rounds, ..Search::round(self.low, sizes, now) };
+        let is_for_less = self.is_for_less;
+        *self = Search { high: self.high, is_for_less, rounds, ..Search::round(self.low, sizes, now) };
         self.step(now, patience)
     }
 }
