@@ -118,7 +118,7 @@ fn routed(entries: u32, flows: usize) -> Active {
     for id in 0..FEW as u16 {
         let range = format!("{}.0.0.0/8", FIRST + id as u8).parse().expect("a prefix");
         let (underlay, vtep_mac) = (node::node_underlay(NodeId(id)), node::far_mac(id.into()));
-        tables.add_node(NodeId(id), Node { underlay, vtep_mac, ranges: vec![range] });
+        tables.add_node(NodeId(id), Node::new(underlay, vtep_mac, vec![range]));
     }
     for number in 0..entries.saturating_sub(FEW) {
         // First all of 24 bits, then some of 26 below them.

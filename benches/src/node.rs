@@ -9,13 +9,12 @@ use weft_encap::offload::Offload;
 use weft_encap::vxlan::{Vni, VxlanHeader};
 use weft_encap::zerocopy::IntoBytes;
 use weft_router::bridge::Fdb;
-use weft_router::forward::Forwarder;
+use weft_router::forward::{Forwarder, Memory};
 use weft_router::frame::{Body, Frame, Outer};
 use weft_router::pace::Limits;
 use weft_router::pool::Pool;
 use weft_router::port::sys::arena::Super;
 use weft_router::port::{Batch, Outbox, PortId};
-use weft_router::returns::Returns;
 use weft_router::tables::{Dhcp, Gateway, Mode, Node, NodeId, Pod, Tables, Via};
 use weft_router::{Instant, RouterConfig};
 
@@ -71,7 +70,7 @@ impl Template {
     /// A frame that the node [`FAR`] sends through the tunnel.
     pub fn from_node(bytes: &[u8], offload: Offload) -> Template {
         let vni = Vni::new(VNI).expect("it fits 24 bits");
-        let outer = Outer { peer: node_underlay(FAR), entropy: 0, tos: 0 };
+        let outer = Outer::vxlan(node_underlay(FAR));
         Template::new(VxlanHeader::new(vni).as_bytes(), bytes, offload, Some(outer), UNDERLAY)
     }
 
@@ -92,8 +91,7 @@ impl Bed {
     pub fn sharing(tables: Arc<Tables>, fdb: Arc<Fdb>, config: &RouterConfig) -> Bed {
         let pool = Pool::new(2 * RING as u32, 1).expect("there is memory for buffers");
         let payload = pool.large().expect("one is free");
-        let returns = Arc::new(Returns::new(config.host_flows, config.seed));
-        let forwarder = Forwarder::sharing(fdb, returns, config);
+        let forwarder = Forwarder::sharing(Memory { fdb, ..Memory::new(config) }, config);
         let worker = Worker { forwarder, pool, out: Outbox::new(), batch: Batch::new() };
         let ports = (0..=PODS).map(|id| RingPort::new(PortId(id))).collect();
         Bed { worker, ports, tables, payload, now: START }
@@ -180,7 +178,7 @@ pub fn tables(mode: Mode, nodes: u16) -> Tables {
     for id in (0..nodes).map(NodeId) {
         let ranges = [format!("{}/24", node_v4(id, 0)), format!("{}/64", node_v6(id, 0))];
         let ranges = ranges.map(|range| range.parse().expect("a prefix")).to_vec();
-        tables.add_node(id, Node { underlay: node_underlay(id), vtep_mac: VTEP, ranges });
+        tables.add_node(id, Node::new(node_underlay(id), VTEP, ranges));
     }
     tables
 }

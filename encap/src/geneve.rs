@@ -106,6 +106,12 @@ impl GeneveHeader {
         }
     }
 
+    /// How long header and options are by the first byte of these, which say nothing else about them: for whoever has to find what is
+    /// behind, and leaves judging to [`GeneveHeader::parse`].
+    pub fn claimed_len(bytes: &[u8]) -> usize {
+        GENEVE_LEN + usize::from(bytes.first().unwrap_or(&0) & OPTIONS) * 4
+    }
+
     /// Reads header and options in front of a frame.
     pub fn parse(bytes: &[u8]) -> Result<Geneve, GeneveError> {
         let (header, rest) = Self::ref_from_prefix(bytes).map_err(|_| GeneveError::Short)?;
@@ -162,6 +168,7 @@ mod tests {
     fn options_that_may_be_skipped_are() {
         let bytes = with(&[0x01, 0x02, 0x03, 0x01, 9, 9, 9, 9, 0xff, 0xff, 0x00, 0xe0]);
         assert_eq!(GeneveHeader::parse(&bytes).unwrap().len, 20);
+        assert_eq!(GeneveHeader::claimed_len(&bytes), 20);
         assert_eq!(GeneveHeader::parse(&with(&[0; 252])).unwrap().len, 260);
     }
 

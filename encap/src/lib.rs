@@ -26,6 +26,7 @@ pub mod checksum;
 pub mod coalesce;
 pub mod eth;
 pub mod exercise;
+pub mod format;
 pub mod geneve;
 pub mod gre;
 pub mod icmp;

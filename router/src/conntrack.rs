@@ -16,7 +16,7 @@ use zerocopy::{FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use crate::flow::{FlowKey, Seed, Signature};
 use crate::frame::{Lazy, prefetch};
-use crate::path::{Hop, Learned, Macs, Path, Rewrite, Sender, Tie, Verdict};
+use crate::path::{Handle, Hop, Learned, Macs, Path, Rewrite, Sender, Side, Tie, Translation, Verdict};
 use crate::port::PortId;
 use crate::tables::NodeId;
 use crate::time::Instant;
@@ -82,6 +82,10 @@ const TEACHES: u16 = 8;
 const BROUGHT: u16 = 16;
 /// It is such a reply.
 const RETURNS: u16 = 32;
+/// Its source is translated, as a session of the table of those says whose place and version stand where a learned MAC would.
+const SOURCE: u16 = 128;
+/// Its destination is, likewise.
+const DESTINATION: u16 = 256;
 /// It holds as long as the host port brings nothing of its conversation that was not known, nor that is forgotten.
 const WATCHES: u16 = 64;
 
@@ -186,6 +190,22 @@ impl Entry {
         self.fdb_version = fdb_version;
     }
 
+    /// The protocol of its packets.
+    #[inline(always)]
+    pub fn protocol(&self) -> u8 {
+        self.signature.protocol()
+    }
+
+    /// The session by which its packets are translated, and which side of them.
+    #[inline(always)]
+    pub fn translated(&self) -> Option<(Handle, Side)> {
+        if self.flags & (SOURCE | DESTINATION) == 0 {
+            return None;
+        }
+        let side = if self.flags & SOURCE != 0 { Side::Source } else { Side::Destination };
+        Some((Handle { slot: self.learned_slot, version: self.learned as u32 }, side))
+    }
+
     /// A frame went this way.
     #[inline(always)]
     pub fn seen(&mut self, bytes: usize, now: Instant) {
@@ -200,7 +220,11 @@ impl Entry {
             To::Port(port) => Hop::Port(port),
             To::Node(node) => Hop::Node(node),
         };
-        Path { hop, rewrite: Rewrite { routed: self.routed(), mtu: self.mtu }, entropy: entropy(hash) }
+        Path {
+            hop,
+            rewrite: Rewrite { routed: self.routed(), mtu: self.mtu, translation: None },
+            entropy: entropy(hash),
+        }
     }
 
     fn is_empty(&self) -> bool {
@@ -350,6 +374,11 @@ fn entry_of(signature: Signature, verdict: &Verdict, now: Instant) -> Option<Ent
         entry.flags |= WATCHES;
     }
     match verdict.learned {
+        // What is translated is routed, by no learned MAC.
+        _ if let Some(Translation { side, handle, .. }) = verdict.path.rewrite.translation => {
+            entry.flags |= if side == Side::Source { SOURCE } else { DESTINATION };
+            (entry.learned, entry.learned_slot) = (handle.version.into(), handle.slot);
+        }
         Some(learned) => {
             entry.flags |= RESTS;
             (entry.learned, entry.learned_slot) = (learned.word, learned.slot);

@@ -19,15 +19,19 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use crossbeam::channel::{self, Receiver, Sender};
 
-use crate::bridge::{Fdb, FdbEntry};
+use crate::bridge::FdbEntry;
 use crate::conntrack::FlowEntry;
+use crate::forward::Memory;
+use crate::port::packet::Outlet;
+use crate::port::raw::{RawHalf, RawTunnel};
 use crate::port::tap::Tap;
 use crate::port::udp::{Sockets, Underlay};
 use crate::port::xdp::programs::Tunnel;
 use crate::port::xdp::{Hops, OpenUplink, Uplink, XdpDevice};
 use crate::port::{Capabilities, PortId};
 use crate::probing::Question;
-use crate::returns::{Returns, ReturnsUse};
+use crate::returns::ReturnsUse;
+use crate::snat::{self, Snat};
 use crate::stats::{NodeStats, PortStats};
 use crate::tables::Tables;
 use crate::time::Instant;
@@ -60,6 +64,8 @@ pub struct RouterConfig {
     pub flows: usize,
     /// Conversations that the host port brought and whose replies have to go back by it; rounded up to a power of two.
     pub host_flows: usize,
+    /// Reserved ports, and conversations that leave the cluster by them.
+    pub masquerade: snat::Limits,
     /// Broadcast and multicast copies per second and port. What enters by several workers has an equal part in each.
     pub flood_rate: u32,
     /// ICMP errors per second and port, likewise.
@@ -81,6 +87,7 @@ impl Default for RouterConfig {
             fdb_age: Duration::from_secs(300),
             flows: 65_536,
             host_flows: 65_536,
+            masquerade: snat::Limits::default(),
             flood_rate: 10_000,
             icmp_rate: 100,
             probe_secret: 0,
@@ -96,8 +103,12 @@ pub enum Device {
     /// The host end of a pod's veth, by its number in the calling thread's network namespace. It has a transmit queue for each worker and
     /// one receive queue.
     Veth(u32),
+    /// An interface of the node's, to be sent by.
+    Outlet(Outlet),
     /// The UDP underlay, with sockets for each worker.
     Underlay(Underlay),
+    /// The underlay of a format that lies in IP, with sockets for each worker.
+    Raw(RawTunnel),
     /// The same, and beside it the uplink that most of its packets take, to the next hops that are known.
     Uplink {
         /// What takes what the uplink does not.
@@ -132,7 +143,7 @@ pub enum PortEnd {
 pub struct PortSnapshot {
     /// Its number.
     pub id: PortId,
-    /// `tap`, `xdp`, `udp`, `memory`.
+    /// `tap`, `xdp`, `udp`, `packet`, `memory`.
     pub kind: &'static str,
     /// Whether its device works, for all workers.
     pub up: bool,
@@ -193,7 +204,9 @@ impl std::error::Error for RouterError {}
 pub(crate) enum Half {
     Tap { tap: Arc<Tap>, receives: bool },
     Xdp { device: Box<XdpDevice>, receives: bool },
+    Outlet(Arc<Outlet>),
     Underlay(Sockets),
+    Raw { half: RawHalf, receives: bool },
     Uplink(Box<UplinkHalf>),
 }
 
@@ -258,8 +271,7 @@ pub struct TakenOver {
 pub struct Router {
     workers: Workers,
     tables: Arc<ArcSwap<Tables>>,
-    fdb: Arc<Fdb>,
-    returns: Arc<Returns>,
+    memory: Memory,
     events: Receiver<Event>,
     news: Receiver<News>,
 }
@@ -273,17 +285,11 @@ impl Router {
         let (outbox, events) = channel::unbounded();
         let (news_outbox, news) = channel::bounded(NEWS);
         let tables = Arc::new(ArcSwap::from_pointee(tables));
-        let fdb = Arc::new(Fdb::new(config.fdb_limit, config.fdb_age, config.seed));
-        let returns = Arc::new(Returns::new(config.host_flows, config.seed));
-        let shared = worker::Shared {
-            tables: Arc::clone(&tables),
-            fdb: Arc::clone(&fdb),
-            returns: Arc::clone(&returns),
-            events: outbox,
-            news: news_outbox,
-        };
+        let memory = Memory::new(&config);
+        let shared =
+            worker::Shared { tables: Arc::clone(&tables), memory: memory.clone(), events: outbox, news: news_outbox };
         let workers = Workers::start(config, &shared)?;
-        Ok(Router { workers, tables, fdb, returns, events, news })
+        Ok(Router { workers, tables, memory, events, news })
     }
 
     /// Puts new tables in force; each worker uses them from its next batch on. Without loss.
@@ -343,7 +349,13 @@ impl Router {
     /// No worker runs.
     pub fn snapshot(&self, flows: bool) -> Result<Snapshot, RouterError> {
         let snapshot = self.workers.snapshot(flows)?;
-        Ok(Snapshot { fdb: self.fdb.entries().collect(), returns: self.returns.usage(), ..snapshot })
+        let Memory { fdb, returns, .. } = &self.memory;
+        Ok(Snapshot { fdb: fdb.entries().collect(), returns: returns.usage(), ..snapshot })
+    }
+
+    /// Who is who outside of the cluster.
+    pub fn snat(&self) -> &Snat {
+        &self.memory.snat
     }
 
     /// Has others receive from the TAPs of a worker that ended.

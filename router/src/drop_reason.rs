@@ -66,11 +66,14 @@ reasons! {
     DhcpServer = "a pod answered as a DHCP server",
     NotMember = "the outer source is not a node of this cluster",
     TunnelHeader = "the tunnel header is malformed or has reserved bits set",
+    TunnelOption = "a Geneve option that has to be understood, and is not",
+    TunnelPayload = "the tunnel carries something that this node does not take from it: IP alone in bridged mode, or neither IP nor Ethernet",
     WrongVni = "the tunnel header carries another network identifier",
     TunnelSource = "the inner source does not belong to the node that sent it",
 
     // Where to?
     NoRoute = "no route leads to the destination",
+    NoNextHop = "the route leads to a router or node that is not known to be there, and this node has no host port to look for it",
     UnknownMac = "no port or node has the destination MAC",
     UnknownNeighbour = "the destination is in a local range, but no pod has that address",
     NotForwardable = "loopback, link-local, unspecified or multicast addresses are not routed",
@@ -78,6 +81,14 @@ reasons! {
     NotForUs = "a frame from another node for a destination that is not here",
     GatewayRefused = "the gateway does not serve what was asked of it",
     NotIp = "the frame is for the gateway's MAC, but is not IP",
+
+    // Leaving the cluster.
+    NotMasqueraded = "the protocol has no ports by which answers could be told apart, so it cannot leave the cluster in the node's name",
+    NoSource = "the node has no address of that family by which the packet could leave the cluster",
+    MasqueradePorts = "all reserved ports towards that destination are taken (masquerade.ports; weft nat)",
+    MasqueradeQuota = "the pod has as many translated conversations as it may (masquerade.per_pod; weft nat)",
+    MasqueradeFull = "the node has as many translated conversations as it may (masquerade.sessions; weft nat)",
+    UnknownPiece = "a later fragment whose first one did not pass here, or of which there are too many at once",
 
     // On the way.
     TtlExceeded = "TTL or hop limit reached zero",

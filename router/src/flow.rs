@@ -1,6 +1,6 @@
 //! What tells packets apart: the five-tuple, and all that a path may depend on.
 //!
-//! [`FlowKey`] is a five-tuple in one direction; [`FlowKey::of`] and [`FlowKey::reversed`] are its only makers. IPv4 addresses are kept in
+//! [`FlowKey`] is a five-tuple in one direction; [`FlowKey::of`] and [`FlowKey::reversed`] make it of packets. IPv4 addresses are kept in
 //! their IPv4-mapped form (RFC 4291, section 2.5.5.2), so that one type serves both families. A fragment has no ports, not
 //! even the first: all fragments of a datagram must take the same path, and most do not carry them.
 //!
@@ -43,10 +43,20 @@ impl FlowKey {
         FlowKey { src_port: ports.0, dst_port: ports.1, ..FlowKey::of(ip) }
     }
 
+    /// The same, also of a first fragment; none if it names no ports or identifier.
+    pub fn of_named(ip: &Ip) -> Option<FlowKey> {
+        ip.named.map(|(src_port, dst_port)| FlowKey { src_port, dst_port, ..FlowKey::of(ip) })
+    }
+
     /// That of the packet which an ICMP error is about.
     pub fn of_quote(quote: &Quote) -> FlowKey {
         let (src_port, dst_port) = quote.ports.unwrap_or((0, 0));
         FlowKey { src: mapped(quote.src), dst: mapped(quote.dst), src_port, dst_port, protocol: quote.protocol }
+    }
+
+    /// That between two ends, where no packet is at hand.
+    pub fn between(protocol: u8, src: (IpAddr, u16), dst: (IpAddr, u16)) -> FlowKey {
+        FlowKey { src: mapped(src.0), dst: mapped(dst.0), src_port: src.1, dst_port: dst.1, protocol }
     }
 
     /// The one that its fragments belong to.
@@ -209,6 +219,12 @@ impl Signature {
             (half(0), half(2))
         };
         FlowKey { src, dst, src_port: (last >> 16) as u16, dst_port: last as u16, protocol: (last >> 48) as u8 }
+    }
+
+    /// The protocol number.
+    #[inline(always)]
+    pub fn protocol(&self) -> u8 {
+        (self.0[6] >> 48) as u8
     }
 
     fn kind(&self) -> u8 {

@@ -30,6 +30,8 @@ use crate::policy::Known;
 use crate::pool::Pool;
 use crate::port::{BATCH, Outbox, PortId};
 use crate::returns::{Returns, ReturnsUse};
+use crate::snat::Snat;
+use crate::snat::pieces::Pieces;
 use crate::stats::Stats;
 use crate::tables::{Mode, NodeId, Role, Tables};
 use crate::time::Instant;
@@ -37,6 +39,7 @@ use crate::{conntrack, icmp, nat, neigh, policy, tunnel};
 
 mod hop;
 mod known;
+mod leaving;
 mod probing;
 mod returning;
 
@@ -45,6 +48,8 @@ pub struct Forwarder {
     conntrack: ConnTrack,
     fdb: Arc<Fdb>,
     returns: Arc<Returns>,
+    snat: Arc<Snat>,
+    pieces: Pieces,
     gateway: Stack,
     probing: probing::Probing,
     flood_budget: Budgets,
@@ -56,6 +61,28 @@ pub struct Forwarder {
     current: PortId,
     /// What a vector's frames looked like. Empty after a panic, and then made anew.
     seen: Vec<Glimpse>,
+}
+
+/// What frames teach all workers together.
+#[derive(Clone)]
+pub struct Memory {
+    /// Learned MACs.
+    pub fdb: Arc<Fdb>,
+    /// What the host port brought.
+    pub returns: Arc<Returns>,
+    /// Who is who outside.
+    pub snat: Arc<Snat>,
+}
+
+impl Memory {
+    /// Empty tables of these sizes.
+    pub fn new(config: &RouterConfig) -> Memory {
+        Memory {
+            fdb: Arc::new(Fdb::new(config.fdb_limit, config.fdb_age, config.seed)),
+            returns: Arc::new(Returns::new(config.host_flows, config.seed)),
+            snat: Arc::new(Snat::new(config.masquerade, config.seed)),
+        }
+    }
 }
 
 /// Whom a frame is addressed to, in its segment.
@@ -114,8 +141,9 @@ impl Forwarder {
             Err(reason) => return self.stats.drop(frame, reason),
         };
         let mut mtu = u32::MAX;
-        let outcome = self.decide(&packet, tables, now).and_then(|(path, commit)| {
+        let outcome = self.decide(&packet, tables, now).and_then(|(mut path, mut commit)| {
             mtu = path.rewrite.mtu;
+            self.open_session((&mut path, &mut commit), &packet, now)?;
             nat::rewrite(&mut frame, &packet, &path)?; // refuses (TTL, MTU) before it changes a byte
             self.commit(commit, packet.sender, &frame, now); // flow, learned MAC, budget
             Ok(path)
@@ -134,7 +162,7 @@ impl Forwarder {
     pub fn decide(&self, packet: &Packet, tables: &Tables, now: Instant) -> Result<(Path, Commit), DropReason> {
         // 1. Who sent it? What a node sent teaches where its MACs are.
         let learn = check_source(packet, tables)?;
-        let remember = |copies, flow| Commit { learn, copies, flow, entrance: Entrance::Unknown };
+        let remember = |copies, flow| Commit { learn, copies, flow, ..Commit::default() };
 
         // 2. Is it for us? ARP, neighbour solicitations and pings to the gateway end here.
         let addressed_to = addressed_to(packet, tables)?;
@@ -148,7 +176,6 @@ impl Forwarder {
             return Ok((path, remember(copies, FlowCommit::None)));
         }
 
-        // 4. A reply to what the host port brought goes back by it, whoever it is addressed to.
         let flow = Signature::of(packet).map(|signature| (signature, self.conntrack.hash(&signature)));
         let (fdb_version, returns_version) = (self.fdb.version(), self.returns.version());
         let verdict = |path, learned, entrance| {
@@ -156,6 +183,14 @@ impl Forwarder {
             let (teaches, epoch) = (learn.is_some(), tables.epoch);
             Verdict { path, learned, teaches, epoch, fdb_version, tie, returns_version }
         };
+        // 4. What an uplink brought back goes to the pod whose session it is, or back to the kernel.
+        if leaving::came_back(packet, tables).is_some() {
+            let open =
+                |path| flow.map(|(key, hash)| FlowCommit::Open(key, hash, verdict(path, None, Entrance::Unknown)));
+            return Ok(self.back_to_pod(packet, tables, open, now));
+        }
+
+        // 5. A reply to what the host port brought goes back by it, whoever it is addressed to.
         if let Some((path, opening)) = self.way_back(packet, tables, now) {
             let entrance = Entrance::Reply(opening);
             // What has no ports is asked about each time: its flow may hold several conversations.
@@ -165,7 +200,7 @@ impl Forwarder {
         }
         let entrance = self.entrance(packet, tables, now);
 
-        // 5. Known flow: take the path that its first packet was given, if the tables and the MAC still hold.
+        // 6. Known flow: take the path that its first packet was given, if the tables and the MAC still hold.
         let begins = tables.host.is_some() && packet.ip().is_some_and(returning::begins);
         if let Some((signature, hash)) = &flow
             && !begins
@@ -175,16 +210,20 @@ impl Forwarder {
             return Ok((self.conntrack.path(slot, *hash), Commit { entrance, ..remember(0, FlowCommit::Seen(slot)) }));
         }
 
-        // 6. First packet, or not IP and hence no flow: find the hop, by the FDB if it is addressed to a MAC of its segment, by the
-        //    routes if to the router.
-        let (hop, rewrite, learned) = self.find_hop(packet, &addressed_to, tables, now)?;
-        let path = Path { hop, rewrite, entropy: flow.map_or(0, |(_, hash)| conntrack::entropy(hash)) };
+        // 7. First packet, or not IP and hence no flow: out of the cluster in the node's name, else find the hop, by the FDB if it is
+        //    addressed to a MAC of its segment, by the routes if to the router.
+        let hash = flow.map_or(0, |(_, hash)| hash);
+        let ((hop, rewrite, learned), leaves) = match self.leaving(packet, &addressed_to, tables, hash, now)? {
+            Some(leaving) => leaving,
+            None => (self.find_hop(packet, &addressed_to, tables, hash, now)?, None),
+        };
+        let path = Path { hop, rewrite, entropy: conntrack::entropy(hash) };
         if let Hop::Flood { .. } = hop {
             self.within_budget(packet, tables, now)?;
             return Ok((path, remember(receivers(hop, packet, tables), FlowCommit::None)));
         }
         let open = |(signature, hash)| FlowCommit::Open(signature, hash, verdict(path, learned, entrance));
-        Ok((path, Commit { entrance, ..remember(0, flow.map_or(FlowCommit::None, open)) }))
+        Ok((path, Commit { entrance, leaves, ..remember(0, flow.map_or(FlowCommit::None, open)) }))
     }
 
     /// Remembers what a decision rested on and what it opened.
@@ -236,7 +275,7 @@ impl Forwarder {
         // In bridged mode each node has the same gateway, and believes nobody who speaks as its own: other nodes are told nothing.
         let heard = matches!(packet.sender, Sender::Port(_)) || round.tables.mode == Mode::Routed;
         if heard && icmp::is_due(reason, packet) && self.icmp_budget.allows(ingress, round.now) {
-            let gateway = &round.tables.gateway;
+            let gateway = &leaving::speaker(packet, round.tables);
             let (hop, macs) = back(packet, round.tables);
             if let Some(error) = icmp::error(reason, packet, &frame, mtu, gateway, macs, round.pool) {
                 self.icmp_budget.charge(ingress, 1, round.now);
@@ -269,7 +308,7 @@ impl Forwarder {
         }
         self.within_budget(packet, tables, now)?;
         let mtu = if let Hop::Flood { nodes: true, .. } = hop { tables.tunnel_mtu } else { u32::MAX };
-        Ok((Path { hop, rewrite: Rewrite { routed: None, mtu }, entropy: 0 }, copies))
+        Ok((Path { hop, rewrite: Rewrite { routed: None, mtu, translation: None }, entropy: 0 }, copies))
     }
 
     fn within_budget(&self, packet: &Packet, tables: &Tables, now: Instant) -> Result<(), DropReason> {
@@ -291,7 +330,8 @@ impl Forwarder {
     }
 
     fn send(&mut self, id: NodeId, mut frame: Frame, entropy: u16, tables: &Tables, out: &mut Outbox) {
-        let (Some(node), Some(underlay)) = (tables.node(id), tables.underlay) else {
+        let way = tables.node(id).and_then(|node| Some((node, tables.tunnels[node.encap as usize]?)));
+        let Some((node, underlay)) = way else {
             return self.stats.drop(frame, DropReason::NoRoute);
         };
         match tunnel::encapsulate(&mut frame, node, tables, entropy) {
@@ -390,16 +430,18 @@ impl Forwarder {
 impl Forwarder {
     /// A forwarder that knows nothing yet.
     pub fn new(config: &RouterConfig) -> Forwarder {
-        let fdb = Fdb::new(config.fdb_limit, config.fdb_age, config.seed);
-        Forwarder::sharing(Arc::new(fdb), Arc::new(Returns::new(config.host_flows, config.seed)), config)
+        Forwarder::sharing(Memory::new(config), config)
     }
 
-    /// One that learns MACs, and what the host port brought, together with others.
-    pub fn sharing(fdb: Arc<Fdb>, returns: Arc<Returns>, config: &RouterConfig) -> Forwarder {
+    /// One that shares with others what frames teach.
+    pub fn sharing(memory: Memory, config: &RouterConfig) -> Forwarder {
+        let Memory { fdb, returns, snat } = memory;
         Forwarder {
             conntrack: ConnTrack::new(config.flows, config.seed),
             fdb,
             returns,
+            snat,
+            pieces: Pieces::default(),
             gateway: Stack::new(config.seed),
             probing: probing::Probing::new(config.probe_secret),
             flood_budget: Budgets::new(config.flood_rate),
@@ -418,7 +460,7 @@ impl Forwarder {
 
     /// Forgets what is too old. Returns when to call again; `None` if nothing is left that ages.
     pub fn tick(&mut self, now: Instant) -> Option<Instant> {
-        self.fdb.age(now)
+        [self.fdb.age(now), self.snat.tick(now)].into_iter().flatten().min()
     }
 
     /// A port begins anew, whose frames enter by so many workers: counters are zero, budgets are full.
@@ -472,8 +514,9 @@ fn check_source(packet: &Packet, tables: &Tables) -> Result<Option<(Mac, NodeId)
         Sender::Port(port) => {
             match tables.role(port) {
                 Some(Role::Pod(pod)) => policy::check_pod(pod, packet, known)?,
+                Some(Role::Host(_)) if leaving::came_back(packet, tables).is_some() => {}
                 Some(Role::Host(host)) => policy::check_host(host, packet, known)?,
-                Some(Role::Underlay) | None => return Err(DropReason::PortClosed),
+                Some(Role::Underlay | Role::Uplink) | None => return Err(DropReason::PortClosed),
             }
             Ok(None)
         }
@@ -520,6 +563,9 @@ fn for_us(packet: &Packet, addressed_to: &AddressedTo, tables: &Tables) -> Optio
 /// The way back to a packet's sender, for what the router itself has to say.
 fn back(packet: &Packet, tables: &Tables) -> (Hop, Macs) {
     match packet.sender {
+        Sender::Port(_) if let Some(way) = leaving::came_back(packet, tables) => {
+            (Hop::Port(way.port), Macs { dst: packet.src, src: way.mac })
+        }
         Sender::Port(port) => (Hop::Port(port), Macs { dst: packet.src, src: tables.gateway.mac }),
         Sender::Node(node) => (Hop::Node(node), Macs { dst: packet.src, src: tables.vtep_mac }),
     }

@@ -10,7 +10,9 @@
 use std::net::IpAddr;
 use std::ops::{Deref, DerefMut, Range};
 
+use weft_encap::format::Format;
 use weft_encap::offload::Offload;
+use weft_encap::vxlan::VXLAN_LEN;
 
 use crate::pool::{CHUNK, Pool};
 use crate::port::PortId;
@@ -30,6 +32,17 @@ pub struct Outer {
     pub entropy: u16,
     /// Outer TOS or traffic class.
     pub tos: u8,
+    /// How it is wrapped.
+    pub format: Format,
+    /// Length of the tunnel header, behind which the inner Ethernet header is; more than 0.
+    pub base: u16,
+}
+
+impl Outer {
+    /// For a frame that begins with a VXLAN header.
+    pub fn vxlan(peer: IpAddr) -> Outer {
+        Outer { peer, entropy: 0, tos: 0, format: Format::Vxlan, base: VXLAN_LEN as u16 }
+    }
 }
 
 /// Payload of a frame: `count` pieces of `piece` bytes (the last of `last`) at `start`, `start + stride`, … of a super buffer.
@@ -158,6 +171,12 @@ impl Meta {
     /// Payload behind the head.
     pub fn body(&self) -> Option<&Body> {
         self.body.as_ref()
+    }
+
+    /// Where the (inner) Ethernet header is: behind a tunnel header, if there is one.
+    #[inline]
+    pub fn base(&self) -> usize {
+        self.outer.map_or(0, |outer| outer.base.into())
     }
 
     /// Bytes in all.

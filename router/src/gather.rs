@@ -13,7 +13,6 @@ use weft_encap::coalesce::{self, Merger};
 use weft_encap::eth::{ETHERTYPE_IPV4, ETHERTYPE_IPV6};
 use weft_encap::ip;
 use weft_encap::offload::Partial;
-use weft_encap::vxlan::VXLAN_LEN;
 
 use crate::frame::{Body, Frame, Super};
 use crate::pool::Pool;
@@ -91,7 +90,7 @@ impl Open {
     fn close(self, batch: &mut Batch) {
         let (frame, run) = (&mut batch[self.at], self.merger.run());
         let Some(payload) = self.payload.filter(|_| run.frames > 1) else { return };
-        let base = base(frame);
+        let base = frame.base();
         // Padding would lie between the payloads.
         frame.truncate(base + run.header_len + run.first_payload);
         frame.offload = coalesce::finish(&mut frame.head_mut()[base..], run);
@@ -99,13 +98,8 @@ impl Open {
     }
 }
 
-/// Where the Ethernet header is: behind a tunnel header, if it came by one.
-fn base(frame: &Frame) -> usize {
-    if frame.outer.is_some() { VXLAN_LEN } else { 0 }
-}
-
 fn inner(frame: &Frame) -> Option<&[u8]> {
-    frame.head().get(base(frame)..)
+    frame.head().get(frame.base()..)
 }
 
 fn partial(frame: &Frame) -> Option<Partial> {
@@ -125,7 +119,7 @@ fn begin(frame: &Frame) -> Option<Merger> {
 
 /// Whether two frames came from the same sender by the same tunnel.
 fn same_way(first: &Frame, next: &Frame) -> bool {
-    let tunnel = ..base(first);
+    let tunnel = ..first.base();
     first.ingress() == next.ingress()
         && first.outer == next.outer
         && first.head().get(tunnel) == next.head().get(tunnel)
@@ -281,9 +275,9 @@ mod tests {
         let pool = Pool::new(64, 8).unwrap();
         let from = |n: u32| {
             let mut frame = segment(&pool, 1, 1000 * n, n as u16, n as u8);
-            frame.push(VXLAN_LEN).unwrap().fill(0);
+            frame.push(weft_encap::vxlan::VXLAN_LEN).unwrap().fill(0);
             let peer = Ipv4Addr::new(192, 0, 2, (n / 2) as u8).into();
-            frame.outer = Some(crate::frame::Outer { peer, entropy: 0, tos: 0 });
+            frame.outer = Some(crate::frame::Outer::vxlan(peer));
             frame
         };
         let (after, merged) = gathered((0..4).map(from).collect(), &pool);

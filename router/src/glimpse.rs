@@ -39,6 +39,14 @@ pub struct Glimpse {
     pub v4: bool,
 }
 
+impl Glimpse {
+    /// Where its transport header is, from its Ethernet header on.
+    #[inline(always)]
+    pub fn l4(&self) -> usize {
+        ETH_LEN + if self.v4 { IPV4_LEN } else { IPV6_LEN }
+    }
+}
+
 /// Up to which byte of an IPv4 and of an IPv6 packet with UDP there are headers. TCP's are longer.
 const V4: usize = ETH_LEN + IPV4_LEN + UDP_LEN;
 const V6: usize = ETH_LEN + IPV6_LEN + UDP_LEN;

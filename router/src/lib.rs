@@ -7,7 +7,7 @@
 //! ```text
 //! worker                                      a thread each: poll → receive → forward → transmit → timers
 //! forward  + tables                           the way of a frame
-//! bridge budget neigh route policy conntrack returns nat tunnel icmp gateway probing steps: they never import each other
+//! bridge budget neigh route policy conntrack returns snat nat tunnel icmp gateway probing  steps: they never import each other
 //! packet glimpse flow path drop_reason stats port
 //! frame pool port/sys                         the only unsafe code
 //! ```
@@ -38,6 +38,7 @@ pub mod port;
 pub mod probing;
 pub mod returns;
 pub mod route;
+pub mod snat;
 pub mod stats;
 pub mod tables;
 pub mod time;

@@ -75,6 +75,10 @@ pub struct Ip {
     pub ports: Option<(u16, u16)>,
     /// The destination port that the transport header names, also if that is in a first fragment.
     pub dst_port: Option<u16>,
+    /// The same with the source port before it, or twice the identifier of a ping.
+    pub named: Option<(u16, u16)>,
+    /// Which datagram a fragment is of, and whether it is its last.
+    pub piece: Option<(u32, bool)>,
     /// Type and code of ICMP and ICMPv6, unless it is a later fragment.
     pub icmp: Option<(u8, u8)>,
     /// Identifier of a ping or its answer, if it is whole.
@@ -83,6 +87,8 @@ pub struct Ip {
     pub quote: Option<Quote>,
     /// Whether it opens or answers the opening of a TCP connection: the SYN bit.
     pub syn: bool,
+    /// TCP's flags.
+    pub flags: u8,
     /// The neighbour discovery message, if it is one.
     pub neighbour: Option<Discovery>,
     /// Largest L3 packet that this stands for, in bytes: itself, or one segment if it is a superframe.
@@ -186,10 +192,13 @@ fn parse_v4(frame: &mut Frame) -> Result<Ip, DropReason> {
         l4: (L3 + header_len) as u16,
         ports: None,
         dst_port: None,
+        named: None,
+        piece: fragment.map(|_| (header.id.get().into(), !header.more_fragments())),
         icmp: None,
         echo: None,
         quote: None,
         syn: false,
+        flags: 0,
         neighbour: None,
         size: total as u32,
     };
@@ -233,10 +242,13 @@ fn parse_v6(frame: &mut Frame) -> Result<Ip, DropReason> {
         l4: (L3 + IPV6_LEN + upper.offset) as u16,
         ports: None,
         dst_port: None,
+        named: None,
+        piece: upper.fragment.filter(|_| fragment.is_some()).map(|piece| (piece.id, !piece.more)),
         icmp: None,
         echo: None,
         quote: None,
         syn: false,
+        flags: 0,
         neighbour: None,
         size: total as u32,
     };
@@ -270,8 +282,9 @@ fn parse_upper(frame: &Frame, ip: &mut Ip) -> Result<(), DropReason> {
                 return Err(DropReason::Malformed);
             }
             ip.dst_port = Some(header.dst_port.get());
-            ip.ports = whole.then_some((header.src_port.get(), header.dst_port.get()));
-            ip.syn = header.flags & tcp::SYN != 0;
+            ip.named = Some((header.src_port.get(), header.dst_port.get()));
+            ip.ports = ip.named.filter(|_| whole);
+            (ip.syn, ip.flags) = (header.flags & tcp::SYN != 0, header.flags);
         }
         ip::UDP => {
             let (header, _) = UdpHeader::ref_from_prefix(rest).map_err(|_| DropReason::TooShort)?;
@@ -280,7 +293,8 @@ fn parse_upper(frame: &Frame, ip: &mut Ip) -> Result<(), DropReason> {
                 return Err(DropReason::Malformed);
             }
             ip.dst_port = Some(header.dst_port.get());
-            ip.ports = whole.then_some((header.src_port.get(), header.dst_port.get()));
+            ip.named = Some((header.src_port.get(), header.dst_port.get()));
+            ip.ports = ip.named.filter(|_| whole);
         }
         ip::ICMP if ip.src.is_ipv4() => {
             let (header, quoted) = IcmpHeader::ref_from_prefix(rest).map_err(|_| DropReason::TooShort)?;
@@ -303,8 +317,10 @@ fn read_message(ip: &mut Ip, header: &IcmpHeader, quoted: &[u8], whole: bool) {
     ip.icmp = Some((header.kind, header.code));
     if ip.is_icmp_error() {
         ip.quote = quote(quoted);
-    } else if whole && is_echo(ip.src.is_ipv4(), header.kind) {
-        ip.echo = Some(header.echo().0);
+    } else if is_echo(ip.src.is_ipv4(), header.kind) {
+        let identifier = header.echo().0;
+        ip.named = Some((identifier, identifier));
+        ip.echo = whole.then_some(identifier);
     }
 }
 

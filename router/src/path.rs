@@ -3,7 +3,7 @@
 //! A [`Path`] is a value: it says everything that will happen to a frame and changes nothing. What has to be remembered when
 //! the frame really goes that way is a [`Commit`].
 
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use weft_encap::mac::Mac;
 
@@ -65,6 +65,39 @@ pub struct Rewrite {
     pub routed: Option<Macs>,
     /// Largest packet in bytes, L3 header included, that the hop takes.
     pub mtu: u32,
+    /// Address and port of one side, and those that an ICMP error quotes, become others.
+    pub translation: Option<Translation>,
+}
+
+/// Which address and port of a packet are replaced.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The source: it leaves the cluster.
+    Source,
+    /// The destination: it is an answer.
+    Destination,
+}
+
+/// The place of a translated conversation, and which of those that had it.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Handle {
+    /// Its number.
+    pub slot: u32,
+    /// Its version; odd.
+    pub version: u32,
+}
+
+/// What becomes of one side of a packet.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Translation {
+    /// Which one.
+    pub side: Side,
+    /// Its new address.
+    pub address: IpAddr,
+    /// Its new port, or the identifier of a ping.
+    pub port: u16,
+    /// The conversation.
+    pub handle: Handle,
 }
 
 /// Destination and source MAC.
@@ -90,7 +123,7 @@ pub struct Path {
 impl Path {
     /// A path on which the frame is not changed and of which no MTU is known.
     pub fn unchanged(hop: Hop) -> Path {
-        Path { hop, rewrite: Rewrite { routed: None, mtu: u32::MAX }, entropy: 0 }
+        Path { hop, rewrite: Rewrite { routed: None, mtu: u32::MAX, translation: None }, entropy: 0 }
     }
 }
 
@@ -105,6 +138,17 @@ pub struct Commit {
     pub flow: FlowCommit,
     /// What it says about where its conversation began.
     pub entrance: Entrance,
+    /// It leaves the cluster as this address of the node's, in a conversation that has to be opened.
+    pub leaves: Option<Leaving>,
+}
+
+/// A conversation that leaves the cluster.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Leaving {
+    /// As the pod sends it.
+    pub inside: FlowKey,
+    /// The node's address.
+    pub outside: IpAddr,
 }
 
 /// Where a conversation began, as far as a packet of it says: by the host port, whose replies have to go back by it, or elsewhere. The

@@ -115,7 +115,14 @@ fn headers(v4: bool) -> usize {
 
 /// Writes a question into `bytes` as an Ethernet frame with these MACs. Returns how long it is; `None` if the addresses are of two
 /// families or it does not fit.
-pub fn write(question: &Question, ends: Ends, macs: Macs, now: Instant, secret: u64, bytes: &mut [u8]) -> Option<usize> {
+pub fn write(
+    question: &Question,
+    ends: Ends,
+    macs: Macs,
+    now: Instant,
+    secret: u64,
+    bytes: &mut [u8],
+) -> Option<usize> {
     let v4 = ends.from.is_ipv4();
     let size = question.size.clamp(shortest(v4), LONGEST);
     let payload = Payload {
@@ -154,7 +161,8 @@ fn seal(bytes: &mut [u8], ends: Ends, macs: Macs, port: u16) -> Option<()> {
         _ => return None,
     };
     bytes[..ETH_LEN].copy_from_slice(EthHeader::new(macs.dst, macs.src, ethertype).as_bytes());
-    let mut header = UdpHeader { src_port: port.into(), dst_port: PROBE_PORT.into(), len: udp_len.into(), checksum: 0.into() };
+    let mut header =
+        UdpHeader { src_port: port.into(), dst_port: PROBE_PORT.into(), len: udp_len.into(), checksum: 0.into() };
     sum.add(header.as_bytes()).add(&bytes[l4 + UDP_LEN..]);
     header.checksum = checksum(sum).into();
     bytes[l4..l4 + UDP_LEN].copy_from_slice(header.as_bytes());

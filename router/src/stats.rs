@@ -38,6 +38,9 @@ pub struct PortStats {
     /// Frames that the kernel dropped before we read them, because its receive buffer was full. They were never received, so they
     /// are no part of the invariant.
     pub overruns: u64,
+    /// Frames that left by this port and that the kernel then dropped, as far as it says so: the device was down or its queue full. They
+    /// count as sent.
+    pub undelivered: u64,
 }
 
 impl Default for PortStats {
@@ -55,6 +58,7 @@ impl Default for PortStats {
             out: 0,
             out_bytes: 0,
             overruns: 0,
+            undelivered: 0,
         }
     }
 }
@@ -92,6 +96,7 @@ impl std::ops::AddAssign<&PortStats> for PortStats {
             out,
             out_bytes,
             overruns,
+            undelivered,
         } = more;
         self.received += received;
         self.received_bytes += received_bytes;
@@ -105,6 +110,7 @@ impl std::ops::AddAssign<&PortStats> for PortStats {
         self.out += out;
         self.out_bytes += out_bytes;
         self.overruns += overruns;
+        self.undelivered += undelivered;
     }
 }
 

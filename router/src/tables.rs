@@ -12,11 +12,18 @@ use foldhash::fast::RandomState;
 use hashbrown::HashMap;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
+use weft_encap::format::Format;
 use weft_encap::mac::Mac;
 use weft_encap::vxlan::Vni;
 
 use crate::pace::Limits;
 use crate::port::PortId;
+
+mod masquerade;
+mod next_hops;
+
+pub use masquerade::{Masquerade, WayOut, came_back, came_by};
+pub use next_hops::{GroupId, MOST_HOPS, NextHop, NextHops, Ways};
 
 /// No path by IPv6 carries less (RFC 8200, section 5), so packets of this length must pass whatever is below.
 pub const LEAST_V6: u32 = 1280;
@@ -112,6 +119,8 @@ pub enum Role {
     Host(Pod),
     /// The other nodes.
     Underlay,
+    /// A network beside the cluster's, to which frames leave without a tunnel; none come from there.
+    Uplink,
 }
 
 /// Another node.
@@ -123,6 +132,17 @@ pub struct Node {
     pub vtep_mac: Mac,
     /// The ranges whose addresses live there: inner sources that it may use, and routes to it.
     pub ranges: Vec<IpNet>,
+    /// What packets to it are wrapped in, where they are. It may send by any other.
+    pub encap: Format,
+    /// How long a packet to it may be, inside the tunnel, if nothing on the way allows less.
+    pub mtu: u32,
+}
+
+impl Node {
+    /// A node to which packets go by VXLAN.
+    pub fn new(underlay: IpAddr, vtep_mac: Mac, ranges: Vec<IpNet>) -> Node {
+        Node { underlay, vtep_mac, ranges, encap: Format::Vxlan, mtu: u32::MAX }
+    }
 }
 
 /// Where a route leads.
@@ -132,6 +152,8 @@ pub enum Via {
     Local,
     /// Another node.
     Node(NodeId),
+    /// A router or another node, without a tunnel.
+    Uplink(GroupId),
 }
 
 /// Where a neighbour is.
@@ -163,9 +185,11 @@ pub struct Tables {
     pub underlay: Option<PortId>,
     /// This node's underlay address, from which it asks other nodes about the way to them; without it, it does not.
     pub address: Option<IpAddr>,
+    /// The ports by which each format leaves, indexed by [`Format`]; VXLAN's is the one above.
+    pub tunnels: [Option<PortId>; Format::ALL.len()],
     /// This node itself, to whom goes what has no route; absent without a host port.
     pub host: Option<Neighbour>,
-    /// MTU of packets inside the tunnel in bytes: underlay MTU less the encapsulation.
+    /// MTU of packets inside the tunnel in bytes, for all nodes: the pods' own.
     pub tunnel_mtu: u32,
     /// The same towards nodes that less can be sent to at once, as a route or a router on the way says.
     pub path_mtus: Arc<ExactMap<NodeId, u32>>,
@@ -179,6 +203,13 @@ pub struct Tables {
     pub routes4: Arc<PrefixMap<Ipv4Net, Via>>,
     /// IPv6 routes.
     pub routes6: Arc<PrefixMap<Ipv6Net, Via>>,
+    /// Ways that need no tunnel, indexed by [`GroupId`].
+    pub next_hops: Arc<Vec<NextHops>>,
+    /// Where the kernel's main table leads. Nothing is routed by it that [`Tables::routes4`] and [`Tables::routes6`] do not know: what is to
+    /// leave the pod network has its source translated first.
+    pub outside: Ways,
+    /// As whom packets of pods go there; none: they go to this node's kernel as they are.
+    pub masquerade: Option<Arc<Masquerade>>,
     /// Local pods and this node itself by address, link-local addresses included.
     pub neighbours: ExactMap<IpAddr, Neighbour>,
     /// Local pods and this node itself by MAC; these never move.
@@ -200,6 +231,7 @@ impl Tables {
             vtep_mac: Mac::ZERO,
             underlay: None,
             address: None,
+            tunnels: [None; Format::ALL.len()],
             host: None,
             tunnel_mtu: 1450,
             path_mtus: Arc::default(),
@@ -208,6 +240,9 @@ impl Tables {
             members: Arc::default(),
             routes4: Arc::default(),
             routes6: Arc::default(),
+            next_hops: Arc::default(),
+            outside: Ways::default(),
+            masquerade: None,
             neighbours: ExactMap::default(),
             macs: ExactMap::default(),
             flood: Vec::new(),
@@ -257,7 +292,18 @@ impl Tables {
     /// Enters the port to the other nodes.
     pub fn add_underlay(&mut self, port: PortId) {
         self.underlay = Some(port);
+        self.add_tunnel(port, Format::Vxlan);
+    }
+
+    /// Enters a port to the other nodes for what is wrapped like this.
+    pub fn add_tunnel(&mut self, port: PortId, format: Format) {
+        self.tunnels[format as usize] = Some(port);
         self.set_port(port, Role::Underlay);
+    }
+
+    /// Enters a port by which frames leave without a tunnel.
+    pub fn add_uplink(&mut self, port: PortId) {
+        self.set_port(port, Role::Uplink);
     }
 
     /// Enters a node and routes to its ranges.
@@ -290,15 +336,27 @@ impl Tables {
     /// sends fragments.
     pub fn mtu_to(&self, id: NodeId, is_v6: bool) -> u32 {
         let least = if is_v6 { LEAST_V6 } else { LEAST_V4 };
-        self.path_mtus.get(&id).map_or(self.tunnel_mtu, |mtu| self.tunnel_mtu.min((*mtu).max(least)))
+        let usual = self.node(id).map_or(self.tunnel_mtu, |node| self.tunnel_mtu.min(node.mtu.max(least)));
+        self.path_mtus.get(&id).map_or(usual, |mtu| usual.min((*mtu).max(least)))
     }
 
     /// What whoever is behind a port may send and receive.
     pub fn limits(&self, port: PortId) -> Option<&Limits> {
         match self.role(port)? {
             Role::Pod(pod) | Role::Host(pod) => Some(&pod.limits),
-            Role::Underlay => None,
+            Role::Underlay | Role::Uplink => None,
         }
+    }
+
+    /// The next hops of a group; none if there is no such group.
+    pub fn group(&self, id: GroupId) -> &NextHops {
+        const NONE: &NextHops = &NextHops::none();
+        self.next_hops.get(usize::from(id.0)).unwrap_or(NONE)
+    }
+
+    /// Where the kernel's main table leads for an address.
+    pub fn outside(&self, address: IpAddr) -> Option<GroupId> {
+        self.outside.find(IpNet::from(address))
     }
 
     /// A node by number.

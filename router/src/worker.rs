@@ -36,24 +36,25 @@ use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::bridge::Fdb;
 use crate::control;
 use crate::control::{
     Command, Event, Half, NewPort, PortEnd, PortSnapshot, Removed, RouterConfig, RouterError, Snapshot, UplinkHalf,
 };
 use crate::drop_reason::DropReason;
-use crate::forward::Forwarder;
+use crate::forward::{Forwarder, Memory};
 use crate::frame::Frame;
 use crate::gather::gather;
 use crate::pace::{self, Bucket};
 use crate::pool::Pool;
+use crate::port::packet::PacketPort;
+use crate::port::raw::RawPort;
 use crate::port::sys::xsk::Umem;
 use crate::port::tap::TapPort;
 use crate::port::udp::UdpPort;
 use crate::port::xdp::{KernelWay, XdpPort, XdpUnderlay};
 use crate::port::{BATCH, Batch, Capabilities, Outbox, Port, PortId, QUEUE, Queue, Received};
 use crate::probing::Question;
-use crate::returns::{Returns, ReturnsUse};
+use crate::returns::ReturnsUse;
 use crate::tables::Tables;
 use crate::time::Instant;
 use attention::Attention;
@@ -69,8 +70,7 @@ const BUSY_RETRY: Duration = Duration::from_millis(1);
 #[derive(Clone)]
 pub(crate) struct Shared {
     pub(crate) tables: Arc<ArcSwap<Tables>>,
-    pub(crate) fdb: Arc<Fdb>,
-    pub(crate) returns: Arc<Returns>,
+    pub(crate) memory: Memory,
     pub(crate) events: Sender<Event>,
     pub(crate) news: Sender<News>,
 }
@@ -185,7 +185,7 @@ impl Worker {
             } else {
                 Pool::new(config.chunks, config.supers)?
             },
-            forwarder: Forwarder::sharing(shared.fdb, shared.returns, config),
+            forwarder: Forwarder::sharing(shared.memory, config),
             outbox: Outbox::new(),
             next_tick: None,
             batch: Batch::new(),
@@ -498,8 +498,10 @@ impl Worker {
         let tunnel_mtu = self.tables.load().tunnel_mtu;
         let port: Box<dyn Port> = match half {
             Half::Tap { tap, receives } => Box::new(TapPort::new(tap, id, receives)),
+            Half::Outlet(outlet) => Box::new(PacketPort::new(outlet, id)),
             Half::Xdp { device, .. } => Box::new(XdpPort::new(*device, &self.pool, id).map_err(RouterError::Device)?),
             Half::Underlay(sockets) => Box::new(UdpPort::new(sockets, id, tunnel_mtu)),
+            Half::Raw { half, receives } => Box::new(RawPort::new(half, id, receives, tunnel_mtu)),
             Half::Uplink(half) => self.uplink(id, *half, tunnel_mtu).map_err(RouterError::Device)?,
         };
         self.insert(id, port, shared).map_err(RouterError::Device)
@@ -545,7 +547,10 @@ impl Worker {
     }
 
     fn remove(&mut self, id: PortId) -> Option<Removed> {
-        self.ports.get_mut(id.index())?.as_ref()?;
+        let slot = self.ports.get_mut(id.index())?.as_mut()?;
+        if let Some(port) = &mut slot.port {
+            port.count(self.forwarder.stats());
+        }
         let device = self.retire(id);
         self.ports[id.index()] = None;
         Some(Removed { stats: *self.forwarder.stats().port(id), device })
@@ -554,6 +559,9 @@ impl Worker {
     fn snapshot(&mut self, flows: bool) -> Snapshot {
         let now = Instant::boottime();
         let stats = self.forwarder.stats();
+        for port in self.ports.iter_mut().flatten().filter_map(|slot| slot.port.as_mut()) {
+            port.count(stats);
+        }
         let ports = self.ports.iter().enumerate().filter_map(|(index, slot)| {
             let (id, slot) = (PortId(index as u16), slot.as_ref()?);
             let capabilities = slot.port.as_ref().map_or(slot.capabilities, |port| port.capabilities());
@@ -627,9 +635,8 @@ mod tests {
     fn shared() -> (Shared, Receiver<Event>) {
         let (sender, events) = channel::unbounded();
         let tables = Arc::new(ArcSwap::from_pointee(tables()));
-        let fdb = Arc::new(Fdb::new(64, Duration::from_secs(300), 1));
-        let returns = Arc::new(Returns::new(64, 1));
-        (Shared { tables, fdb, returns, events: sender, news: channel::bounded(16).0 }, events)
+        let memory = Memory::new(&RouterConfig { fdb_limit: 64, host_flows: 64, seed: 1, ..RouterConfig::default() });
+        (Shared { tables, memory, events: sender, news: channel::bounded(16).0 }, events)
     }
 
     /// A port that no other worker has.

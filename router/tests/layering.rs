@@ -14,8 +14,21 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const STEPS: [&str; 12] =
-    ["bridge", "budget", "neigh", "route", "policy", "conntrack", "returns", "nat", "tunnel", "icmp", "gateway", "probing"];
+const STEPS: [&str; 13] = [
+    "bridge",
+    "budget",
+    "neigh",
+    "route",
+    "policy",
+    "conntrack",
+    "returns",
+    "snat",
+    "nat",
+    "tunnel",
+    "icmp",
+    "gateway",
+    "probing",
+];
 
 /// What a step may import from this crate: values to speak of. Of `port` that is the number of one, of `tables` everything but
 /// the snapshot as a whole.

@@ -81,7 +81,7 @@ pub fn wrap() -> Wrapped {
     // understands the unified hierarchy alone, whatever the machine has.
     let script = format!(
         "#!/bin/sh\nexport CONTAINERS_CONF={}\nexec nsenter --mount=/proc/{}/ns/mnt -- unshare --mount sh -ec '\n\
-         mount -t cgroup2 none /sys/fs/cgroup\nexec {} run --rm --quiet --network host --pull never \
+         mkdir -p /run/weft\nmount -t cgroup2 none /sys/fs/cgroup\nexec {} run --rm --quiet --network host --pull never \
          --ulimit nofile=16384:16384 --ulimit nproc=4096:4096 {} \
          -v /run/weft:/run/weft -v /tmp:/tmp localhost/weft:test \"$@\"' weftd \"$@\"\n",
         folder.join("containers.conf").display(),

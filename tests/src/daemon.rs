@@ -1,6 +1,7 @@
 //! A running weftd, asked over its socket and looked at through `/proc`.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -78,6 +79,13 @@ impl Daemon {
         drops.iter().filter(|drop| drop.reason == reason).map(|drop| drop.count).sum()
     }
 
+    /// Of what entered or left by a port, how much ended for that reason.
+    #[track_caller]
+    pub fn lost_at(&self, port: u32, reason: &str) -> u64 {
+        let drops: Vec<DropInfo> = self.ask(&Request::Drops);
+        drops.iter().filter(|drop| drop.port == port && drop.reason == reason).map(|drop| drop.count).sum()
+    }
+
     /// All drop counters by name, over all ports.
     #[track_caller]
     pub fn all_drops(&self) -> BTreeMap<String, u64> {
@@ -133,6 +141,17 @@ impl Daemon {
     #[track_caller]
     pub fn descriptors(&self) -> usize {
         std::fs::read_dir(Path::new("/proc").join(self.pid.to_string()).join("fd")).expect("it runs").count()
+    }
+
+    /// The limit on its descriptors (RLIMIT_NOFILE) below which so many numbers are free. The limit is on numbers, and those in use may
+    /// have gaps.
+    #[track_caller]
+    pub fn limit_with_room(&self, room: u64) -> u64 {
+        let folder = Path::new("/proc").join(self.pid.to_string()).join("fd");
+        let entries = std::fs::read_dir(folder).expect("it runs").flatten();
+        let open: BTreeSet<u64> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+        let mut free = (0..).filter(|number| !open.contains(number));
+        free.nth(room as usize).expect("numbers do not end")
     }
 
     /// The XDP programs and maps that it keeps.

@@ -49,7 +49,7 @@ fn frame(bytes: &[u8]) -> Option<(Input, &[u8])> {
     let (len, rest) = rest.split_first_chunk::<2>()?;
     let (frame, rest) = rest.split_at(usize::from(u16::from_be_bytes(*len)).min(rest.len()).min(4096));
     let port = u16::from(from & 7) % (PODS + 2);
-    let outer = (port == 0).then(|| Outer { peer: node_underlay(u16::from(from >> 4 & 3)), entropy: 0, tos: 0 });
+    let outer = (port == 0).then(|| Outer::vxlan(node_underlay(u16::from(from >> 4 & 3))));
     // What the TAP port refuses never becomes a frame.
     let offload = weft_encap::virtio::parse(header, frame.len()).unwrap_or_default();
     let offload = if outer.is_some() { Offload::default() } else { offload };
@@ -63,7 +63,7 @@ pub fn underlay(bytes: &[u8]) {
     exercise::partial_checksum(bytes);
     for mode in [Mode::Routed, Mode::Bridged] {
         let mut memory = Memory::new(tables(mode));
-        let outer = Some(Outer { peer: node_underlay(0), entropy: 0, tos: 0 });
+        let outer = Some(Outer::vxlan(node_underlay(0)));
         let input = Input { outer, ..Input::pod(0, bytes.get(..bytes.len().min(4096)).unwrap_or_default().to_vec()) };
         memory.feed(&input);
     }

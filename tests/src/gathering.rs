@@ -55,7 +55,7 @@ pub fn packets(bytes: &[u8]) -> Vec<Packet> {
         let mut packet = packet(record, stream, &mut sources[stream], from_nodes);
         if from_nodes {
             packet.bytes.splice(..0, frames::vxlan(1));
-            packet.outer = Some(Outer { peer: node_underlay(stream as u16 >> 1 & 1), entropy: 0, tos: 0 });
+            packet.outer = Some(Outer::vxlan(node_underlay(stream as u16 >> 1 & 1)));
         }
         all.push(packet);
         let len = all.len();

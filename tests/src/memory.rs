@@ -86,7 +86,7 @@ pub fn tables(mode: Mode) -> Tables {
     for node in 0..NODES {
         let ranges = [format!("10.244.{}.0/24", 2 + node), format!("fd00:10:244:{}::/64", 2 + node)];
         let ranges = ranges.map(|range| range.parse().expect("a prefix")).to_vec();
-        tables.add_node(NodeId(node), Node { underlay: node_underlay(node), vtep_mac: node_vtep(node), ranges });
+        tables.add_node(NodeId(node), Node::new(node_underlay(node), node_vtep(node), ranges));
     }
     tables.add_route("10.244.1.0/24".parse().expect("a prefix"), Via::Local);
     tables.add_route("fd00:10:244:1::/64".parse().expect("a prefix"), Via::Local);
@@ -128,7 +128,7 @@ impl Input {
     /// From any address in the underlay, behind any tunnel header.
     pub fn underlay(peer: IpAddr, tunnel: [u8; 8], inner: &[u8]) -> Input {
         let bytes = [&tunnel[..], inner].concat();
-        Input { outer: Some(Outer { peer, entropy: 0, tos: 0 }), ..Input::pod(0, bytes) }
+        Input { outer: Some(Outer::vxlan(peer)), ..Input::pod(0, bytes) }
     }
 
     /// From a member node.

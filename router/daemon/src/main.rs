@@ -8,6 +8,7 @@ mod api;
 mod attach;
 mod conflist;
 mod control;
+mod egress;
 mod hostport;
 mod log;
 mod metrics;
@@ -183,6 +184,9 @@ async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: L
         }
         early = Some(socket);
     }
+    let workers = node::workers(&config);
+    // Before anybody is told what this node takes in.
+    let tunnels = uplink::Tunnels::open(&mut config, workers);
     let known = known_before(&config);
     let mut following = source::follow(&config, known.clone());
     let view = match following.as_mut().zip(early.as_ref()) {
@@ -197,7 +201,7 @@ async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: L
     };
     let (socket_path, first) = (config.socket.clone(), view.cluster.clone());
     let (kicks, kicked) = std::sync::mpsc::channel();
-    let (mut node, removals) = Node::start(config, view, path, level, kicks)?;
+    let (mut node, removals) = Node::start(config, tunnels, view, path, level, kicks)?;
     node.orders = following.as_ref().map(|following| following.orders.clone());
     let node = Arc::new(node);
     watch_veths(&node, removals)?;
@@ -210,6 +214,12 @@ async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: L
             node.path_mtus_changed();
         }
     });
+    let listener = Arc::downgrade(&node);
+    node.egress.on_change(Box::new(move || {
+        if let Some(node) = listener.upgrade() {
+            node.leads_changed();
+        }
+    }));
     if first.is_some_and(|first| known.as_ref() != Some(&*first)) {
         node.keep_cluster();
     }

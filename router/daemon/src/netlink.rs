@@ -32,6 +32,7 @@ use weft_encap::mac::Mac;
 use crate::control::host::{Host, Interface};
 
 pub mod routes;
+pub mod table;
 
 /// A netlink message of one dump is at most this long; the kernel sizes its own by what the reader offers, up to 32 KiB.
 const BUFFER: usize = 32 * 1024;
@@ -323,7 +324,8 @@ impl Netlink {
             addresses: addresses.iter().filter(|(at, _)| *at == link.index).map(|(_, net)| net.addr()).collect(),
         };
         let interfaces = self.links()?.into_iter().map(interface).collect();
-        Ok(Host { interfaces, ..Host::default() })
+        let subnets = addresses.iter().map(|(_, net)| *net).collect();
+        Ok(Host { interfaces, subnets, ..Host::default() })
     }
 
     /// Gives a namespace a number here.

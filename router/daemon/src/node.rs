@@ -7,7 +7,6 @@
 mod told;
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
@@ -19,7 +18,7 @@ use rustix::time::{ClockId, clock_gettime};
 use weft_api::{AttachmentKey, Counters};
 use weft_ipam::Store;
 use weft_router::stats::PortStats;
-use weft_router::tables::Pod;
+use weft_router::tables::{NodeId, Pod, WayOut};
 use weft_router::{PortEnd, PortId, Router, RouterConfig, Snapshot, Tables, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
@@ -32,14 +31,16 @@ use crate::attach::veth::Veth;
 use crate::attach::watch::Watch;
 use crate::control::compile::{compile, with_pod, without_pod};
 use crate::control::config::{Config, default_workers};
-use crate::control::desired::{DesiredState, HOST, PortNumbers, UNDERLAY};
+use crate::control::desired::{DesiredState, HOST, OUTLETS, PortNumbers, is_underlay};
 use crate::control::source::{Order, View};
+use crate::egress::answers::AnswerLeads;
+use crate::egress::{Egress, Leads, Outlets};
 use crate::hostport::HostPort;
 
 use crate::log::LogLevel;
 use crate::metrics::Requests;
 use crate::probing::Probing;
-use crate::uplink::Uplink;
+use crate::uplink::{Tunnels, Uplink};
 use told::{joined, rules};
 pub use told::{log_warnings, read_config};
 
@@ -58,6 +59,12 @@ pub struct Node {
     pub uplink: Uplink,
     /// What is known of the ways to other nodes.
     pub probing: Probing,
+    /// What leaves without a tunnel.
+    pub egress: Egress,
+    /// What leads answers from outside to the host port.
+    pub answers: AnswerLeads,
+    /// The interfaces by which it does.
+    pub outlets: Outlets,
     /// The kinds of devices that pods can have here.
     pub devices: Devices,
     /// The leases.
@@ -122,6 +129,7 @@ impl Node {
     /// What could not be had, and what to do.
     pub fn start(
         local: Config,
+        tunnels: Tunnels,
         view: View,
         config_path: PathBuf,
         log_level: LogLevel,
@@ -137,14 +145,16 @@ impl Node {
         store.set_rules(rules(&config, &store, &view.pods));
         // What rests is written down by the clock of its boot: before anything else is asked of the store.
         store.begin_boot(census.boot(), since_boot()).context("cannot write to the lease store")?;
-        let workers = config.workers.unwrap_or_else(|| default_workers(cpus()));
+        let workers = workers(&config);
         let desired = DesiredState::new(Arc::new(config));
         let epoch = 1;
-        let sizes = RouterConfig { workers, seed: random_seed()?, probe_secret: random_seed()?, ..desired.config.sizes() };
+        let sizes =
+            RouterConfig { workers, seed: random_seed()?, probe_secret: random_seed()?, ..desired.config.sizes() };
         let router = Router::start(sizes, compile(&desired, epoch))
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
-        let uplink = Uplink::open(&desired.config.underlay, &router)?;
+        let uplink = Uplink::open(&desired.config.underlay, tunnels, &router)?;
         uplink.set_nodes(router.tables().members.keys().copied());
+        let egress = Egress::start(&desired.config)?;
         let (removed, removals) = mpsc::channel();
         let devices = Devices::new(desired.config.port, desired.config.mtu, workers, removed);
         let state = State {
@@ -164,6 +174,9 @@ impl Node {
             router,
             uplink,
             probing: Probing::default(),
+            egress,
+            answers: AnswerLeads::default(),
+            outlets: Outlets::default(),
             devices,
             store,
             census,
@@ -191,18 +204,55 @@ impl Node {
     pub fn ways_changed(&self) {
         let measured = self.probing.measured();
         let mut state = self.state();
-        let most = state.desired.config.mtu;
-        let narrow = |all: &BTreeMap<IpAddr, u32>| -> Vec<(IpAddr, u32)> {
-            all.iter().filter(|(_, mtu)| **mtu < most).map(|(node, mtu)| (*node, *mtu)).collect()
-        };
-        if narrow(&measured) == narrow(&state.desired.measured) {
-            // The tables are the same: it counts if pods use more one day.
-            state.desired.measured = measured;
-            return;
-        }
         self.uplink.measured(&measured);
         let desired = DesiredState { measured, ..state.desired.clone() };
+        let (before, after) = (self.router.tables(), compile(&desired, state.epoch));
+        let mtus = |tables: &Tables| -> Vec<[u32; 2]> {
+            let ids = (0..tables.nodes.len()).map(|index| NodeId(index as u16));
+            ids.map(|id| [tables.mtu_to(id, false), tables.mtu_to(id, true)]).collect()
+        };
+        if mtus(&before) == mtus(&after) {
+            // It counts if pods use more one day. Until then, no flow has to be decided anew.
+            state.desired = desired;
+        } else {
+            self.put_in_force(&mut state, desired);
+        }
+    }
+
+    /// Has answers to what leaves in the node's name come back by the host port; the interfaces where they do.
+    fn lead_answers(&self, config: &Config, leads: &Leads) -> Vec<WayOut> {
+        let ports = config.masquerade.as_ref().map(|masquerade| (masquerade.limits.first, masquerade.limits.last));
+        let ways = self.answers.follow(&leads.ways, &leads.own, self.host.interface(), ports);
+        if !leads.own.is_empty() {
+            self.router.snat().forget(|address| !leads.own.contains(&address));
+        }
+        ways
+    }
+
+    /// The host port's interface is another one.
+    pub fn host_made(&self) {
+        let mut state = self.state();
+        let ways_out = self.lead_answers(&state.desired.config, &state.desired.leads);
+        let desired = DesiredState { ways_out, ..state.desired.clone() };
         self.put_in_force(&mut state, desired);
+    }
+
+    /// The kernel's routes or neighbours lead elsewhere.
+    pub fn leads_changed(&self) {
+        let mut retired = PortStats::default();
+        let leads = self.outlets.follow(&self.egress.found(), &self.router, &mut retired);
+        let mut state = self.state();
+        state.retired += &retired;
+        if let Some(leads) = leads {
+            let moved = leads.peers.keys().ne(state.desired.leads.peers.keys());
+            let ways_out = self.lead_answers(&state.desired.config, &leads);
+            let desired = DesiredState { leads, ways_out, ..state.desired.clone() };
+            self.put_in_force(&mut state, desired);
+            drop(state);
+            if moved {
+                self.host.kick();
+            }
+        }
     }
 
     /// What requests change. Never hold it while working on devices or inside namespaces.
@@ -285,13 +335,16 @@ impl Node {
         if !dead {
             return;
         }
-        if port == UNDERLAY {
-            tracing::error!("the underlay's socket is broken: other nodes cannot be reached; restart weftd");
+        if is_underlay(port) {
+            tracing::error!(%port, "an underlay's socket is broken: other nodes cannot be reached by it; restart weftd");
             return;
         }
         if port == HOST {
             tracing::warn!("the host port's interface is gone: it is made anew");
             return self.host.lost();
+        }
+        if OUTLETS.contains(&port.0) {
+            return self.outlet_gone(port);
         }
         let key = {
             let state = self.state();
@@ -308,6 +361,18 @@ impl Node {
                     "the pod is cut off, for its port's code panicked, see above: recreate the pod, and report this as a bug"
                 ),
             }
+        }
+    }
+
+    /// An interface that frames left by is gone: what it led to goes other ways, and it is opened anew if it is back.
+    fn outlet_gone(&self, port: PortId) {
+        if self.outlets.lost(port) {
+            tracing::warn!(%port, "an interface that frames left by is gone");
+            if let Ok(Some(last)) = self.router.remove_port(port) {
+                self.state().retired += &last;
+            }
+            self.leads_changed();
+            self.egress.look_again();
         }
     }
 
@@ -442,6 +507,7 @@ impl Node {
     fn put_compiled(&self, desired: &DesiredState, epoch: u64) {
         let tables = compile(desired, epoch);
         self.uplink.set_nodes(tables.members.keys().copied());
+        self.egress.follow(&desired.config);
         self.router.set_tables(tables);
     }
 }
@@ -455,6 +521,11 @@ pub fn since_boot() -> u64 {
     let now = clock_gettime(ClockId::Boottime);
     let [seconds, nanos] = [now.tv_sec, now.tv_nsec].map(|part| u64::try_from(part).unwrap_or_default());
     seconds * 1000 + nanos / 1_000_000
+}
+
+/// How many workers the data plane has.
+pub fn workers(config: &Config) -> usize {
+    config.workers.unwrap_or_else(|| default_workers(cpus()))
 }
 
 /// CPUs that weftd may use.

@@ -18,8 +18,8 @@ use super::{
 use crate::port::PortId;
 use crate::port::sys::xsk::Umem;
 use crate::port::udp::{Sockets, Underlay};
-use crate::probing::Question;
 use crate::port::xdp::{KeptProgram, OpenUplink, PodProgram, XdpDevice};
+use crate::probing::Question;
 use crate::stats::PortStats;
 use crate::worker::{self, Spawned};
 
@@ -72,7 +72,13 @@ impl Workers {
             Ok(Handle { commands, waker, umem, ended, thread: Some(thread) })
         };
         let all = (0..count).map(start).collect::<io::Result<_>>()?;
-        Ok(Workers { all, owners: Mutex::default(), pods: Mutex::default(), kept: Mutex::default(), turn: AtomicUsize::new(0) })
+        Ok(Workers {
+            all,
+            owners: Mutex::default(),
+            pods: Mutex::default(),
+            kept: Mutex::default(),
+            turn: AtomicUsize::new(0),
+        })
     }
 
     pub(super) fn count(&self) -> usize {
@@ -138,9 +144,20 @@ impl Workers {
                 let halves = self.open_veth(interface, self.place(id, false)?).map_err(RouterError::Device)?;
                 Ok(halves.into_iter().map(|(worker, half)| (worker, port(half, 1))).collect())
             }
+            Device::Outlet(outlet) => {
+                let outlet = Arc::new(outlet);
+                let half = |worker| (worker, port(Half::Outlet(Arc::clone(&outlet)), 1));
+                Ok((0..count).map(half).collect())
+            }
             Device::Underlay(underlay) => {
                 let half = |sockets| port(Half::Underlay(sockets), count as u32);
                 Ok(self.sockets(underlay)?.into_iter().map(half).enumerate().collect())
+            }
+            Device::Raw(tunnel) => {
+                self.check_workers(tunnel.workers())?;
+                let owner = self.place(id, true)?;
+                let half = |(worker, half)| (worker, port(Half::Raw { half, receives: worker == owner }, 1));
+                Ok(tunnel.into_halves().enumerate().map(half).collect())
             }
             Device::Uplink { underlay, uplink, hops } => {
                 let OpenUplink { devices, tunnel, .. } = uplink;
@@ -156,12 +173,16 @@ impl Workers {
 
     /// An underlay's sockets, if there are some for each worker.
     fn sockets(&self, underlay: Underlay) -> Result<Vec<Sockets>, RouterError> {
-        let (sockets, count) = (underlay.into_sockets(), self.count());
-        if sockets.len() != count {
-            let what = format!("there are sockets for {} workers, but {count} workers", sockets.len());
-            return Err(RouterError::Device(io::Error::new(io::ErrorKind::InvalidInput, what)));
-        }
+        let sockets = underlay.into_sockets();
+        self.check_workers(sockets.len())?;
         Ok(sockets)
+    }
+
+    fn check_workers(&self, sockets: usize) -> Result<(), RouterError> {
+        let count = self.count();
+        let what = || format!("there are sockets for {sockets} workers, but {count} workers");
+        let wrong = || RouterError::Device(io::Error::new(io::ErrorKind::InvalidInput, what()));
+        if sockets == count { Ok(()) } else { Err(wrong()) }
     }
 
     /// The chunks of each worker.
@@ -289,7 +310,10 @@ impl Workers {
 
 impl NewPort {
     fn receives(&self) -> bool {
-        !matches!(self.half, Half::Tap { receives: false, .. } | Half::Xdp { receives: false, .. })
+        !matches!(
+            self.half,
+            Half::Tap { receives: false, .. } | Half::Xdp { receives: false, .. } | Half::Raw { receives: false, .. }
+        )
     }
 }
 

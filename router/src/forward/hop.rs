@@ -8,7 +8,7 @@ use crate::packet::{Ip, Packet};
 use crate::path::{Hop, Learned, Macs, Path, Rewrite, Sender};
 use crate::port::PortId;
 use crate::route;
-use crate::tables::{Mode, Neighbour, Role, Tables, Via};
+use crate::tables::{GroupId, Mode, Neighbour, Role, Tables, Via};
 use crate::time::Instant;
 
 /// A hop, what is rewritten on the way there, and the learned MAC that it rests on.
@@ -20,18 +20,19 @@ impl Forwarder {
         packet: &Packet,
         to: &AddressedTo,
         tables: &Tables,
+        hash: u64,
         now: Instant,
     ) -> Result<Way, DropReason> {
         match (to, packet.ip()) {
             (AddressedTo::Neighbour(mac), _) => self.bridge_to(*mac, packet, tables, now),
-            (AddressedTo::Router, Some(ip)) => route_to(ip, packet, tables),
+            (AddressedTo::Router, Some(ip)) => route_to(ip, packet, tables, hash),
             (AddressedTo::Router | AddressedTo::Group, _) => Err(DropReason::NotIp),
         }
     }
 
     /// By MAC: a local pod's stands in the tables, others are learned; an unknown one may be anywhere among the other nodes.
     fn bridge_to(&self, mac: Mac, packet: &Packet, tables: &Tables, now: Instant) -> Result<Way, DropReason> {
-        let bridged = |mtu| Rewrite { routed: None, mtu };
+        let bridged = |mtu| Rewrite { routed: None, mtu, translation: None };
         if let Some(&port) = tables.macs.get(&mac) {
             if packet.sender == Sender::Port(port) {
                 return Err(DropReason::Hairpin);
@@ -56,8 +57,8 @@ impl Forwarder {
 }
 
 /// By longest prefix, then by neighbour if the prefix is here.
-fn route_to(ip: &Ip, packet: &Packet, tables: &Tables) -> Result<Way, DropReason> {
-    let routed = |dst, src, mtu| Rewrite { routed: Some(Macs { dst, src }), mtu };
+fn route_to(ip: &Ip, packet: &Packet, tables: &Tables, hash: u64) -> Result<Way, DropReason> {
+    let routed = |dst, src, mtu| Rewrite { routed: Some(Macs { dst, src }), mtu, translation: None };
     match route::find(ip.dst, &tables.routes4, &tables.routes6) {
         // What leads out of the pod network is this node's to route.
         Err(DropReason::NoRoute) if let Some(host) = host_for(packet, tables) => {
@@ -70,12 +71,23 @@ fn route_to(ip: &Ip, packet: &Packet, tables: &Tables) -> Result<Way, DropReason
             let rewrite = routed(neighbour.mac, tables.gateway.mac, port_mtu(neighbour.port, tables));
             Ok((Hop::Port(neighbour.port), rewrite, None))
         }
-        Ok(Via::Node(_)) if matches!(packet.sender, Sender::Node(_)) => Err(DropReason::NotForUs),
+        Ok(Via::Node(_) | Via::Uplink(_)) if matches!(packet.sender, Sender::Node(_)) => Err(DropReason::NotForUs),
+        Ok(Via::Uplink(group)) => by_uplink(group, packet, tables, hash),
         Ok(Via::Node(id)) => {
             let node = tables.node(id).ok_or(DropReason::NoRoute)?;
             Ok((Hop::Node(id), routed(node.vtep_mac, tables.vtep_mac, tables.mtu_to(id, ip.dst.is_ipv6())), None))
         }
     }
+}
+
+/// To the next hop that a flow with this hash has in a group. While none is known the node's kernel routes the packet, and looks for one.
+pub(super) fn by_uplink(group: GroupId, packet: &Packet, tables: &Tables, hash: u64) -> Result<Way, DropReason> {
+    if let Some(next) = tables.group(group).choose(hash) {
+        return Ok((Hop::Port(next.port), Rewrite { routed: Some(next.macs), mtu: next.mtu, translation: None }, None));
+    }
+    let host = host_for(packet, tables).ok_or(DropReason::NoNextHop)?;
+    let Path { hop, rewrite, .. } = returning::to_host(host, tables);
+    Ok((hop, rewrite, None))
 }
 
 /// The host port, for packets of this node's pods: what it sent itself it has no use for, and other nodes have their own.
@@ -87,6 +99,6 @@ fn host_for(packet: &Packet, tables: &Tables) -> Option<Neighbour> {
 pub(super) fn port_mtu(port: PortId, tables: &Tables) -> u32 {
     match tables.role(port) {
         Some(Role::Pod(pod) | Role::Host(pod)) => pod.mtu,
-        Some(Role::Underlay) | None => 0,
+        Some(Role::Underlay | Role::Uplink) | None => 0,
     }
 }

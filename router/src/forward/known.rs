@@ -7,14 +7,15 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use weft_encap::vxlan::VXLAN_LEN;
-
 use super::Forwarder;
+use super::leaving::tcp_flags;
 use super::returning::is_tied;
 use crate::bridge::Fdb;
 use crate::conntrack::{self, Entry, To};
 use crate::frame::Frame;
 use crate::glimpse::{Glimpse, glimpse};
+use crate::nat::Place;
+use crate::packet::L3;
 use crate::path::Sender;
 use crate::port::Outbox;
 use crate::tables::{NodeId, Tables};
@@ -38,8 +39,7 @@ impl Forwarder {
         let (meta, head) = frame.parts();
         let (start, sender) = match &meta.outer {
             None => (0, Sender::Port(meta.ingress())),
-            Some(_) if !tunnel::is_plain(head, tables) => return None,
-            Some(outer) => (VXLAN_LEN, Sender::Node(self.member(&outer.peer, tables)?)),
+            Some(outer) => (tunnel::plain(outer, head, tables)?, Sender::Node(self.member(&outer.peer, tables)?)),
         };
         glimpse(meta, head, start, sender, self.conntrack.seed(), seen)?;
         self.conntrack.prefetch(seen.hash);
@@ -82,6 +82,17 @@ impl Forwarder {
         if entry.asks(|| self.returns.version(), now) && !is_tied(entry, &seen.signature, &self.returns, now) {
             return Err(frame);
         }
+        let translation = match entry.translated() {
+            None => None,
+            Some((handle, side)) => {
+                let (l4, protocol) = (usize::from(seen.start) + seen.l4(), entry.protocol());
+                let passed = self.snat.pass(handle, side, tcp_flags(&frame, l4, protocol), now);
+                if passed.is_none() {
+                    return Err(frame);
+                }
+                passed
+            }
+        };
         entry.seen(seen.len as usize, now);
         let to = entry.to();
         frame.strip(seen.start.into(), seen.len as usize);
@@ -90,6 +101,11 @@ impl Forwarder {
         }
         if routed && let Some(macs) = entry.routed() {
             nat::route(frame.head_mut(), macs, seen.v4);
+        }
+        if let Some(translation) = &translation {
+            let place = Place { l3: L3, l4: seen.l4(), protocol: seen.signature.protocol() };
+            let partial = frame.offload.partial.is_some();
+            nat::translate(frame.head_mut(), place, translation, partial);
         }
         if seen.start > 0 {
             self.hear(seen, slot, now);
@@ -105,7 +121,8 @@ impl Forwarder {
     pub(super) fn holds(&self, slot: usize, tables: &Tables, now: Instant) -> bool {
         let entry = self.conntrack.entry(slot);
         let unmoved = |learned| entry.fdb_version() == self.fdb.version() || self.fdb.holds(&learned, now);
-        entry.is_of(tables.epoch) && entry.learned().is_none_or(unmoved)
+        // What is translated is decided anew: it may have to be opened.
+        entry.is_of(tables.epoch) && entry.translated().is_none() && entry.learned().is_none_or(unmoved)
     }
 
     /// A node sent a frame of a known flow: tells the FDB, if it may not know or is to be told again.

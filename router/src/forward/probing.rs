@@ -11,7 +11,7 @@ use crate::frame::Frame;
 use crate::packet::Packet;
 use crate::path::{Macs, Sender};
 use crate::pool::Pool;
-use crate::port::{BATCH, Outbox};
+use crate::port::{BATCH, Outbox, PortId};
 use crate::probing::{self as probe, Ends, Heard, LONGEST, Probe, Question};
 use crate::tables::{Node, NodeId, Tables};
 use crate::time::Instant;
@@ -37,9 +37,8 @@ impl Probing {
 impl Forwarder {
     /// Asks a node a question, if it is there and has an address of our family.
     pub fn ask(&mut self, question: &Question, tables: &Tables, now: Instant, pool: &Pool, out: &mut Outbox) {
-        let (Some(node), Some(port), Some(from)) = (tables.node(question.node), tables.underlay, tables.address) else {
-            return;
-        };
+        let Some((node, port)) = way_to(question.node, tables) else { return };
+        let Some(from) = tables.address else { return };
         let (ends, macs) = (Ends { from, to: node.underlay }, Macs { dst: node.vtep_mac, src: tables.vtep_mac });
         self.probing.bytes.resize(ETH_LEN + LONGEST as usize, 0);
         let Probing { secret, bytes, .. } = &mut self.probing;
@@ -88,7 +87,7 @@ impl Forwarder {
 
     /// Sends a probe, which is no traffic.
     fn send_whole(&mut self, id: NodeId, mut frame: Frame, entropy: u16, tables: &Tables, out: &mut Outbox) {
-        let (Some(node), Some(underlay)) = (tables.node(id), tables.underlay) else {
+        let Some((node, underlay)) = way_to(id, tables) else {
             return self.stats.drop(frame, DropReason::NoRoute);
         };
         match crate::tunnel::encapsulate(&mut frame, node, tables, entropy) {
@@ -99,6 +98,12 @@ impl Forwarder {
             Err(reason) => self.stats.drop(frame, reason),
         }
     }
+}
+
+/// A node, and the port by which frames to it leave.
+fn way_to(id: NodeId, tables: &Tables) -> Option<(&Node, PortId)> {
+    let node = tables.node(id)?;
+    Some((node, tables.tunnels[node.encap as usize]?))
 }
 
 /// Whether a packet of this node is a probe for us.

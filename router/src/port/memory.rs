@@ -117,7 +117,7 @@ impl MemoryPort {
     }
 
     fn send_frame(&mut self, frame: &mut Frame) -> Result<(u64, u64), DropReason> {
-        let base = if frame.outer.is_some() { TUNNEL_HEADER } else { 0 };
+        let base = frame.base();
         if !self.capabilities.take(&frame.offload) {
             if frame.offload.gso.is_some() {
                 return self.send_segments(frame, base);

@@ -20,11 +20,14 @@ use crate::stats::Stats;
 
 pub mod memory;
 mod outbox;
+pub mod packet;
+pub mod raw;
 #[cfg(test)]
 pub(crate) mod sample;
 pub(crate) mod software;
 pub mod sys;
 pub mod tap;
+pub mod tcx;
 pub mod udp;
 pub mod xdp;
 
@@ -95,6 +98,11 @@ impl Batch {
     /// Whether no more frames shall be added.
     pub fn is_full(&self) -> bool {
         self.frames.len() >= self.most_frames
+    }
+
+    /// How many more frames it takes.
+    pub fn room(&self) -> usize {
+        self.most_frames.saturating_sub(self.frames.len())
     }
 
     /// Takes all frames out, first to last.
@@ -220,6 +228,9 @@ pub trait Port {
     /// Has a port that only sent receive, too: the worker that received from this device is gone.
     fn receive_too(&mut self) {}
 
+    /// Enters what the kernel has counted and tells only who asks.
+    fn count(&mut self, _stats: &mut Stats) {}
+
     /// What it takes on transmit.
     fn capabilities(&self) -> Capabilities;
 
@@ -236,7 +247,7 @@ pub trait Port {
         None
     }
 
-    /// `tap`, `udp`, `memory`.
+    /// `tap`, `xdp`, `udp`, `packet`, `memory`.
     fn kind(&self) -> &'static str;
 }
 

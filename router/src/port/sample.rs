@@ -43,7 +43,7 @@ pub(crate) fn udp4(len: usize, size: u16) -> (Packet, Vec<u8>) {
 /// A frame with a VXLAN header in front of it.
 pub(crate) fn tunnelled(inner: &Packet) -> Packet {
     let bytes = [&TUNNEL[..], &inner.bytes].concat();
-    let outer = Outer { peer: IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)), entropy: 5, tos: 0 };
+    let outer = Outer { entropy: 5, ..Outer::vxlan(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2))) };
     Packet { bytes, offload: inner.offload, outer: Some(outer) }
 }
 

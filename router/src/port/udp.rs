@@ -1,4 +1,4 @@
-//! The UDP underlay: tunnel packets through sockets of the host's kernel, superframes included.
+//! The UDP underlay: tunnel packets (VXLAN's or Geneve's) through sockets of the host's kernel, superframes included.
 //!
 //! [`Underlay`] is the [`Sockets`] of all workers: for each of them one that receives on the tunnel's port, and several that
 //! send, each from a source port of its own, so that flows spread over the paths and queues of the network between nodes. Among
@@ -21,6 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::sockopt;
 use socket2::{Domain, Protocol, SockAddr, SockFilter, Socket, Type};
+use weft_encap::format::Format;
 
 use crate::pool::Pool;
 use crate::port::sys::message;
@@ -28,13 +29,13 @@ use crate::port::{Batch, Capabilities, Port, PortId, Queue, Received};
 use crate::stats::Stats;
 
 mod receive;
-mod transmit;
+pub(super) mod transmit;
 
-/// Length of the tunnel header that frames of this port begin with.
+/// Length of the tunnel header that frames of this port begin with; received ones of Geneve's may have options behind it.
 pub const TUNNEL_HEADER: usize = weft_encap::vxlan::VXLAN_LEN;
 
 /// Socket buffers: the default holds about three superframes.
-const SOCKET_BUFFER: usize = 16 << 20;
+pub(super) const SOCKET_BUFFER: usize = 16 << 20;
 
 /// Sockets of the underlay, bound and ready. See the module's essay.
 #[derive(Debug)]
@@ -46,6 +47,7 @@ pub struct Underlay {
 /// One worker's sockets of the underlay.
 #[derive(Debug)]
 pub struct Sockets {
+    format: Format,
     peer_port: u16,
     receive: OwnedFd,
     transmit: Vec<OwnedFd>,
@@ -78,6 +80,7 @@ impl Underlay {
             let receive = receive?.into();
             let transmit = (0..transmit_sockets.max(1)).map(|_| open_transmit(local).map(OwnedFd::from));
             Ok(Sockets {
+                format: Format::Vxlan,
                 peer_port: local.port(),
                 receive,
                 transmit: transmit.collect::<io::Result<_>>()?,
@@ -85,6 +88,13 @@ impl Underlay {
             })
         });
         Ok(Underlay { local, sockets: sockets.collect::<io::Result<_>>()? })
+    }
+
+    /// The same for what is wrapped in another format, Geneve, than in VXLAN.
+    #[must_use]
+    pub fn carrying(mut self, format: Format) -> Underlay {
+        self.sockets.iter_mut().for_each(|sockets| sockets.format = format);
+        self
     }
 
     /// Opens one more socket for each worker, for [`Fragmenting`].
@@ -162,7 +172,7 @@ fn open_fragmenting(local: SocketAddr) -> io::Result<Socket> {
 }
 
 /// Beyond the administrator's limit if we may, up to it otherwise.
-fn force_receive_buffer(socket: &Socket) -> Result<(), Errno> {
+pub(super) fn force_receive_buffer(socket: &Socket) -> Result<(), Errno> {
     sockopt::set_socket_recv_buffer_size_force(socket, SOCKET_BUFFER)
         .or_else(|_| sockopt::set_socket_recv_buffer_size(socket, SOCKET_BUFFER))
 }
@@ -201,10 +211,10 @@ impl UdpPort {
     /// A port of that number. A packet inside the tunnel has at most `tunnel_mtu` bytes, its Ethernet header not
     /// counted.
     pub fn new(sockets: Sockets, id: PortId, tunnel_mtu: u32) -> UdpPort {
-        let Sockets { peer_port, receive, transmit, .. } = sockets;
+        let Sockets { format, peer_port, receive, transmit, .. } = sockets;
         UdpPort {
             socket: receive,
-            receiver: receive::Receiver::new(id, tunnel_mtu),
+            receiver: receive::Receiver::new(id, format, tunnel_mtu),
             sender: transmit::Sender::new(id, peer_port, transmit),
         }
     }
@@ -285,7 +295,7 @@ mod tests {
             let packet = sample::tunnelled(inner);
             let mut frame = Frame::from_bytes(&packet.bytes, PortId(9), &self.pool).unwrap();
             frame.offload = packet.offload;
-            frame.outer = Some(Outer { peer: self.to, entropy, tos: 0 });
+            frame.outer = Some(Outer { entropy, ..Outer::vxlan(self.to) });
             self.stats.received(&frame);
             self.queue.push_back(frame);
         }

@@ -71,7 +71,7 @@ impl Bed {
             tables.add_route(range.parse().unwrap(), Via::Local);
         }
         let ranges = ["10.244.2.0/24", "fd00:10:244:2::/64"].map(|range| range.parse().unwrap()).to_vec();
-        tables.add_node(NodeId(0), Node { underlay: PEER, vtep_mac: PEER_VTEP, ranges });
+        tables.add_node(NodeId(0), Node::new(PEER, PEER_VTEP, ranges));
         let forwarder = Forwarder::new(&RouterConfig::default());
         let now = Instant(1_000_000_000_000);
         Bed { forwarder, tables, pool: Pool::new(512, 64).unwrap(), out: Outbox::new(), now }
@@ -116,7 +116,7 @@ impl Bed {
 
     pub fn underlay_brings(&mut self, peer: IpAddr, bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
         let mut frame = Frame::from_bytes(bytes, UNDERLAY, &self.pool).unwrap();
-        frame.outer = Some(Outer { peer, entropy: 0, tos: 0 });
+        frame.outer = Some(Outer::vxlan(peer));
         self.pass(frame)
     }
 

@@ -76,7 +76,7 @@ fn a_question_from_another_node_reaches_only_the_pod_it_is_about() {
 fn a_flow_follows_a_mac_that_moves_and_tables_that_change() {
     let mut bed = Bed::new(Mode::Bridged, 1);
     let second: IpAddr = "10.200.0.3".parse().unwrap();
-    bed.tables.add_node(NodeId(1), Node { underlay: second, vtep_mac: Mac([2, 0xee, 0, 0, 0, 3]), ranges: vec![] });
+    bed.tables.add_node(NodeId(1), Node::new(second, Mac([2, 0xee, 0, 0, 0, 3]), vec![]));
     let remote = Ipv4Addr::new(10, 244, 2, 9);
     let inner = udp4(REMOTE_MAC, pod_mac(1), remote, pod_v4(1), 64, 5);
     let sent = udp4(pod_mac(1), REMOTE_MAC, pod_v4(1), remote, 64, 5);

@@ -6,5 +6,7 @@ mod bridged;
 mod host;
 mod lies;
 mod limits;
+mod masquerade;
 mod shapes;
+mod uplink;
 mod ways;

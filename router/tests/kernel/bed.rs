@@ -164,6 +164,14 @@ impl Node {
         self.router().set_tables(self.tables());
     }
 
+    /// The same, with something that is not said otherwise.
+    pub fn apply_with(&mut self, change: impl FnOnce(&mut Tables)) {
+        self.epoch += 1;
+        let mut tables = self.tables();
+        change(&mut tables);
+        self.router().set_tables(tables);
+    }
+
     fn tables(&self) -> Tables {
         let number = self.number;
         let mut tables = Tables::empty(Gateway {
@@ -212,7 +220,7 @@ fn ranges(number: u8) -> [ipnet::IpNet; 2] {
 }
 
 fn peer(number: u8, vtep_mac: Mac) -> Peer {
-    Peer { underlay: Ipv4Addr::new(10, 200, 0, number).into(), vtep_mac, ranges: ranges(number).to_vec() }
+    Peer::new(Ipv4Addr::new(10, 200, 0, number).into(), vtep_mac, ranges(number).to_vec())
 }
 
 /// Makes a namespace node 2 with a VXLAN device of the kernel: not learning, neighbours and FDB permanent.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod bed;
+mod outlet;
 mod xdp;
 
 use std::time::{Duration, Instant};

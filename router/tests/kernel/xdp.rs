@@ -655,7 +655,7 @@ fn tunnelled(len: usize, size: u16, to: IpAddr, pool: &Pool) -> Frame {
     let mut frame = Frame::from_bytes(&bytes, ONE, pool).unwrap();
     frame.offload.partial = Some(Partial { start: 34, offset: 6 });
     frame.offload.gso = (size > 0).then_some(Gso { kind: GsoKind::Udp, ecn: false, size, header_len: 42 });
-    frame.outer = Some(Outer { peer: to, entropy: 77, tos: 0 });
+    frame.outer = Some(Outer { entropy: 77, ..Outer::vxlan(to) });
     frame
 }
 

@@ -168,10 +168,20 @@ fn a_path_that_changes_under_a_stream_costs_one_retransmission_and_pods_learn_bo
         for address in &bed.pods[1].1 {
             streaming(&bed, *address, |stream| {
                 let paused = stream.longest_pause(|| bed.set_mtu(1400));
-                assert!(paused < Duration::from_secs(1), "{address}: nothing arrived for {paused:?}\n{:?}\n{}", bed.way(0), bed.nodes[0].log());
+                assert!(
+                    paused < Duration::from_secs(1),
+                    "{address}: nothing arrived for {paused:?}\n{:?}\n{}",
+                    bed.way(0),
+                    bed.nodes[0].log()
+                );
                 bed.await_measured(1400 - overhead);
                 let paused = stream.longest_pause(|| bed.set_mtu(9000));
-                assert!(paused < Duration::from_secs(1), "{address}: nothing arrived for {paused:?}\n{:?}\n{}", bed.way(0), bed.nodes[0].log());
+                assert!(
+                    paused < Duration::from_secs(1),
+                    "{address}: nothing arrived for {paused:?}\n{:?}\n{}",
+                    bed.way(0),
+                    bed.nodes[0].log()
+                );
                 bed.await_measured(9000 - overhead);
             });
             bed.set_mtu(1500);

@@ -283,7 +283,10 @@ pub struct NodeInfo {
     /// Seconds since the last frame from it; absent if there was none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_seen: Option<f64>,
-    /// How frames to it leave: `udp`, `xdp`; or why not by the latter.
+    /// What frames to it are wrapped in: `vxlan`, `geneve`, `gre`, `gretap`, `ipip`; or `host-gw` if they are not.
+    #[serde(default)]
+    pub encapsulation: String,
+    /// How frames to it leave: `udp`, `raw`, `uplink`, `xdp`; or why not by the latter.
     #[serde(default)]
     pub way: String,
     /// What asking it has shown; absent for this node, and if weftd is too old to say.

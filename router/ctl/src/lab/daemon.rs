@@ -91,6 +91,8 @@ struct Underlay {
     device: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     kind: Option<plan::Underlay>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    encapsulation: Option<plan::Encapsulation>,
 }
 
 #[derive(Serialize)]
@@ -177,6 +179,7 @@ fn config_text(plan: &Plan, node: u8, files: &Files) -> Result<String> {
             port: plan::PORT,
             device: plan::UPLINK,
             kind: plan.underlay,
+            encapsulation: Some(plan.encapsulation).filter(|kind| *kind != plan::Encapsulation::Vxlan),
         },
         peers: plan.node_numbers().filter(|other| is_file && *other != node).map(peer).collect(),
         etcd: (!is_file).then(|| Etcd { endpoints: [format!("http://{}", plan.etcd())], network: plan::SEGMENT }),

@@ -89,7 +89,7 @@ pub struct Up {
     /// Ranges for each node and routes between them, or one L2 segment over all nodes.
     #[arg(long, value_enum, default_value_t = plan::Mode::Routed)]
     mode: plan::Mode,
-    /// MTU of the underlay; pods have 50 bytes less.
+    /// MTU of the underlay; pods have less by what the encapsulation takes, which is 50 bytes for VXLAN.
     #[arg(long, value_name = "BYTES", default_value_t = 1500, value_parser = clap::value_parser!(u32).range(i64::from(plan::MIN_MTU)..=i64::from(plan::MAX_MTU)))]
     mtu: u32,
     /// Workers of each node's weftd; as many as it chooses unless given.
@@ -107,6 +107,9 @@ pub struct Up {
     /// What addresses the nodes have on the underlay. By IPv6, pods have an MTU of 20 bytes less.
     #[arg(long, value_enum, value_name = "FAMILY", default_value_t = plan::Family::Ipv4)]
     underlay_family: plan::Family,
+    /// What packets between nodes are wrapped in.
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = plan::Encapsulation::Vxlan)]
+    encapsulation: plan::Encapsulation,
     /// Print the cluster as JSON.
     #[arg(long)]
     json: bool,
@@ -197,6 +200,7 @@ pub fn run_peer(command: PeerCommand) -> Result<()> {
 fn up(args: &Up) -> Result<()> {
     let plan =
         plan::Plan::new(&args.name.name, args.nodes, args.pods, args.mode, args.mtu)?.over(args.underlay_family)?;
+    let plan = plan.wrapped(args.encapsulation)?;
     let plan =
         plan::Plan { workers: args.workers, port: args.port, underlay: args.underlay, source: args.source, ..plan };
     let programs = args.binaries.find()?;

@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use weft_encap::format::Format;
 
 /// The lab that has the plain names.
 pub const DEFAULT: &str = "default";
@@ -92,6 +93,41 @@ pub enum Underlay {
     Auto,
 }
 
+/// What packets between nodes are wrapped in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+#[value(rename_all = "kebab-case")]
+pub enum Encapsulation {
+    /// VXLAN.
+    #[default]
+    Vxlan,
+    /// Geneve.
+    Geneve,
+    /// GRE: with IP inside, with Ethernet in bridged mode.
+    Gre,
+    /// GRE with Ethernet inside.
+    Gretap,
+    /// IP in IP.
+    Ipip,
+    /// Nothing.
+    HostGw,
+}
+
+impl Encapsulation {
+    /// What it adds to a pod's packet, the outer IP header included.
+    pub fn overhead(self, mode: Mode, family: Family) -> u32 {
+        let format = match (self, mode) {
+            (Encapsulation::Vxlan, _) => Format::Vxlan,
+            (Encapsulation::Geneve, _) => Format::Geneve,
+            (Encapsulation::Gre, Mode::Routed) => Format::Gre,
+            (Encapsulation::Gretap, _) | (Encapsulation::Gre, Mode::Bridged) => Format::Gretap,
+            (Encapsulation::Ipip, _) => Format::Ipip,
+            (Encapsulation::HostGw, _) => return 0,
+        };
+        format.overhead(family == Family::Ipv4)
+    }
+}
+
 /// What addresses nodes have on the underlay.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Family {
@@ -103,13 +139,9 @@ pub enum Family {
 }
 
 impl Family {
-    /// What VXLAN adds to a pod's packet: inner Ethernet, VXLAN, UDP, IP.
+    /// What VXLAN adds to a pod's packet, as no other encapsulation adds more.
     pub const fn overhead(self) -> u32 {
-        let ip = match self {
-            Family::Ipv4 => 20,
-            Family::Ipv6 => 40,
-        };
-        14 + 8 + 8 + ip
+        Format::Vxlan.overhead(matches!(self, Family::Ipv4))
     }
 
     /// Number `host` of the underlay's addresses.
@@ -152,6 +184,8 @@ pub struct Plan {
     pub underlay: Option<Underlay>,
     /// What addresses nodes have there.
     pub family: Family,
+    /// What packets between nodes are wrapped in.
+    pub encapsulation: Encapsulation,
     /// Whether the process that builds it ends it as well.
     pub is_passing: bool,
 }
@@ -180,6 +214,7 @@ impl Plan {
             source: Source::File,
             underlay: None,
             family: Family::Ipv4,
+            encapsulation: Encapsulation::Vxlan,
             is_passing: false,
         })
     }
@@ -191,6 +226,16 @@ impl Plan {
             bail!("with this kind of addresses the underlay's MTU must be at least {least}, not {}", self.mtu);
         }
         Ok(Plan { family, ..self })
+    }
+
+    /// With this between the nodes.
+    pub fn wrapped(self, encapsulation: Encapsulation) -> Result<Plan> {
+        if self.mode == Mode::Bridged && matches!(encapsulation, Encapsulation::Ipip | Encapsulation::HostGw) {
+            bail!(
+                "this encapsulation carries no Ethernet frames, which a bridged lab needs: choose vxlan, geneve or gre"
+            );
+        }
+        Ok(Plan { encapsulation, ..self })
     }
 
     /// Nodes count from 1.
@@ -230,7 +275,7 @@ impl Plan {
 
     /// MTU of the pods.
     pub fn pod_mtu(&self) -> u32 {
-        self.mtu - self.family.overhead()
+        self.mtu - self.encapsulation.overhead(self.mode, self.family)
     }
 
     /// A node's address on the underlay.

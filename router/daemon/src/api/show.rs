@@ -6,13 +6,16 @@ use std::net::IpAddr;
 use weft_api::{
     Bandwidth, DropInfo, Failure, FdbInfo, FlowInfo, LeaseInfo, NeighbourInfo, NodeInfo, PortInfo, RouteInfo, code,
 };
+use weft_encap::format::Format;
 use weft_router::path::{Hop, Sender};
-use weft_router::tables::{Pod, Tables, Via};
+use weft_router::tables::{NextHop, NextHops, Pod, Tables, Via};
 use weft_router::{DropReason, PortId, RouterError, Snapshot};
 
 use crate::attach::key_of;
 use crate::control::compile::addresses;
-use crate::control::desired::{HOST, UNDERLAY};
+use crate::control::config::Encapsulation;
+use crate::control::desired::{HOST, OUTLETS, is_underlay, tunnel_port};
+use crate::egress::name_of;
 use crate::hostport;
 use crate::node::{Attachment, Node, State, counters};
 
@@ -35,6 +38,7 @@ pub fn ports(node: &Node) -> Result<Vec<PortInfo>, Failure> {
     let names = Names::of(&state);
     let shown = snapshot.ports.iter().map(|port| {
         let (name, attachment) = names.port(port.id);
+        let name = node.outlets.device(port.id).map_or(name, name_of);
         let interface = attachment.map(|attachment| &attachment.interface);
         let host = state.desired.host.as_ref().filter(|_| port.id == HOST);
         let host_name = state.desired.config.host_port.clone().filter(|_| port.id == HOST);
@@ -46,8 +50,9 @@ pub fn ports(node: &Node) -> Result<Vec<PortInfo>, Failure> {
         PortInfo {
             id: u32::from(port.id.0),
             role: match port.id {
-                UNDERLAY => "underlay".into(),
+                id if is_underlay(id) => "underlay".into(),
                 HOST => "host".into(),
+                PortId(number) if OUTLETS.contains(&number) => "uplink".into(),
                 _ => "pod".into(),
             },
             kind: port.kind.to_owned(),
@@ -83,10 +88,20 @@ pub fn routes(node: &Node) -> Vec<RouteInfo> {
         Via::Node(id) => {
             RouteInfo { destination, via: names.node(*id), underlay: tables.node(*id).map(|node| node.underlay) }
         }
+        Via::Uplink(group) => RouteInfo { destination, via: next_hops(tables.group(*group)), underlay: None },
     };
     let v4 = tables.routes4.iter().map(|(net, via)| route(net.to_string(), via));
     let v6 = tables.routes6.iter().map(|(net, via)| route(net.to_string(), via));
     v4.chain(v6).chain(gateway_routes(&tables)).chain(host_routes(&tables)).collect()
+}
+
+/// A group's next hops.
+fn next_hops(group: &NextHops) -> String {
+    let one = |hop: &NextHop| format!("port {} {}", hop.port, hop.macs.dst);
+    match group.all() {
+        [] => "host, for no next hop is known".into(),
+        all => all.iter().map(one).collect::<Vec<_>>().join(", "),
+    }
 }
 
 /// What has no other route is the node's kernel's to route.
@@ -193,7 +208,13 @@ pub fn leases(node: &Node) -> Vec<LeaseInfo> {
     records.iter().filter(|record| record.owner != hostport::owner()).flat_map(|record| of(record)).collect()
 }
 
-/// The drop counters that are not zero.
+/// What [`PortStats::overruns`](weft_router::stats::PortStats::overruns) means.
+const OVERRUN: &str = "the kernel dropped it before it could be read by this port, whose buffer was full";
+/// What [`PortStats::undelivered`](weft_router::stats::PortStats::undelivered) means.
+const UNDELIVERED: &str =
+    "it left by this port, and the kernel dropped it there: the device is down, or its queue full";
+
+/// The drop counters that are not zero; and, beside them, what the kernel dropped before or behind us.
 pub fn drops(node: &Node) -> Result<Vec<DropInfo>, Failure> {
     let snapshot = snapshot(node, false)?;
     let state = node.state();
@@ -211,6 +232,16 @@ pub fn drops(node: &Node) -> Result<Vec<DropInfo>, Failure> {
                 count,
             });
         }
+        let of_kernel =
+            [("KernelOverrun", OVERRUN, port.stats.overruns), ("Undelivered", UNDELIVERED, port.stats.undelivered)];
+        all.extend(of_kernel.into_iter().filter(|(.., count)| *count > 0).map(|(reason, meaning, count)| DropInfo {
+            port: u32::from(port.id.0),
+            name: name.clone(),
+            reason: reason.into(),
+            meaning: meaning.into(),
+            is_loss: true,
+            count,
+        }));
     }
     Ok(all)
 }
@@ -229,6 +260,7 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
         sent: 0,
         received: 0,
         last_seen: None,
+        encapsulation: String::new(),
         way: String::new(),
         asked: None,
     }];
@@ -244,8 +276,14 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
             sent: stats.sent,
             received: stats.received,
             last_seen: stats.last_seen.map(|seen| snapshot.now.since(seen).as_secs_f64()),
-            way: node.uplink.way(peer.underlay),
             asked: id.and_then(|id| node.probing.info(id)),
+            encapsulation: config.encapsulation_to(peer).0.name().to_owned(),
+            way: match config.encapsulation_to(peer).0 {
+                Encapsulation::Tunnel(Format::Vxlan) => node.uplink.way(peer.underlay),
+                Encapsulation::Tunnel(Format::Geneve) => "udp".to_owned(),
+                Encapsulation::Tunnel(Format::Gre | Format::Gretap | Format::Ipip) => "raw".to_owned(),
+                Encapsulation::HostGw => "uplink".to_owned(),
+            },
         }
     }));
     Ok(all)
@@ -264,9 +302,9 @@ impl<'a> Names<'a> {
     }
 
     fn port(&self, id: PortId) -> (String, Option<&'a Attachment>) {
-        if id == UNDERLAY {
-            let underlay = &self.state.desired.config.underlay;
-            return (std::net::SocketAddr::new(underlay.address, underlay.port).to_string(), None);
+        let underlay = &self.state.desired.config.underlay;
+        if let Some(format) = underlay.formats.iter().find(|format| tunnel_port(**format) == id) {
+            return (underlay.end(*format), None);
         }
         if id == HOST {
             return ("this node".to_owned(), None);

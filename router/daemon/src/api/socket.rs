@@ -68,20 +68,25 @@ impl Bound {
     /// The next client.
     pub async fn accept(&self) -> io::Result<Arrived> {
         self.restock();
-        let (accepted, last) = match self.listener.accept().await {
-            Err(error) if is_shortage(&error) && self.give_up_spare() => (self.listener.accept().await, true),
-            accepted => (accepted, false),
+        let accepted = match self.listener.accept().await {
+            // The kernel looks for a descriptor before it looks for a client, so there may be none yet; by the time one comes, there
+            // may be room again.
+            Err(error) if is_shortage(&error) && self.give_up_spare() => self.listener.accept().await,
+            accepted => accepted,
         };
         let (stream, _) = accepted?;
+        let last = !self.restock();
         let uid = stream.peer_cred()?.uid();
         Ok(Arrived { stream: stream.into_std()?, uid, last })
     }
 
-    fn restock(&self) {
+    /// Whether there is a spare descriptor now.
+    fn restock(&self) -> bool {
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
         if spare.is_none() {
             *spare = File::open("/").ok();
         }
+        spare.is_some()
     }
 
     fn give_up_spare(&self) -> bool {

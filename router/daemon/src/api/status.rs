@@ -10,7 +10,7 @@ use weft_router::tables::Mode;
 use super::show;
 use crate::attach::{addresses, key_of};
 use crate::control::compile::addresses as addresses_of;
-use crate::control::config::{Config, Underlay};
+use crate::control::config::Config;
 use crate::control::desired::UNDERLAY;
 use crate::control::host::{Host, Interface};
 use crate::hostport::{self, forwarding};
@@ -73,6 +73,10 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         peer.map(|peer| peer.name.clone())
     }));
     problems.extend(node.probing.problems(&config.node));
+    problems.extend(node.uplink.tunnel_problems(config));
+    problems.extend(node.egress.problems(config));
+    problems.extend(node.answers.problems());
+    problems.extend(node.outlets.problems());
     problems.extend(kernel.problems.iter().cloned());
     problems.extend(forwarding::problems(config, host.as_ref()));
     problems.extend(worker_problem(snapshot.workers, node.router.workers()));
@@ -198,7 +202,7 @@ fn worker_problem(running: usize, started: usize) -> Option<String> {
 
 fn mtu_problem(config: &Config, host: &Host) -> Option<String> {
     let device = underlay_device(config, host)?;
-    let needed = config.mtu + Underlay::overhead(config.underlay.address);
+    let needed = config.mtu + config.underlay.encapsulation.overhead(config.underlay.address.is_ipv4());
     (device.mtu < needed).then(|| {
         format!(
             "pods have an MTU of {}, which needs {needed} on the underlay, but {} has {}: large packets are lost; raise \
@@ -249,7 +253,8 @@ fn without_device(pods: &[String]) -> Option<String> {
 
 fn peer_problems(state: &State, snapshot: &Snapshot) -> Vec<String> {
     let config = &state.desired.config;
-    let silent = config.peers.iter().filter(|peer| {
+    let tunnelled = config.peers.iter().filter(|peer| !state.desired.leads.peers.contains_key(&peer.underlay));
+    let silent = tunnelled.filter(|peer| {
         let id = state.desired.nodes.of(&peer.name);
         let stats = id.and_then(|id| snapshot.nodes.get(id.index()));
         stats.is_some_and(|stats| stats.sent > 0 && stats.last_seen.is_none())

@@ -13,10 +13,12 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use weft_encap::format::Format;
 use weft_encap::mac::Mac;
 use weft_router::tables::Mode;
 
 use super::config::check::{gateway_v4, gateway_v6, is_name, special};
+use super::config::encapsulation::MAX_ACCEPTED;
 use super::config::{Config, Peer};
 use super::derive;
 
@@ -45,9 +47,12 @@ pub struct Record {
     /// VXLAN network identifier, if it says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vni: Option<u32>,
-    /// UDP port of the tunnel, if it says so.
+    /// UDP port of VXLAN, if it says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
+    /// What it takes in, if it says so; one that speaks of itself and does not takes in VXLAN alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accepts: Option<Vec<String>>,
 }
 
 /// The cluster.
@@ -69,6 +74,7 @@ impl Cluster {
             underlay: peer.underlay.to_string(),
             ranges: peer.ranges.iter().map(ToString::to_string).collect(),
             vtep_mac: Some(peer.vtep_mac.to_string()),
+            accepts: peer.accepts.clone(),
             ..Record::default()
         })
     }
@@ -190,7 +196,9 @@ impl<'a> Door<'a> {
             None => derive::vtep_mac(&record.name, underlay),
             Some(text) => read_mac(local, text)?,
         };
-        Ok(Peer { name: record.name.clone(), underlay, ranges, vtep_mac })
+        let accepts = record.accepts.clone().or(record.port.map(|_| vec![Format::Vxlan.to_string()]));
+        let accepts = accepts.map(|words| words.iter().take(MAX_ACCEPTED).map(|word| shortened(word)).collect());
+        Ok(Peer { name: record.name.clone(), underlay, ranges, vtep_mac, encapsulation: None, accepts })
     }
 
     fn enter_ranges(&mut self, ranges: &[IpNet], owner: &str) {

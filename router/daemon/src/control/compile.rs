@@ -10,17 +10,19 @@
 //! |---|---|---|
 //! | own ranges | `Via::Local` | `Via::Local`, for packets that a pod sends to the gateway's MAC |
 //! | a pod's address outside them | `Via::Local`, as a host route | the same: a pod may keep its address on another node |
+//! | a peer's ranges, without a tunnel | `Via::Uplink` | |
+//! | what a routing daemon says of other destinations | `Via::Uplink` | the same |
 //! | a peer's ranges | `Via::Node` | `Via::Node`, likewise for packets to the gateway's MAC |
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use weft_router::tables::{Node, Pod, Via};
+use weft_router::tables::{GroupId, Masquerade, Node, Pod, Via};
 use weft_router::{PortId, Tables};
 
-use super::config::{Peer, Underlay};
-use super::desired::{DesiredState, HOST, UNDERLAY};
+use super::config::{Encapsulation, Peer};
+use super::desired::{DesiredState, HOST, UNDERLAY, tunnel_port};
 
 /// The tables for `state`.
 pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
@@ -33,17 +35,33 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
     tables.tunnel_mtu = config.mtu;
     tables.add_underlay(UNDERLAY);
     tables.address = Some(config.underlay.address);
+    for format in &config.underlay.formats {
+        tables.add_tunnel(tunnel_port(*format), *format);
+    }
     for peer in &config.peers {
         let Some(id) = state.nodes.of(&peer.name) else { continue };
-        let node = Node { underlay: peer.underlay, vtep_mac: peer.vtep_mac, ranges: peer.ranges.clone() };
+        let plainly = plainly(state, peer);
+        let overhead = if plainly.is_some() { 0 } else { config.tunnel_to(peer).overhead(peer.underlay.is_ipv4()) };
+        let node = Node {
+            underlay: peer.underlay,
+            vtep_mac: peer.vtep_mac,
+            ranges: peer.ranges.clone(),
+            encap: config.tunnel_to(peer),
+            mtu: config.underlay.mtu.saturating_sub(overhead),
+        };
         tables.add_node(id, node);
-        if let Some(mtu) = path_mtu(state, peer) {
+        for range in peer.ranges.iter().filter(|_| plainly.is_some()) {
+            tables.add_route(*range, plainly.map_or(Via::Node(id), Via::Uplink));
+        }
+        if let Some(mtu) = path_mtu(state, peer, overhead) {
             Arc::make_mut(&mut tables.path_mtus).insert(id, mtu);
         }
     }
     for range in &config.ranges {
         tables.add_route(*range, Via::Local);
     }
+    add_leads(&mut tables, state);
+    tables.masquerade = masquerade(state).map(Arc::new);
     if let Some(host) = &state.host {
         tables.add_host(HOST, host.clone());
     }
@@ -56,11 +74,41 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
     tables
 }
 
-/// How long a packet inside the tunnel to a peer may be, where that is less than configured.
-fn path_mtu(state: &DesiredState, peer: &Peer) -> Option<u32> {
-    let told = state.path_mtus.get(&peer.underlay).map(|mtu| mtu.saturating_sub(Underlay::overhead(peer.underlay)));
-    let measured = state.measured.get(&peer.underlay).copied();
-    told.into_iter().chain(measured).min().filter(|mtu| *mtu < state.config.mtu)
+/// How long a packet of a pod to a peer may be, as far as routers said or was measured.
+fn path_mtu(state: &DesiredState, peer: &Peer, overhead: u32) -> Option<u32> {
+    let all = [&state.path_mtus, &state.measured].map(|all| all.get(&peer.underlay));
+    all.into_iter().flatten().min().map(|mtu| mtu.saturating_sub(overhead))
+}
+
+/// The next hop of a peer that is sent packets as they are, if it can be.
+fn plainly(state: &DesiredState, peer: &Peer) -> Option<GroupId> {
+    let wanted = state.config.encapsulation_to(peer).0 == Encapsulation::HostGw;
+    state.leads.peers.get(&peer.underlay).copied().filter(|_| wanted)
+}
+
+/// As whom packets of pods leave the cluster. Without a way out nothing leaves.
+fn masquerade(state: &DesiredState) -> Option<Masquerade> {
+    let config = state.config.masquerade.as_ref().filter(|_| state.config.host_port.is_some())?;
+    let nodes = state.config.peers.iter().map(|peer| peer.underlay).collect();
+    Some(Masquerade::new(state.ways_out.clone(), &config.kept(), nodes, state.leads.own.clone()))
+}
+
+/// What a routing daemon says of other destinations than the configuration's, and what is outside.
+fn add_leads(tables: &mut Tables, state: &DesiredState) {
+    let leads = &state.leads;
+    leads.uplinks.iter().for_each(|port| tables.add_uplink(*port));
+    tables.next_hops = Arc::clone(&leads.groups);
+    tables.outside = leads.outside.clone();
+    let ours: Vec<IpNet> = {
+        let peers = state.config.peers.iter().flat_map(|peer| &peer.ranges);
+        state.config.ranges.iter().chain(&state.config.segment).chain(peers).map(IpNet::trunc).collect()
+    };
+    let known: std::collections::HashSet<IpNet> = ours.into_iter().collect();
+    let is_ours =
+        |net: IpNet| std::iter::successors(Some(net), IpNet::supernet).any(|net| known.contains(&net.trunc()));
+    for (net, group) in leads.learned.all().filter(|(net, _)| !is_ours(*net)) {
+        tables.add_route(net, Via::Uplink(group));
+    }
 }
 
 /// The tables with one more pod than `before`; `None` if it has something that another one has, or routes of its own.

@@ -4,15 +4,42 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use weft_encap::format::Format;
 use weft_router::PortId;
-use weft_router::tables::{NodeId, Pod};
+use weft_router::tables::{NodeId, Pod, WayOut};
 
 use super::config::{Config, Peer};
+use crate::egress::Leads;
 
 /// The underlay's port.
 pub const UNDERLAY: PortId = PortId(0);
-/// The host port; pods come after it.
+/// The host port.
 pub const HOST: PortId = PortId(1);
+/// The ports of interfaces that frames leave by without a tunnel.
+pub const OUTLETS: std::ops::RangeInclusive<u16> = 5..=15;
+/// The first one of a pod.
+pub const FIRST_POD: PortId = PortId(16);
+/// Geneve's.
+const GENEVE: PortId = PortId(2);
+/// GRE's, with either payload.
+const GRE: PortId = PortId(3);
+/// That of IP in IP.
+const IPIP: PortId = PortId(4);
+
+/// The port by which a format's packets enter and leave.
+pub fn tunnel_port(format: Format) -> PortId {
+    match format {
+        Format::Vxlan => UNDERLAY,
+        Format::Geneve => GENEVE,
+        Format::Gre | Format::Gretap => GRE,
+        Format::Ipip => IPIP,
+    }
+}
+
+/// Whether a port leads to other nodes.
+pub fn is_underlay(port: PortId) -> bool {
+    Format::ALL.into_iter().any(|format| tunnel_port(format) == port)
+}
 
 /// Everything that the data plane's tables are made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,8 +54,12 @@ pub struct DesiredState {
     pub pods: BTreeMap<PortId, Pod>,
     /// How long packets to an underlay address may be, where routers on the way said so; in bytes, with the outer IP header.
     pub path_mtus: BTreeMap<IpAddr, u32>,
-    /// How long packets inside the tunnel to an underlay address may be, as was measured.
+    /// The same as was measured, of all that answer.
     pub measured: BTreeMap<IpAddr, u32>,
+    /// What leaves without a tunnel, and where.
+    pub leads: Leads,
+    /// The interfaces that pods' packets leave by in the node's name: those whose answers come back.
+    pub ways_out: Vec<WayOut>,
 }
 
 impl DesiredState {
@@ -36,7 +67,16 @@ impl DesiredState {
     pub fn new(config: Arc<Config>) -> DesiredState {
         let mut nodes = NodeNumbers::default();
         nodes.follow(&config.peers);
-        DesiredState { config, nodes, host: None, pods: BTreeMap::new(), path_mtus: BTreeMap::new(), measured: BTreeMap::new() }
+        DesiredState {
+            config,
+            nodes,
+            host: None,
+            pods: BTreeMap::new(),
+            path_mtus: BTreeMap::new(),
+            measured: BTreeMap::new(),
+            leads: Leads::default(),
+            ways_out: Vec::new(),
+        }
     }
 
     /// The same pods and interface under another configuration.
@@ -50,6 +90,8 @@ impl DesiredState {
             pods: self.pods.clone(),
             path_mtus: self.path_mtus.clone(),
             measured: self.measured.clone(),
+            leads: self.leads.clone(),
+            ways_out: self.ways_out.clone(),
         }
     }
 }
@@ -72,7 +114,7 @@ impl PortNumbers {
         if let Some(port) = self.free.pop_first() {
             return Some(port);
         }
-        let port = PortId(HOST.0 + 1 + self.used);
+        let port = PortId(FIRST_POD.0 + self.used);
         (port.0 <= MAX_PORT).then(|| {
             self.used += 1;
             port
@@ -149,6 +191,8 @@ mod tests {
             underlay: "192.0.2.1".parse().unwrap(),
             ranges: Vec::new(),
             vtep_mac: weft_encap::mac::Mac::ZERO,
+            encapsulation: None,
+            accepts: None,
         };
         names.iter().map(peer).collect()
     }
@@ -157,11 +201,11 @@ mod tests {
     fn the_lowest_free_port_is_given_until_all_are_in_use() {
         let mut numbers = PortNumbers::default();
         let all: Vec<PortId> = std::iter::from_fn(|| numbers.take()).collect();
-        assert_eq!((all.first(), all.last()), (Some(&PortId(2)), Some(&PortId(MAX_PORT))));
-        assert_eq!(all.len(), usize::from(MAX_PORT) - 1);
-        [700, 9, 4095].into_iter().for_each(|port| numbers.give_back(PortId(port)));
+        assert_eq!((all.first(), all.last()), (Some(&FIRST_POD), Some(&PortId(MAX_PORT))));
+        assert_eq!(all.len(), usize::from(MAX_PORT - FIRST_POD.0) + 1);
+        [700, 19, 4095].into_iter().for_each(|port| numbers.give_back(PortId(port)));
         let again: Vec<u16> = std::iter::from_fn(|| numbers.take()).map(|port| port.0).collect();
-        assert_eq!(again, [9, 700, 4095]);
+        assert_eq!(again, [19, 700, 4095]);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 /// The interfaces of the network namespace that weftd runs in.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Host {
@@ -13,6 +15,8 @@ pub struct Host {
     pub node_name: Option<String>,
     /// Its address among the nodes, as the cluster knows it.
     pub node_address: Option<IpAddr>,
+    /// All of its addresses with the prefixes that are on-link there.
+    pub subnets: Vec<IpNet>,
 }
 
 /// A network interface.

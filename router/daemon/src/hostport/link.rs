@@ -67,5 +67,7 @@ fn set_behaviour(wanted: &Wanted) -> io::Result<()> {
     pod::announce_when_up(&wanted.name);
     // Where /proc/sys is read-only the router still drops what redirects there are.
     let _ = sysctl::set(&format!("ipv4/conf/{}/send_redirects", wanted.name), "0");
+    // What leaves in the node's name comes by this interface while the next hop's MAC is not known.
+    let _ = sysctl::set(&format!("ipv4/conf/{}/accept_local", wanted.name), "1");
     Ok(())
 }

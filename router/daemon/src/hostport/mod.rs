@@ -84,6 +84,11 @@ impl HostPort {
         HostPort { kicks, keeping: Mutex::default(), state: Mutex::default() }
     }
 
+    /// Its interface's number, while there is one.
+    pub fn interface(&self) -> Option<u32> {
+        self.lock().device.as_ref().map(|device| device.index)
+    }
+
     /// Has it looked after soon.
     pub fn kick(&self) {
         // Nobody keeps it any more when weftd ends.
@@ -157,7 +162,8 @@ impl HostPort {
         link::set(&mut netlink, &mut device, &wanted).map_err(|error| failed("cannot set up the interface", error))?;
         let index = device.index;
         self.lock().device = Some(device);
-        let routes = routes::wanted(&config, &leased, index);
+        node.host_made();
+        let routes = routes::wanted(&config, &leased, index, &node.egress.plain(&config));
         // Known before they are made, so that what is told of them is not taken for somebody else's doing.
         self.lock().routes.clone_from(&routes);
         routes::set(&mut netlink, index, &routes, name, problems)

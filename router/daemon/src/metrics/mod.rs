@@ -22,7 +22,7 @@ use weft_router::DropReason;
 use weft_router::stats::PortStats;
 
 use crate::api::{show, status};
-use crate::control::desired::UNDERLAY;
+use crate::control::desired::is_underlay;
 use crate::node::Node;
 pub use requests::Requests;
 
@@ -52,6 +52,7 @@ fn write(reading: Reading, requests: &Requests) -> Result<String, Failure> {
 struct Reading {
     status: Status,
     ready: bool,
+    ways: crate::probing::Counts,
     leases: Counts,
     ports: [Ports; 2],
     process: process::Usage,
@@ -72,13 +73,14 @@ impl Reading {
         let snapshot = show::snapshot(node, false)?;
         let mut ports = ["pod", "underlay"].map(|role| Ports { role, ..Ports::default() });
         for port in &snapshot.ports {
-            let of = &mut ports[usize::from(port.id == UNDERLAY)];
+            let of = &mut ports[usize::from(is_underlay(port.id))];
             of.up += u64::from(port.up);
             of.stats += &port.stats;
         }
         // A counter never falls: what pods that left have sent stays in it.
         ports[0].stats += &node.state().retired;
-        Ok(Reading { status, ready, leases: node.store.counts(), ports, process: process::Usage::take() })
+        let ways = node.probing.counts();
+        Ok(Reading { status, ready, ways, leases: node.store.counts(), ports, process: process::Usage::take() })
     }
 
     fn write_node(&self, out: &mut Writer<'_>) -> fmt::Result {
@@ -93,6 +95,13 @@ impl Reading {
         out.plain("weft_tables_epoch", "Changes of the tables since weftd started", *epoch as f64)?;
         out.plain("weft_pods", "Attachments that have a port", *pods as f64)?;
         out.plain("weft_peers", "Other nodes that are known", *peers as f64)?;
+        let asked = self.ways.active as f64;
+        out.plain("weft_peers_asked", "Other nodes that are asked about the way to them, for there is traffic", asked)?;
+        out.plain("weft_peers_away", "Other nodes that answered once, and do not any more", self.ways.away as f64)?;
+        let narrow = self.ways.narrow as f64;
+        out.plain("weft_peers_narrow", "Other nodes to which the way carries less than pods use", narrow)?;
+        out.counter("weft_probes", "Questions to other nodes about the way to them", [(&[][..], self.ways.asked)])?;
+        out.counter("weft_probe_answers", "Answers to these", [(&[][..], self.ways.answered)])?;
         out.plain("weft_workers", "Threads of the data plane that were started", *workers as f64)
     }
 
@@ -119,7 +128,9 @@ impl Reading {
             by_role(|stats| stats.merged),
         )?;
         let help = "Frames that the kernel dropped before they could be received, because its buffer was full";
-        out.counter("weft_overrun_frames", help, by_role(|stats| stats.overruns))
+        out.counter("weft_overrun_frames", help, by_role(|stats| stats.overruns))?;
+        let help = "Frames that left by these and that the kernel then dropped: a device was down or its queue full";
+        out.counter("weft_undelivered_frames", help, by_role(|stats| stats.undelivered))
     }
 
     fn write_drops(&self, out: &mut Writer<'_>) -> fmt::Result {

@@ -7,15 +7,14 @@ use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType, RouteVia,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rustix::io::Errno;
 
 use super::{BUFFER, Netlink, RTNLGRP_LINK, family};
 
-/// `rtm_protocol` of the routes that weftd makes: who reads the routing table sees whose they are (`ip route show proto 87`).
-pub const PROTOCOL: u8 = 87;
+pub use crate::control::config::routes::PROTOCOL;
 
 /// <https://elixir.bootlin.com/linux/v6.18/A/ident/RTNLGRP_IPV4_IFADDR>.
 const RTNLGRP_IPV4_IFADDR: u32 = 5;
@@ -36,7 +35,14 @@ pub struct KernelRoute {
     pub source: Option<IpAddr>,
     /// Who made it: `rtm_protocol`.
     pub protocol: u8,
+    /// Of several routes to one destination the one with the least holds; 0 is what the kernel takes where none is given.
+    pub metric: u32,
+    /// Whether it leads nowhere: packets are answered as unreachable.
+    pub unreachable: bool,
 }
+
+/// What the kernel takes for routes by IPv6: <https://elixir.bootlin.com/linux/v6.18/A/ident/IP6_RT_PRIO_USER>.
+const USUAL_METRIC_V6: u32 = 1024;
 
 /// What has changed in this namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,13 +167,20 @@ fn message_of(route: &KernelRoute) -> RouteMessage {
     message.header.destination_prefix_length = route.destination.prefix_len();
     message.header.table = RouteHeader::RT_TABLE_MAIN;
     message.header.protocol = RouteProtocol::from(route.protocol);
-    message.header.scope = if route.gateway.is_some() { RouteScope::Universe } else { RouteScope::Link };
-    message.header.kind = RouteType::Unicast;
+    let is_far = route.gateway.is_some() || route.unreachable;
+    message.header.scope = if is_far { RouteScope::Universe } else { RouteScope::Link };
+    message.header.kind = if route.unreachable { RouteType::Unreachable } else { RouteType::Unicast };
     message.attributes.push(RouteAttribute::Destination(route.destination.network().into()));
     if let Some(gateway) = route.gateway {
         // No address of ours has the gateway in its prefix.
         message.header.flags = RouteFlags::Onlink;
-        message.attributes.push(RouteAttribute::Gateway(gateway.into()));
+        message.attributes.push(match (route.destination, gateway) {
+            (IpNet::V4(_), IpAddr::V6(gateway)) => RouteAttribute::Via(RouteVia::Inet6(gateway)),
+            _ => RouteAttribute::Gateway(gateway.into()),
+        });
+    }
+    if route.metric > 0 {
+        message.attributes.push(RouteAttribute::Priority(route.metric));
     }
     message.attributes.extend(route.source.map(|source| RouteAttribute::PrefSource(source.into())));
     message.attributes.extend(route.device.map(RouteAttribute::Oif));
@@ -185,18 +198,34 @@ fn route_of(message: &RouteMessage) -> Option<KernelRoute> {
     if cloned || message.header.table != RouteHeader::RT_TABLE_MAIN {
         return None;
     }
-    let (mut destination, mut gateway, mut device, mut source) = (unspecified, None, None, None);
+    let (mut destination, mut gateway, mut device, mut source, mut metric) = (unspecified, None, None, None, 0);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(address) => destination = address_of(address)?,
             RouteAttribute::Gateway(address) => gateway = address_of(address),
+            RouteAttribute::Via(RouteVia::Inet6(address)) => gateway = Some((*address).into()),
+            RouteAttribute::Priority(given) => metric = *given,
             RouteAttribute::PrefSource(address) => source = address_of(address),
             RouteAttribute::Oif(index) => device = Some(*index),
             _ => {}
         }
     }
     let destination = IpNet::new(destination, message.header.destination_prefix_length).ok()?;
-    Some(KernelRoute { destination, gateway, device, source, protocol: message.header.protocol.into() })
+    if metric == USUAL_METRIC_V6 && destination.addr().is_ipv6() {
+        metric = 0;
+    }
+    let unreachable = message.header.kind == RouteType::Unreachable;
+    // By IPv6 such a route leads to the loopback interface.
+    let device = device.filter(|_| !unreachable);
+    Some(KernelRoute {
+        destination,
+        gateway,
+        device,
+        source,
+        protocol: message.header.protocol.into(),
+        metric,
+        unreachable,
+    })
 }
 
 fn address_of(address: &RouteAddress) -> Option<IpAddr> {
@@ -213,17 +242,24 @@ mod tests {
 
     #[test]
     fn a_route_is_the_same_after_it_was_a_message() {
-        for (destination, gateway, source) in
-            [("10.244.2.0/24", Some("10.244.1.1"), "10.244.1.254"), ("fd00:10:244::/48", None, "fd00:10:244:1::9")]
-        {
+        for (destination, gateway, source) in [
+            ("10.244.2.0/24", Some("10.244.1.1"), "10.244.1.254"),
+            ("10.244.3.0/24", Some("fd00::3"), "10.244.1.254"),
+            ("fd00:10:244::/48", None, "fd00:10:244:1::9"),
+        ] {
             let route = KernelRoute {
                 destination: destination.parse().unwrap(),
                 gateway: gateway.map(|gateway: &str| gateway.parse().unwrap()),
                 device: Some(7),
                 source: Some(source.parse().unwrap()),
                 protocol: PROTOCOL,
+                metric: 0,
+                unreachable: false,
             };
             assert_eq!(route_of(&message_of(&route)), Some(route));
+            let nowhere =
+                KernelRoute { gateway: None, device: None, source: None, metric: 77, unreachable: true, ..route };
+            assert_eq!(route_of(&message_of(&nowhere)), Some(nowhere));
         }
     }
 }

@@ -74,13 +74,15 @@ impl Node {
             let local = Arc::clone(&self.state().local);
             matches!(local.source, SourceConfig::Kubernetes(_)).then_some(local.underlay.address)
         };
-        let Checked { config, warnings } = match read_config(&self.config_path, address) {
+        let Checked { mut config, warnings } = match read_config(&self.config_path, address) {
             Ok(checked) => checked,
             Err(error) => return refuse(format!("{error:#}"), "the old configuration stays in force"),
         };
         log_warnings(&self.config_path, &warnings);
         let mut state = self.state();
         let fixed = state.local.fixed_differences(&config);
+        // What is open stays so.
+        config.underlay.formats.clone_from(&state.local.underlay.formats);
         if !fixed.is_empty() {
             let msg = format!("cannot change while weftd runs: {}", fixed.join(", "));
             return refuse(msg, "restart weftd, or set it back; the old configuration stays in force");

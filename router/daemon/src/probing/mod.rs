@@ -26,7 +26,7 @@ use weft_router::probing::{self as probe, Heard, Question};
 use weft_router::tables::NodeId;
 use weft_router::{Instant, News, Tables};
 
-use crate::control::config::{Config, Underlay};
+use crate::control::config::Config;
 use crate::control::desired::NodeNumbers;
 use crate::node::Node;
 use peer::{Change, EACH, Look, Peer, State};
@@ -64,6 +64,8 @@ struct Way {
     name: String,
     underlay: IpAddr,
     peer: Peer,
+    /// What questions are wrapped in and pods' packets are not.
+    beside: u32,
     /// When it is to be looked at again.
     due: Option<Instant>,
 }
@@ -131,13 +133,14 @@ impl Probing {
         round.again
     }
 
-    /// What each way carries that was measured, by the node's underlay address.
+    /// What each way carries that was measured, by the node's underlay address, the outer IP header included.
     pub fn measured(&self) -> BTreeMap<IpAddr, u32> {
         let ways = self.lock();
-        ways.ways.values().filter_map(|way| Some((way.underlay, way.peer.measured()?))).collect()
+        ways.ways.values().filter_map(|way| Some((way.underlay, way.peer.measured()? + way.peer.overhead()))).collect()
     }
 
     /// Something changed here, so that ways may carry more than they did.
+    #[allow(dead_code)]
     pub fn try_rise(&self) {
         let now = Instant::boottime();
         self.lock().ways.values_mut().for_each(|way| way.peer.try_rise(now));
@@ -196,8 +199,10 @@ impl Ways {
         for peer in &config.peers {
             let Some(id) = nodes.of(&peer.name) else { continue };
             let Some(node) = tables.node(id) else { continue };
-            let (underlay, overhead) = (node.underlay, Underlay::overhead(node.underlay));
-            let most = tables.tunnel_mtu.min(probe::LONGEST);
+            let (underlay, overhead) = (node.underlay, config.tunnel_to(peer).overhead(node.underlay.is_ipv4()));
+            // Who is sent packets as they are is still asked through a tunnel, by packets that are as long in the end.
+            let beside = if node.mtu + overhead > config.underlay.mtu { overhead } else { 0 };
+            let most = tables.tunnel_mtu.min(node.mtu).saturating_sub(beside).min(probe::LONGEST);
             let known = before.remove(&id).filter(|way| way.underlay == underlay);
             let way = known.unwrap_or_else(|| {
                 // Who has another MAC than a Weft of that name would have is most often a VXLAN device of the kernel's.
@@ -207,10 +212,12 @@ impl Ways {
                     name: peer.name.clone(),
                     underlay,
                     peer: Peer::new(least, most, overhead, is_foreign, now),
+                    beside,
                     due: None,
                 }
             });
             let way = self.ways.entry(id).or_insert(way);
+            way.beside = beside;
             way.peer.set_most(most, overhead, now);
         }
     }
@@ -224,8 +231,11 @@ impl Ways {
         let active = self.ways.values().filter(|way| way.peer.is_active(now)).count() as u32;
         let each = EACH.max(Duration::from_secs(1) * active / BUDGET);
         // Whose turn did not come goes first the next time: it is due for longer.
-        let mut due: Vec<(Instant, NodeId)> =
-            self.ways.iter().filter_map(|(id, way)| Some((way.due.filter(|due| *due <= now + TOGETHER)?, *id))).collect();
+        let mut due: Vec<(Instant, NodeId)> = self
+            .ways
+            .iter()
+            .filter_map(|(id, way)| Some((way.due.filter(|due| *due <= now + TOGETHER)?, *id)))
+            .collect();
         due.sort_unstable();
         for (_, id) in due {
             let Some(way) = self.ways.get_mut(&id) else { continue };
@@ -238,7 +248,11 @@ impl Ways {
             way.due = look.again;
             self.tokens -= look.ask.len() as f64;
             self.asked += look.ask.len() as u64;
-            round.questions.extend(look.ask.iter().map(|(number, size)| Question { node: id, size: *size, number: *number }));
+            round.questions.extend(look.ask.iter().map(|(number, size)| Question {
+                node: id,
+                size: *size,
+                number: *number,
+            }));
             round.changes.extend(look.changes.into_iter().map(|change| (id, change)));
         }
         round.again = self.ways.values().filter_map(|way| way.due).min();
@@ -295,7 +309,9 @@ fn told(change: &Change) -> String {
         Change::Carries { before, now } if now < before => {
             format!("the way carries {now} bytes, not {before}: longer packets were not answered, shorter ones were")
         }
-        Change::Carries { before, now } => format!("the way carries {now} bytes, not just {before}: these were answered"),
+        Change::Carries { before, now } => {
+            format!("the way carries {now} bytes, not just {before}: these were answered")
+        }
         Change::Flaps => "comes and goes: changes are counted, and told again when it is calm".into(),
     }
 }
@@ -315,8 +331,8 @@ impl Way {
             }
             .into(),
             since: now.since(since).as_secs_f64(),
-            mtu: self.peer.most(),
-            measured: self.peer.measured(),
+            mtu: self.peer.most() + self.beside,
+            measured: self.peer.measured().map(|mtu| mtu + self.beside),
             rtt: rtt.last().map(micros),
             rtt_median: rtt.median().map(micros),
             loss: rtt.last().map(|_| rtt.loss()),
@@ -334,9 +350,10 @@ impl Way {
                 self.underlay
             )),
             (_, Some(mtu)) => Some(format!(
-                "{here} → {name} carries {mtu}, pods use {}: they are told when they send what is longer; raise the MTU of what is \
+                "{here} → {name} carries {}, pods use {}: they are told when they send what is longer; raise the MTU of what is \
                  on that path, or lower the key mtu",
-                peer.most()
+                mtu + self.beside,
+                peer.most() + self.beside
             )),
             _ => None,
         }

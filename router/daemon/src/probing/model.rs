@@ -104,7 +104,12 @@ impl Bed {
 
     /// Milliseconds until that is so.
     fn until(&mut self, what: impl Fn(&Bed) -> bool) -> u64 {
-        (0..60_000).find(|_| { self.step(); what(self) }).expect("it never is")
+        (0..60_000)
+            .find(|_| {
+                self.step();
+                what(self)
+            })
+            .expect("it never is")
     }
 }
 

@@ -182,8 +182,10 @@ impl Peer {
         if (most, overhead) == (self.most, self.overhead) {
             return;
         }
+        // What was measured is the length of the whole packet.
+        let carried = (self.mtu + self.overhead).saturating_sub(overhead).max(self.least);
         (self.most, self.overhead, self.search) = (most, overhead, None);
-        self.mtu = if self.is_known() { self.mtu.min(most) } else { most };
+        self.mtu = if self.is_known() { carried.min(most) } else { most };
         self.try_rise(now);
     }
 
@@ -279,7 +281,14 @@ impl Peer {
             }
             let long = self.state == State::Away && now.since(self.since) > LONG;
             let hasty = self.state == State::Up && (is_late || is_full_late);
-            self.next = now + if long { EACH * 5 } else if hasty { HASTE } else { each };
+            self.next = now
+                + if long {
+                    EACH * 5
+                } else if hasty {
+                    HASTE
+                } else {
+                    each
+                };
         } else if self.state == State::Up && is_late {
             // The first late one is not waited for as long as all is well.
             self.next = self.next.min(now + HASTE);
@@ -428,6 +437,11 @@ impl Peer {
     /// What was measured, if anything was.
     pub fn measured(&self) -> Option<u32> {
         self.is_known().then_some(self.mtu)
+    }
+
+    /// What is wrapped around each packet.
+    pub fn overhead(&self) -> u32 {
+        self.overhead
     }
 
     /// What pods use.

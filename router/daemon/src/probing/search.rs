@@ -11,8 +11,8 @@ use weft_router::Instant;
 
 /// MTUs that paths have: Ethernet with and without jumbo frames, less the headers of what packets are often wrapped in.
 const USUAL: [u32; 24] = [
-    9216, 9000, 8950, 8192, 6000, 4352, 3000, 2048, 1550, 1500, 1492, 1480, 1476, 1462, 1450, 1436, 1420, 1412, 1400, 1380,
-    1350, 1300, 1280, 576,
+    9216, 9000, 8950, 8192, 6000, 4352, 3000, 2048, 1550, 1500, 1492, 1480, 1476, 1462, 1450, 1436, 1420, 1412, 1400,
+    1380, 1350, 1300, 1280, 576,
 ];
 /// Sizes between the two ends that a later round asks for.
 const BETWEEN: u32 = 8;

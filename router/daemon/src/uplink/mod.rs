@@ -9,12 +9,14 @@
 
 mod follow;
 mod hops;
+mod tunnels;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 
 use anyhow::{Context, bail};
+use weft_encap::format::Format;
 use weft_encap::mac::Mac;
 use weft_router::port::sys::namespace::new_network;
 use weft_router::port::udp::Underlay;
@@ -25,11 +27,13 @@ use weft_router::{Device, Router};
 
 use crate::attach::namespace::enter;
 use crate::attach::veth;
-use crate::control::config::{self, UnderlayKind};
+use crate::control::config::{self, Config, UnderlayKind};
 use crate::control::desired::UNDERLAY;
 use crate::netlink::Netlink;
 use crate::netlink::paths::Detailed;
 use crate::node;
+pub use tunnels::Tunnels;
+
 use follow::{Followed, Follower};
 use hops::Way;
 
@@ -45,6 +49,8 @@ pub struct Uplink {
     configured: UnderlayKind,
     /// What it is; if it is not what was asked for, why.
     outcome: Result<Chosen, String>,
+    /// Formats beside VXLAN that could not be opened, and why.
+    refused: Vec<(Format, String)>,
 }
 
 /// An uplink in use.
@@ -60,7 +66,8 @@ impl Uplink {
     ///
     /// # Errors
     /// Not even the UDP sockets could be opened, or the data plane takes nothing.
-    pub fn open(config: &config::Underlay, router: &Router) -> anyhow::Result<Uplink> {
+    pub fn open(config: &config::Underlay, tunnels: Tunnels, router: &Router) -> anyhow::Result<Uplink> {
+        let refused = tunnels.hand_over(router)?;
         let local = SocketAddr::new(config.address, config.port);
         let open = || Underlay::open_for(router.workers(), local, TRANSMIT_SOCKETS);
         let mut underlay = open().with_context(|| {
@@ -81,7 +88,7 @@ impl Uplink {
                     match router.add_port(UNDERLAY, Device::Uplink { underlay, uplink, hops }) {
                         Ok(()) => {
                             tracing::info!("underlay: {}", chosen.shown);
-                            return Ok(Uplink { configured: config.kind, outcome: Ok(chosen) });
+                            return Ok(Uplink { configured: config.kind, outcome: Ok(chosen), refused });
                         }
                         Err(error) => outcome = Err(error.to_string()),
                     }
@@ -91,7 +98,7 @@ impl Uplink {
             }
         }
         router.add_port(UNDERLAY, Device::Underlay(underlay)).context("the data plane cannot use the underlay")?;
-        let uplink = Uplink { configured: config.kind, outcome };
+        let uplink = Uplink { configured: config.kind, outcome, refused };
         match (uplink.problem(), &uplink.outcome) {
             (Some(problem), _) => tracing::warn!("{problem}"),
             (None, Err(why)) if !why.is_empty() => tracing::info!("underlay: udp (auto: {why})"),
@@ -112,11 +119,10 @@ impl Uplink {
         self.outcome.as_ref().map(|chosen| chosen.follower.path_mtus()).unwrap_or_default()
     }
 
-    /// How long packets inside the tunnel to nodes may be, as was measured: it is more than what routers said.
+    /// How long packets to nodes may be, as was measured: that holds, whatever routers said.
     pub fn measured(&self, all: &BTreeMap<IpAddr, u32>) {
         if let Ok(chosen) = &self.outcome {
-            let outer = all.iter().map(|(node, mtu)| (*node, mtu + config::Underlay::overhead(*node)));
-            chosen.follower.measured(outer.collect());
+            chosen.follower.measured(all.clone());
         }
     }
 
@@ -164,13 +170,35 @@ impl Uplink {
         let narrow = self.path_mtus().into_iter().filter(|(node, mtu)| needs_fragments(*node, *mtu));
         let told = |(node, mtu): (IpAddr, u32)| {
             let name = name(node)?;
-            let needed = LEAST_V6 + config::Underlay::overhead(node);
+            let needed = LEAST_V6 + Format::Vxlan.overhead(node.is_ipv4());
             Some(format!(
                 "the path to {name} ({node}) carries packets of {mtu} bytes only, and pods may send what takes {needed}: longer ones go in \
                  fragments, which is slow and which firewalls may drop; raise the MTU of what is on that path"
             ))
         };
         narrow.filter_map(told).collect()
+    }
+
+    /// To which peers packets go by another tunnel than they should, by reason.
+    pub fn tunnel_problems(&self, config: &Config) -> Vec<String> {
+        let mut by_reason: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+        for peer in &config.peers {
+            if let (_, Some(why)) = config.encapsulation_to(peer) {
+                by_reason.entry(why).or_default().push(&peer.name);
+            }
+        }
+        let refused = |why: &str| {
+            let found = self
+                .refused
+                .iter()
+                .find(|(format, _)| why.ends_with(&format!("open {}", config.underlay.word(*format))));
+            found.map_or(String::new(), |(_, error)| format!(": {error}"))
+        };
+        let told = |(why, peers): (String, Vec<&str>)| {
+            let more = if peers.len() > 1 { format!(" and {} more nodes", peers.len() - 1) } else { String::new() };
+            format!("packets to {}{more} go by VXLAN, for {why}{}", peers[0], refused(&why))
+        };
+        by_reason.into_iter().map(told).collect()
     }
 
     /// How frames to a node leave.
@@ -195,7 +223,7 @@ impl Uplink {
 
 /// Whether packets of pods may be longer than a path with this MTU carries: they are never asked for less than the floor.
 fn needs_fragments(node: IpAddr, mtu: u32) -> bool {
-    mtu < LEAST_V6 + config::Underlay::overhead(node)
+    mtu < LEAST_V6 + Format::Vxlan.overhead(node.is_ipv4())
 }
 
 fn name_of(device: u32) -> String {

@@ -30,6 +30,10 @@ enum Command {
 const PROGRAM_TYPE_XDP: u32 = 6;
 /// `BPF_XDP` of `enum bpf_attach_type`: <https://elixir.bootlin.com/linux/v6.18/A/ident/BPF_XDP>.
 const ATTACH_XDP: u32 = 37;
+/// `BPF_PROG_TYPE_SCHED_CLS`: <https://elixir.bootlin.com/linux/v6.18/A/ident/BPF_PROG_TYPE_SCHED_CLS>.
+const PROGRAM_TYPE_TC: u32 = 3;
+/// `BPF_TCX_INGRESS` of `enum bpf_attach_type`: <https://elixir.bootlin.com/linux/v6.18/A/ident/BPF_TCX_INGRESS>.
+const ATTACH_TCX: u32 = 46;
 /// <https://elixir.bootlin.com/linux/v6.18/A/ident/BPF_F_XDP_HAS_FRAGS>.
 const HAS_FRAGS: u32 = 1 << 5;
 /// <https://elixir.bootlin.com/linux/v6.18/A/ident/BPF_F_TEST_XDP_LIVE_FRAMES>.
@@ -236,7 +240,7 @@ pub struct Link {
     _fd: OwnedFd,
 }
 
-/// An XDP program.
+/// A program for devices.
 #[derive(Debug)]
 pub struct Program {
     fd: OwnedFd,
@@ -249,15 +253,31 @@ impl Program {
     /// # Errors
     /// [`BpfError::Rejected`] with the verifier's log; [`BpfError::Refused`] if loading is not permitted at all.
     pub fn load(name: &str, instructions: &[Instruction]) -> Result<Program, BpfError> {
+        // None of our programs looks behind a frame's first piece, so all of them take frames of several.
+        Program::load_as((PROGRAM_TYPE_XDP, ATTACH_XDP, HAS_FRAGS), name, instructions)
+    }
+
+    /// Loads a program that gets what a device received as the kernel's own buffers.
+    ///
+    /// # Errors
+    /// As for [`Program::load`].
+    pub fn load_tc(name: &str, instructions: &[Instruction]) -> Result<Program, BpfError> {
+        Program::load_as((PROGRAM_TYPE_TC, ATTACH_TCX, 0), name, instructions)
+    }
+
+    fn load_as(
+        (kind, expected_attach_type, flags): (u32, u32, u32),
+        name: &str,
+        instructions: &[Instruction],
+    ) -> Result<Program, BpfError> {
         let mut attributes = ProgramLoad {
-            kind: PROGRAM_TYPE_XDP,
+            kind,
             count: instructions.len() as u32,
             instructions: instructions.as_ptr() as u64,
             license: address(LICENSE),
             name: object_name(name),
-            expected_attach_type: ATTACH_XDP,
-            // None of our programs looks behind a frame's first piece, so all of them take frames of several.
-            flags: HAS_FRAGS,
+            expected_attach_type,
+            flags,
             ..ProgramLoad::default()
         };
         let name = name.to_owned();
@@ -293,6 +313,21 @@ impl Program {
         };
         let fd = call_fd(Command::LinkCreate, &attributes).map_err(|source| {
             refused(format!("attach the program {} to interface {interface} ({mode:?} mode)", self.name), source)
+        })?;
+        Ok(Link { _fd: fd })
+    }
+
+    /// Attaches it behind what other programs are attached to a device's ingress, in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// [`BpfError::Refused`]: `ENODEV` if there is no such device, `EINVAL` on a kernel before 6.6.
+    pub fn attach_tcx(&self, interface: u32) -> Result<Link, BpfError> {
+        let program = self.fd.as_raw_fd() as u32;
+        let attributes = LinkCreate { program, interface, attach_type: ATTACH_TCX, ..LinkCreate::default() };
+        let fd = call_fd(Command::LinkCreate, &attributes).map_err(|source| {
+            let what =
+                format!("lead what interface {interface} receives by the program {} (tcx, Linux 6.6)", self.name);
+            refused(what, source)
         })?;
         Ok(Link { _fd: fd })
     }

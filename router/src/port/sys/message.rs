@@ -5,7 +5,7 @@
 //! without allocating, so the calls are made here.
 
 use std::ffi::c_int;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{self, MaybeUninit};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
@@ -189,6 +189,75 @@ pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Datagram> {
     let control_len = (header.msg_controllen as usize).min(RECEIVE_CONTROL);
     read_control(&control.0[..control_len], &mut datagram);
     Ok(datagram)
+}
+
+/// Most messages that [`receive_many`] takes at once.
+pub const RECEIVED: usize = 16;
+
+/// Receives as many messages as there are, and as there are pairs of buffers, each into the first of its pair and what does not fit there
+/// into the second. Never blocks. Returns how many there were; what is known of each stands at the front of `datagrams`.
+///
+/// # Errors
+/// The kernel's; `WouldBlock` if there is none.
+pub fn receive_many(
+    socket: impl AsFd,
+    buffers: &mut [[IoSliceMut<'_>; 2]],
+    datagrams: &mut [Datagram; RECEIVED],
+) -> io::Result<usize> {
+    let count = buffers.len().min(RECEIVED);
+    let mut addresses = [const { MaybeUninit::<Address>::zeroed() }; RECEIVED];
+    let mut controls = [const { Control([0; RECEIVE_CONTROL]) }; RECEIVED];
+    let mut headers = [const { MaybeUninit::<libc::mmsghdr>::uninit() }; RECEIVED];
+    for (index, pair) in buffers[..count].iter_mut().enumerate() {
+        // SAFETY: as in `send`.
+        let mut header: libc::msghdr = unsafe { mem::zeroed() };
+        header.msg_name = addresses[index].as_mut_ptr().cast();
+        header.msg_namelen = size_of::<Address>() as _;
+        header.msg_iov = pair.as_mut_ptr().cast();
+        header.msg_iovlen = pair.len() as _;
+        header.msg_control = controls[index].0.as_mut_ptr().cast();
+        header.msg_controllen = RECEIVE_CONTROL as _;
+        headers[index].write(libc::mmsghdr { msg_hdr: header, msg_len: 0 });
+    }
+    // SAFETY: the first `count` headers were written above. Their names and control messages live in the arrays beside them, and their
+    // buffers are exclusively borrowed; an `IoSliceMut` is laid out as an `iovec`. rustix has no recvmmsg.
+    let received = unsafe {
+        let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
+        let (fd, none) = (socket.as_fd().as_raw_fd(), std::ptr::null_mut());
+        libc::recvmmsg(fd, headers.as_mut_ptr().cast(), count as _, flags as _, none)
+    };
+    let received = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
+    for (index, datagram) in datagrams[..received].iter_mut().enumerate() {
+        // SAFETY: it was written before the call, which changed lengths and flags in it.
+        let libc::mmsghdr { msg_hdr: header, msg_len } = unsafe { headers[index].assume_init_read() };
+        // SAFETY: as in `receive`.
+        let from = decode(unsafe { addresses[index].assume_init_ref() });
+        let truncated = header.msg_flags & libc::MSG_TRUNC != 0;
+        *datagram = Datagram { len: msg_len as usize, truncated, from, stride: None, tos: 0, overruns: None };
+        let control_len = (header.msg_controllen as usize).min(RECEIVE_CONTROL);
+        read_control(&controls[index].0[..control_len], datagram);
+    }
+    Ok(received)
+}
+
+impl Datagram {
+    /// Of nothing that was received.
+    pub const NONE: Datagram = Datagram {
+        len: 0,
+        truncated: false,
+        from: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        stride: None,
+        tos: 0,
+        overruns: None,
+    };
+}
+
+/// Has the kernel say how many messages it dropped.
+///
+/// # Errors
+/// The kernel's.
+pub fn count_overruns(socket: impl AsFd) -> io::Result<()> {
+    set_flag(socket, libc::SOL_SOCKET, libc::SO_RXQ_OVFL)
 }
 
 /// The sender's address; one mapped into IPv6 as the IPv4 address that it is.

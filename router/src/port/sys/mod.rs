@@ -9,6 +9,7 @@ pub mod lazy;
 pub mod lending;
 pub mod message;
 pub mod namespace;
+pub mod packet;
 pub mod prefetch;
 pub mod ring;
 pub mod tun;

@@ -303,7 +303,8 @@ impl Wakeup {
     /// The kernel's.
     pub fn overruns(&self) -> io::Result<u64> {
         let counted = sockopt::xdp_statistics(&self.fd)?;
-        Ok(counted.rx_dropped + counted.rx_ring_full.unwrap_or(0) + counted.rx_fill_ring_empty_descs.unwrap_or(0))
+        // What had no chunk to be copied to counts as dropped, and beside that as a look into an empty fill ring.
+        Ok(counted.rx_dropped + counted.rx_ring_full.unwrap_or(0))
     }
 
     /// The descriptor itself, for who closes it: that waits until no CPU uses the socket any more.

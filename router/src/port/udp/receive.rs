@@ -13,6 +13,8 @@ use std::os::fd::OwnedFd;
 use rustix::io::Errno;
 use weft_encap::coalesce::{self, Run};
 use weft_encap::eth::{ETH_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6};
+use weft_encap::format::Format;
+use weft_encap::geneve::GeneveHeader;
 use weft_encap::offload::{Gso, GsoKind, Offload, Partial};
 use weft_encap::{ip, tcp, udp};
 
@@ -25,12 +27,14 @@ use crate::port::sys::message::{self, Datagram};
 use crate::port::{BATCH, BATCH_BYTES, Batch, PortId, Received, is_broken};
 use crate::stats::Stats;
 
-/// How many bytes of a frame that does not fit a chunk go to its head: all headers that anyone reads.
-const HEAD: usize = TUNNEL_HEADER + 256;
+/// How many bytes of a frame that does not fit a chunk go to its head: all headers that anyone reads. Geneve's has up to 252 bytes of
+/// options.
+const HEAD: usize = TUNNEL_HEADER + 252 + 256;
 
 /// The receiving half of the port.
 pub(super) struct Receiver {
     id: PortId,
+    format: Format,
     pub(super) tunnel_mtu: u32,
     /// A buffer that no frame refers to.
     spare: Option<Super>,
@@ -53,8 +57,8 @@ struct Train {
 }
 
 impl Receiver {
-    pub(super) fn new(id: PortId, tunnel_mtu: u32) -> Receiver {
-        Receiver { id, tunnel_mtu, spare: None, train: None, overruns: 0 }
+    pub(super) fn new(id: PortId, format: Format, tunnel_mtu: u32) -> Receiver {
+        Receiver { id, format, tunnel_mtu, spare: None, train: None, overruns: 0 }
     }
 
     pub(super) fn receive(
@@ -114,8 +118,8 @@ impl Receiver {
         };
         self.note_overruns(&datagram, stats);
         let stride = datagram.stride.map_or(datagram.len, usize::from);
-        let whole = stride < datagram.len && is_superframe(&bytes[..datagram.len], stride);
-        let outer = Outer { peer: datagram.from, entropy: 0, tos: datagram.tos };
+        let whole = stride < datagram.len && is_superframe(&bytes[..datagram.len], stride, self.base_of(bytes));
+        let outer = Outer { tos: datagram.tos, format: self.format, ..Outer::vxlan(datagram.from) };
         self.train = Some(Train { buffer, len: datagram.len, at: 0, stride, whole, outer });
         Ok(datagram.len)
     }
@@ -127,14 +131,15 @@ impl Receiver {
             let rest = &train.buffer[train.at..train.len];
             let len = if train.whole { rest.len() } else { train.stride.min(rest.len()) };
             let told = train.whole.then_some(train.stride);
-            let left = unfinished(rest[..len].get(TUNNEL_HEADER..).unwrap_or_default(), told, self.tunnel_mtu);
+            let base = self.base_of(rest);
+            let left = unfinished(rest[..len].get(base..).unwrap_or_default(), told, self.tunnel_mtu);
             let (made, taken, count) = if left.partial.is_some() {
                 (self.single(&train, len, left, pool), len, 1)
             } else {
-                let run = coalesce::run(rest, train.stride, TUNNEL_HEADER);
+                let run = coalesce::run(rest, train.stride, base);
                 if run.frames > 1 {
                     let taken = (run.frames * train.stride).min(rest.len());
-                    (self.merged(&train, &run, pool), taken, run.frames)
+                    (self.merged(&train, base, &run, pool), taken, run.frames)
                 } else {
                     let checked = Offload { verified: run.verified, ..Offload::default() };
                     (self.single(&train, len, checked, pool), len, 1)
@@ -143,7 +148,7 @@ impl Receiver {
             train.at += taken;
             match made {
                 Some(mut frame) => {
-                    frame.outer = Some(train.outer);
+                    frame.outer = Some(Outer { base: base as u16, ..train.outer });
                     stats.received(&frame);
                     batch.push(frame);
                 }
@@ -158,12 +163,12 @@ impl Receiver {
     }
 
     /// One superframe of the run at the front of the train.
-    fn merged(&self, train: &Train, run: &Run, pool: &Pool) -> Option<Frame> {
-        let head = TUNNEL_HEADER + run.header_len;
+    fn merged(&self, train: &Train, base: usize, run: &Run, pool: &Pool) -> Option<Frame> {
+        let head = base + run.header_len;
         let (mut chunk, start) = pool.chunk()?;
         let room = chunk.get_mut(start..start + head)?;
         room.copy_from_slice(&train.buffer[train.at..train.at + head]);
-        let offload = coalesce::finish(&mut room[TUNNEL_HEADER..], run);
+        let offload = coalesce::finish(&mut room[base..], run);
         let (first, last) = (run.first_payload, run.last_payload);
         let body = Body::strided(train.buffer.share(), train.at + head, train.stride, first, run.frames, last);
         let merged = (run.frames - 1) as u16;
@@ -194,6 +199,11 @@ impl Receiver {
         }
         frame.offload = offload;
         Some(frame)
+    }
+
+    /// Where a datagram's Ethernet header is, by what its tunnel header says.
+    fn base_of(&self, datagram: &[u8]) -> usize {
+        if self.format == Format::Geneve { GeneveHeader::claimed_len(datagram) } else { TUNNEL_HEADER }
     }
 
     fn note_overruns(&mut self, datagram: &Datagram, stats: &mut Stats) {
@@ -257,8 +267,8 @@ impl Headers {
 /// Whether a datagram for which the kernel gave a length is one superframe, cut nowhere, rather than a train. A pod that lies about its
 /// IP length must not have the frames behind its own taken for its payload, hence the other two conditions: the checksum is partial, and
 /// where the train's second frame would begin there is no tunnel header like the first.
-fn is_superframe(datagram: &[u8], stride: usize) -> bool {
-    let Some((tunnel, inner)) = datagram.split_at_checked(TUNNEL_HEADER) else { return false };
+fn is_superframe(datagram: &[u8], stride: usize, base: usize) -> bool {
+    let Some((tunnel, inner)) = datagram.split_at_checked(base) else { return false };
     Headers::read(inner).is_some_and(|headers| headers.len == inner.len() && headers.is_partial(inner))
         && !datagram[stride..].starts_with(tunnel)
 }

@@ -13,10 +13,13 @@ use std::slice::ChunksExactMut;
 
 use arrayvec::ArrayVec;
 use rustix::io::Errno;
+use weft_encap::eth::ETH_LEN;
+use weft_encap::format::Format;
+use weft_encap::ip;
 
 use super::TUNNEL_HEADER;
 use crate::drop_reason::DropReason;
-use crate::frame::Frame;
+use crate::frame::{Frame, Outer};
 use crate::port::software::{self, Cut, HEADERS};
 use crate::port::sys::message::{self, MESSAGES, Message};
 use crate::port::{BATCH, PortId, Queue, is_broken};
@@ -49,7 +52,7 @@ struct Socket {
 }
 
 /// The sending half of the port.
-pub(super) struct Sender {
+pub(in crate::port) struct Sender {
     id: PortId,
     peer_port: u16,
     sockets: Vec<Socket>,
@@ -77,7 +80,7 @@ impl Parts {
 type Outcomes = [Parts; BATCH];
 
 impl Sender {
-    pub(super) fn new(id: PortId, peer_port: u16, sockets: Vec<OwnedFd>) -> Sender {
+    pub(in crate::port) fn new(id: PortId, peer_port: u16, sockets: Vec<OwnedFd>) -> Sender {
         let sockets = sockets.into_iter().map(|fd| Socket { fd, segments: true }).collect();
         Sender { id, peer_port, sockets, headers: vec![0; CUTS * CUT_STRIDE].into_boxed_slice() }
     }
@@ -86,6 +89,14 @@ impl Sender {
     pub(super) fn single(id: PortId, peer_port: u16, fd: OwnedFd) -> Sender {
         let mut sender = Sender::new(id, peer_port, vec![fd]);
         sender.sockets[0].segments = false;
+        sender
+    }
+
+    /// By sockets that send IP packets, of one protocol each.
+    pub(in crate::port) fn raw(id: PortId, sockets: Vec<OwnedFd>) -> Sender {
+        // Such a socket's port is the protocol, which it has already.
+        let mut sender = Sender::new(id, 0, sockets);
+        sender.sockets.iter_mut().for_each(|socket| socket.segments = false);
         sender
     }
 
@@ -104,7 +115,7 @@ impl Sender {
         self.sockets.iter().all(|socket| socket.segments)
     }
 
-    pub(super) fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
+    pub(in crate::port) fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
         while !queue.is_empty() {
             let count = queue.len().min(BATCH);
             let mut batch: Batch = queue.drain(..count).collect();
@@ -140,7 +151,12 @@ impl Sender {
     }
 
     fn socket_of(&self, frame: &Frame) -> usize {
-        frame.outer.map_or(0, |outer| usize::from(outer.entropy)) % self.sockets.len()
+        let way = match frame.outer {
+            Some(Outer { format: Format::Ipip, .. }) => usize::from(frame.head().first() != Some(&ip::IPIP)),
+            Some(outer) => usize::from(outer.entropy),
+            None => 0,
+        };
+        way % self.sockets.len()
     }
 
     /// Sends the chosen frames by one socket, in rounds.
@@ -158,10 +174,22 @@ impl Sender {
 
 /// Sums what is to be sent as it is. Superframes are summed as they are cut.
 fn prepare(frame: &mut Frame) -> Result<(), DropReason> {
-    if frame.outer.is_none() {
-        return Err(DropReason::DeviceRefused);
+    let Some(outer) = frame.outer else { return Err(DropReason::DeviceRefused) };
+    let base = usize::from(outer.base);
+    if outer.format == Format::Gre && frame.head().len() >= base + ETH_LEN {
+        // What is left of the Ethernet header is the type, with which GRE's header ends.
+        frame.head_mut().copy_within(..base, ETH_LEN);
     }
-    if frame.offload.gso.is_some() { Ok(()) } else { software::fill_checksum(frame, TUNNEL_HEADER) }
+    if frame.offload.gso.is_some() { Ok(()) } else { software::fill_checksum(frame, base) }
+}
+
+/// How many bytes at the front of a frame are not sent: what has no Ethernet header on the wire has one here.
+fn unsent(outer: Option<Outer>) -> usize {
+    match outer {
+        Some(Outer { format: Format::Gre, .. }) => ETH_LEN,
+        Some(Outer { format: Format::Ipip, base, .. }) => usize::from(base) + ETH_LEN,
+        _ => 0,
+    }
 }
 
 /// How far the frames of a socket have been laid out: the first of `waiting` up to its segment `segment`.
@@ -213,8 +241,11 @@ impl<'a> Round<'a> {
             let index = cursor.waiting.trailing_zeros() as usize;
             let frame = &batch[index];
             let full = match frame.offload.gso {
-                None => !self.datagram(frame, index, frame.len(), frame.slices(0..frame.len())),
-                Some(_) => match Cut::new(frame, TUNNEL_HEADER) {
+                None => {
+                    let skip = unsent(frame.outer);
+                    !self.datagram(frame, index, frame.len() - skip, frame.slices(skip..frame.len()))
+                }
+                Some(_) => match Cut::new(frame, frame.base()) {
                     Ok(cut) if cursor.segment == 0 && !self.has_headers(cut.count()) => return,
                     Ok(cut) => {
                         self.close_if_split(&cut);
@@ -257,9 +288,10 @@ impl<'a> Round<'a> {
         while *next < cut.count() {
             let Some(header) = self.headers.next() else { return false };
             let len = cut.write(*next, header);
-            let header: &'a [u8] = &header[..len];
+            let skip = unsent(frame.outer);
+            let header: &'a [u8] = &header[skip..len];
             let slices = std::iter::once(header).chain(cut.payload(*next));
-            if !self.datagram(frame, index, cut.len(*next), slices) {
+            if !self.datagram(frame, index, cut.len(*next) - skip, slices) {
                 return false;
             }
             *next += 1;

@@ -76,8 +76,12 @@ pub enum Verdict {
 pub enum Helper {
     /// `u64 bpf_ktime_get_ns(void)`: nanoseconds of CLOCK_MONOTONIC.
     KtimeNs = 5,
+    /// `long bpf_skb_store_bytes(skb, u32 offset, from, u32 len, u64 flags)`.
+    StoreBytes = 9,
     /// `long bpf_redirect(u32 ifindex, u64 flags)`.
     Redirect = 23,
+    /// `long bpf_skb_load_bytes(skb, u32 offset, to, u32 len)`: zero if they are there.
+    LoadBytes = 26,
     /// `long bpf_redirect_map(map, u64 key, u64 flags)`: the low bits of the flags are the verdict if there is no such entry.
     RedirectMap = 51,
     /// `long bpf_xdp_adjust_tail(ctx, int delta)`. Ends all knowledge of packet pointers.

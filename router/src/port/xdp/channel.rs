@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
+use rustix::io::Errno;
 use weft_encap::offload::Partial;
 
 use super::Verdict;
@@ -215,6 +216,8 @@ pub struct Channel {
     wakeup: Wakeup,
     abilities: Abilities,
     calls: u32,
+    /// What the kernel had dropped when it was asked last.
+    overruns: u64,
 }
 
 impl Channel {
@@ -233,7 +236,7 @@ impl Channel {
         if endpoint.is_starved() {
             return Err(io::Error::new(io::ErrorKind::OutOfMemory, "no buffers are left for another AF_XDP device"));
         }
-        let channel = Channel { id, endpoint, lead, wakeup, abilities, calls: 0 };
+        let channel = Channel { id, endpoint, lead, wakeup, abilities, calls: 0, overruns: 0 };
         if let Lead::Shared(steering, queue) = &channel.lead {
             steering.join(*queue, &channel.wakeup)?;
         }
@@ -244,7 +247,7 @@ impl Channel {
     #[cfg(test)]
     pub fn over(rings: Rings, fd: OwnedFd, abilities: Abilities, pool: &Pool, id: PortId) -> Channel {
         let endpoint = Endpoint::new(rings, pool.arena(), true);
-        Channel { id, endpoint, lead: Lead::None, wakeup: Wakeup::of(fd), abilities, calls: 0 }
+        Channel { id, endpoint, lead: Lead::None, wakeup: Wakeup::of(fd), abilities, calls: 0, overruns: 0 }
     }
 
     /// What the kernel can do with its frames.
@@ -344,13 +347,19 @@ impl Channel {
         Ok(Body::one(buffer?, 0, len))
     }
 
+    /// Learns what the kernel has dropped since it was asked last.
+    pub fn count(&mut self, stats: &mut Stats) {
+        if let Ok(overruns) = self.wakeup.overruns() {
+            stats.port(self.id).overruns += overruns.saturating_sub(self.overruns);
+            self.overruns = overruns;
+        }
+    }
+
     /// Learns from the kernel what the rings cannot say: that the device is gone, and what it dropped.
     fn look(&mut self, received: usize, stats: &mut Stats) -> io::Result<()> {
         self.calls = self.calls.wrapping_add(1);
-        if self.calls.is_multiple_of(COUNTED)
-            && let Ok(overruns) = self.wakeup.overruns()
-        {
-            stats.port(self.id).overruns = overruns;
+        if self.calls.is_multiple_of(COUNTED) {
+            self.count(stats);
         }
         if received > 0 {
             return Ok(());
@@ -379,7 +388,7 @@ impl Channel {
                 let frame = queue.pop_front().expect("it was at the front");
                 stats.sent_in_part(frame, self.id, parts.sent, parts.failed, parts.reason);
             }
-            let progress = self.kick()?;
+            let progress = self.kick(stats)?;
             if queue.is_empty() || !progress {
                 return Ok(());
             }
@@ -463,12 +472,21 @@ impl Channel {
     }
 
     /// Has the kernel send. Returns whether there is room that was not there before.
-    fn kick(&mut self) -> io::Result<bool> {
+    fn kick(&mut self, stats: &mut Stats) -> io::Result<bool> {
         let mut waiting = self.endpoint.submit();
         let before = waiting;
+        // Each call of the kernel's ends with the first frame that its device drops.
+        let mut drops = 0;
         while waiting > 0 && self.endpoint.needs_wakeup() {
             match self.wakeup.transmit() {
                 Err(error) if is_broken(error) => return Err(error.into()),
+                Err(Errno::BUSY) if drops < before => {
+                    drops += 1;
+                    stats.port(self.id).undelivered += 1;
+                    self.endpoint.complete();
+                    waiting = self.endpoint.submit();
+                    continue;
+                }
                 // The budget of one call is used up, or memory is: what is left says which. Down, for example, is a reason to leave
                 // frames in the ring; they go with the next.
                 Err(_) | Ok(()) => {}

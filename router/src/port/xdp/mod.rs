@@ -9,7 +9,7 @@ pub mod assembler;
 mod channel;
 mod endpoint;
 pub mod outer;
-mod partial;
+pub(in crate::port) mod partial;
 mod pod_program;
 mod port;
 mod probe;

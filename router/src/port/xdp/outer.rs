@@ -153,7 +153,7 @@ pub fn read(frame: &mut Frame, tunnel: &Tunnel) -> Result<(), DropReason> {
     }
     frame.truncate(end);
     frame.pull(ip.udp + UDP_LEN).ok_or(DropReason::TooShort)?;
-    frame.outer = Some(Outer { peer: ip.from, entropy: 0, tos: ip.tos });
+    frame.outer = Some(Outer { tos: ip.tos, ..Outer::vxlan(ip.from) });
     Ok(())
 }
 
@@ -264,7 +264,7 @@ mod tests {
 
     /// What the second node gets of a payload that the first sends, its checksum completed.
     fn packet(family: usize, vlan: Option<u16>, payload: &[u8]) -> Vec<u8> {
-        let outer = Outer { peer: THERE[family].parse().unwrap(), entropy: 0x1234, tos: 0xb8 };
+        let outer = Outer { entropy: 0x1234, tos: 0xb8, ..Outer::vxlan(THERE[family].parse().unwrap()) };
         let from = HERE[family].parse().unwrap();
         let (mut prefix, partial) = write(&hop(vlan), from, &outer, &tunnel(), payload.len()).unwrap();
         complete(&mut prefix, partial, [payload].into_iter());
@@ -315,10 +315,10 @@ mod tests {
         for (family, vlan) in [(0, None), (0, Some(100)), (1, None), (1, Some(4094))] {
             let mut bytes = packet(family, vlan, b"payload");
             bytes.extend([0; 9]);
-            let expected = Outer { peer: HERE[family].parse().unwrap(), entropy: 0, tos: 0xb8 };
+            let expected = Outer { tos: 0xb8, ..Outer::vxlan(HERE[family].parse().unwrap()) };
             assert_eq!(open(&bytes).unwrap(), (b"payload".to_vec(), expected));
             let long = vec![7; 3_000];
-            let outer = Outer { peer: THERE[family].parse().unwrap(), entropy: 0, tos: 0 };
+            let outer = Outer::vxlan(THERE[family].parse().unwrap());
             let far = NextHop { mtu: 9_000, ..hop(vlan) };
             let (mut prefix, partial) = write(&far, expected.peer, &outer, &tunnel(), long.len()).unwrap();
             let raw = [&prefix[..], &long].concat();
@@ -386,7 +386,7 @@ mod tests {
 
     #[test]
     fn what_is_too_long_or_of_another_family_is_not_written() {
-        let outer = Outer { peer: THERE[0].parse().unwrap(), entropy: 0, tos: 0 };
+        let outer = Outer::vxlan(THERE[0].parse().unwrap());
         let write = |from: &str, len| write(&hop(None), from.parse().unwrap(), &outer, &tunnel(), len).err();
         assert_eq!((write(HERE[0], 1_472), write(HERE[0], 1_473)), (None, Some(DropReason::UnderlayMtu)));
         assert_eq!(write(HERE[0], 70_000), Some(DropReason::UnderlayMtu));

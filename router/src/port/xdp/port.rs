@@ -65,6 +65,10 @@ impl Port for XdpPort {
         Some(self.channel.is_waiting())
     }
 
+    fn count(&mut self, stats: &mut Stats) {
+        self.channel.count(stats);
+    }
+
     fn capabilities(&self) -> Capabilities {
         Capabilities { partial_checksum: self.channel.abilities().checksum, ..Capabilities::default() }
     }

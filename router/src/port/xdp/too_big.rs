@@ -129,7 +129,7 @@ mod tests {
     fn sent(family: usize, len: usize) -> Vec<u8> {
         let [here, there] = NODES[family].map(|node| node.parse().unwrap());
         let hop = NextHop { source: Mac([2; 6]), target: Mac([4; 6]), vlan: None, mtu: 9_000 };
-        let outer = Outer { peer: there, entropy: 77, tos: 0 };
+        let outer = Outer { entropy: 77, ..Outer::vxlan(there) };
         let (prefix, _) = outer::write(&hop, here, &outer, &tunnel(), len).unwrap();
         prefix[14..].to_vec()
     }

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use ipnet::IpNet;
+use weft_encap::geneve;
 use weft_encap::mac::Mac;
 use weft_encap::vxlan::Vni;
 use weft_router::tables::{Gateway, Mode};
@@ -13,7 +14,7 @@ use super::reader::{At, Place, Problem, Reader, Switch};
 use super::source::{SourceConfig, check_beside, missing_underlay};
 use super::{
     Config, DEFAULT_HOST_PORT, DEFAULT_PORT, DEFAULT_STATE_DIR, Draft, DraftPeer, DraftUnderlay, Peer, PortKind,
-    Underlay, UnderlayKind,
+    Underlay, UnderlayKind, encapsulation,
 };
 use crate::control::derive;
 use crate::control::host::{Host, Interface};
@@ -52,10 +53,12 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
     check_peers(reader, &draft);
     let gateway = check_gateway(reader, &draft, mode);
     check_macs(reader, &draft);
-    let mtus = underlay.and_then(|underlay| check_mtu(reader, &draft, underlay, host, &mut warnings));
+    encapsulation::check(reader, &draft, mode);
+    let mtus = underlay.and_then(|underlay| check_mtu(reader, &draft, (mode, underlay), host, &mut warnings));
     let built = (|| {
         let (node, mode, (mtu, underlay_mtu), source) = (node?, mode?, mtus?, source?);
-        let underlay = build_underlay(draft.underlay.as_ref(), underlay?, underlay_mtu);
+        let subnet = encapsulation::subnet(host, underlay?);
+        let underlay = build_underlay(draft.underlay.as_ref(), underlay?, underlay_mtu, (mode, subnet));
         let vtep_mac = || derive::vtep_mac(&node.value, underlay.address);
         Some(Config {
             node: node.value.clone(),
@@ -74,7 +77,9 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
             gateway,
             vtep_mac: draft.vtep_mac.as_ref().map_or_else(vtep_mac, |mac| mac.value),
             underlay,
-            peers: draft.peers.iter().map(build_peer).collect::<Option<_>>()?,
+            peers: draft.peers.iter().map(|peer| build_peer(peer, mode)).collect::<Option<_>>()?,
+            routes: draft.routes,
+            masquerade: draft.masquerade,
             limits: draft.limits,
             metrics: draft.metrics.as_ref().map(|metrics| metrics.value),
             leases: draft.leases,
@@ -85,7 +90,13 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
     (built, warnings)
 }
 
-fn build_underlay(draft: Option<&DraftUnderlay>, address: IpAddr, mtu: u32) -> Underlay {
+fn build_underlay(
+    draft: Option<&DraftUnderlay>,
+    address: IpAddr,
+    mtu: u32,
+    (mode, subnet): (Mode, Option<IpNet>),
+) -> Underlay {
+    let usual = draft.and_then(|draft| draft.encapsulation.as_ref());
     Underlay {
         address,
         is_given: draft.is_some_and(|draft| draft.address.is_some()),
@@ -93,14 +104,20 @@ fn build_underlay(draft: Option<&DraftUnderlay>, address: IpAddr, mtu: u32) -> U
         device: draft.and_then(|draft| draft.device.as_ref()).map(|device| device.value.clone()),
         kind: draft.and_then(|draft| draft.kind.as_ref()).map_or(UnderlayKind::Udp, |kind| kind.value),
         vlan: draft.and_then(|draft| draft.vlan.as_ref()).map(|vlan| vlan.value),
+        encapsulation: encapsulation::chosen(usual, mode).unwrap_or_default(),
+        cross_subnet: draft.and_then(|draft| draft.cross_subnet.as_ref()).is_some_and(|crossing| crossing.value),
+        geneve_port: draft.and_then(|draft| draft.geneve_port.as_ref()).map_or(geneve::PORT, |port| port.value),
+        subnet,
+        formats: encapsulation::formats_of(mode),
         mtu,
     }
 }
 
-fn build_peer(draft: &DraftPeer) -> Option<Peer> {
+fn build_peer(draft: &DraftPeer, mode: Mode) -> Option<Peer> {
     let (name, underlay) = (draft.name.as_ref()?.value.clone(), draft.underlay.as_ref()?.value.to_canonical());
     let vtep_mac = draft.vtep_mac.as_ref().map_or_else(|| derive::vtep_mac(&name, underlay), |mac| mac.value);
-    Some(Peer { name, underlay, ranges: values(&draft.ranges), vtep_mac })
+    let encapsulation = encapsulation::chosen(draft.encapsulation.as_ref(), mode);
+    Some(Peer { name, underlay, ranges: values(&draft.ranges), vtep_mac, encapsulation, accepts: None })
 }
 
 fn check_name(reader: &mut Reader<'_>, name: &At<String>) {
@@ -452,11 +469,11 @@ fn check_macs(reader: &mut Reader<'_>, draft: &Draft) {
 fn check_mtu(
     reader: &mut Reader<'_>,
     draft: &Draft,
-    underlay: IpAddr,
+    (mode, underlay): (Option<Mode>, IpAddr),
     host: &Host,
     warnings: &mut Vec<Problem>,
 ) -> Option<(u32, u32)> {
-    let overhead = Underlay::overhead(underlay);
+    let overhead = encapsulation::most_overhead(draft, mode, underlay.is_ipv4());
     let network = draft.etcd.iter().flat_map(|etcd| &etcd.network);
     let all = draft.ranges.iter().chain(&draft.segment).chain(network);
     let least = if all.clone().any(|range| range.value.addr().is_ipv6()) { MIN_MTU_V6 } else { MIN_MTU_V4 };

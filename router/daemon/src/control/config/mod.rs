@@ -20,16 +20,20 @@
 //! Optional: `workers` (by the number of CPUs, see [`default_workers`]), `port` (`"tap"`), `vni` (1), `mtu` (the underlay's less the encapsulation), `socket`, `state_dir`, `gateway` (routed: the
 //! first address of the first range of each family; bridged: of the segment), `gateway_mac`, `vtep_mac` (made of node
 //! name and underlay address), `segment` (bridged only, and needed there: the on-link prefixes), `underlay.port` (8472),
-//! `underlay.device`, `underlay.kind` (`"udp"`), `underlay.vlan`, `host_port` (`"weft0"`; another name, or `false` for none),
-//! `peers.vtep_mac` (for kernel VXLAN peers), `[limits]`, `[leases]`, `[cni]`, `metrics.listen` (nothing is served without it), `[log]`.
+//! `underlay.device`, `underlay.kind` (`"udp"`), `underlay.vlan`, `underlay.encapsulation` (`"vxlan"`), `underlay.cross_subnet` (false),
+//! `underlay.geneve_port` (6081), `peers.encapsulation`, `host_port` (`"weft0"`; another name, or `false` for none),
+//! `peers.vtep_mac` (for kernel VXLAN peers), `[routes]` ([`Routes`]), `[masquerade]` ([`Masquerade`]), `[limits]`, `[leases]`, `[cni]`, `metrics.listen` (nothing is served without it), `[log]`.
 //! With `[etcd]` ([`source`]) or `[kubernetes]` ([`kubernetes`]) ranges and peers come from there, and `underlay.address` is what the
 //! source says, or the machine's main one, unless given.
 
 pub mod check;
 mod cni;
+pub mod encapsulation;
 pub mod kubernetes;
 mod leases;
+mod masquerade;
 pub mod reader;
+pub mod routes;
 pub mod source;
 
 use std::fmt;
@@ -38,16 +42,20 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use weft_encap::format::Format;
 use weft_encap::mac::Mac;
 use weft_encap::vxlan::Vni;
-use weft_router::RouterConfig;
 use weft_router::tables::{Gateway, Mode};
+use weft_router::{RouterConfig, snat};
 
 use super::host::Host;
 pub use cni::Cni;
+pub use encapsulation::Encapsulation;
 use kubernetes::DraftKubernetes;
 pub use leases::Leases;
+pub use masquerade::Masquerade;
 use reader::{At, Problem, Reader, Section, Switch, TEXT};
+pub use routes::Routes;
 use source::{DraftEtcd, SourceConfig};
 
 /// The UDP port of VXLAN as Linux and Flannel use it.
@@ -169,6 +177,10 @@ pub struct Config {
     pub underlay: Underlay,
     /// The other nodes.
     pub peers: Vec<Peer>,
+    /// Which routes of a routing daemon are followed.
+    pub routes: Routes,
+    /// How packets of pods leave the cluster in the node's name, if they do.
+    pub masquerade: Option<Masquerade>,
     /// Sizes and limits of the data plane.
     pub limits: Limits,
     /// Where metrics and probes are served, if they are.
@@ -188,8 +200,18 @@ pub struct Underlay {
     pub address: IpAddr,
     /// Whether the file says so.
     pub is_given: bool,
-    /// UDP port of the tunnel.
+    /// UDP port of VXLAN.
     pub port: u16,
+    /// UDP port of Geneve.
+    pub geneve_port: u16,
+    /// What packets to other nodes are wrapped in, unless their entry says otherwise.
+    pub encapsulation: Encapsulation,
+    /// Whether that is for nodes of other subnets only.
+    pub cross_subnet: bool,
+    /// The subnet of its address, if this machine has it.
+    pub subnet: Option<IpNet>,
+    /// What this node takes in: all that the layout can use, less what the kernel refused.
+    pub formats: Vec<Format>,
     /// How its packets leave and enter the node.
     pub kind: UnderlayKind,
     /// The VLAN tag that frames by AF_XDP have, if the device is not a VLAN of the kernel's itself.
@@ -211,6 +233,10 @@ pub struct Peer {
     pub ranges: Vec<IpNet>,
     /// Its inner MAC.
     pub vtep_mac: Mac,
+    /// What packets to it are wrapped in, if the file says so.
+    pub encapsulation: Option<Encapsulation>,
+    /// What it takes in, if it says so: see [`Underlay::word`].
+    pub accepts: Option<Vec<String>>,
 }
 
 /// Sizes and limits of the data plane; see [`RouterConfig`].
@@ -296,10 +322,12 @@ impl Config {
             ("vtep_mac", self.vtep_mac != new.vtep_mac),
             ("underlay.address", self.underlay.address != new.underlay.address),
             ("underlay.port", self.underlay.port != new.underlay.port),
+            ("underlay.geneve_port", self.underlay.geneve_port != new.underlay.geneve_port),
             ("underlay.device", self.underlay.device != new.underlay.device),
             ("underlay.kind", self.underlay.kind != new.underlay.kind),
             ("underlay.vlan", self.underlay.vlan != new.underlay.vlan),
             ("limits", self.limits != new.limits),
+            ("masquerade's ports and sessions", self.snat_limits() != new.snat_limits()),
             ("metrics.listen", self.metrics != new.metrics),
             ("leases.boot_id", self.leases.boot_id != new.leases.boot_id),
             ("cni", self.cni != new.cni),
@@ -312,7 +340,12 @@ impl Config {
     pub fn sizes(&self) -> RouterConfig {
         let chunks = self.limits.chunks.or((self.port == PortKind::Xdp).then_some(XDP_CHUNKS));
         let huge_pages = self.port == PortKind::Xdp || self.underlay.kind == UnderlayKind::Xdp;
-        RouterConfig { huge_pages, ..Limits { chunks, ..self.limits }.into() }
+        let masquerade = self.snat_limits();
+        RouterConfig { huge_pages, masquerade, ..Limits { chunks, ..self.limits }.into() }
+    }
+
+    fn snat_limits(&self) -> snat::Limits {
+        self.masquerade.as_ref().map(|masquerade| masquerade.limits).unwrap_or_default()
     }
 
     /// The gateway of the family of `address`.
@@ -321,13 +354,6 @@ impl Config {
             IpAddr::V4(_) => self.gateway.ipv4.map(IpAddr::V4),
             IpAddr::V6(_) => self.gateway.ipv6.map(IpAddr::V6),
         }
-    }
-}
-
-impl Underlay {
-    /// What VXLAN adds to a packet over this underlay: inner Ethernet, VXLAN, UDP and outer IP header.
-    pub fn overhead(address: IpAddr) -> u32 {
-        14 + 8 + 8 + if address.is_ipv4() { 20 } else { 40 }
     }
 }
 
@@ -371,6 +397,8 @@ struct Draft {
     vtep_mac: Option<At<Mac>>,
     underlay: Option<DraftUnderlay>,
     peers: Vec<DraftPeer>,
+    routes: Routes,
+    masquerade: Option<Masquerade>,
     limits: Limits,
     metrics: Option<At<SocketAddr>>,
     leases: Leases,
@@ -385,6 +413,9 @@ struct DraftUnderlay {
     device: Option<At<String>>,
     kind: Option<At<UnderlayKind>>,
     vlan: Option<At<u16>>,
+    encapsulation: Option<At<Encapsulation>>,
+    cross_subnet: Option<At<bool>>,
+    geneve_port: Option<At<u16>>,
 }
 
 struct DraftPeer {
@@ -393,6 +424,7 @@ struct DraftPeer {
     underlay: Option<At<IpAddr>>,
     ranges: Vec<At<IpNet>>,
     vtep_mac: Option<At<Mac>>,
+    encapsulation: Option<At<Encapsulation>>,
 }
 
 impl Draft {
@@ -416,6 +448,8 @@ impl Draft {
             vtep_mac: reader.parsed(&mut root, "vtep_mac", MAC),
             underlay: DraftUnderlay::read(reader, &mut root),
             peers: DraftPeer::read_all(reader, &mut root),
+            routes: Routes::read(reader, &mut root),
+            masquerade: Masquerade::read(reader, &mut root),
             limits: Limits::read(reader, &mut root),
             metrics: read_metrics(reader, &mut root),
             leases: Leases::read(reader, &mut root),
@@ -444,6 +478,9 @@ impl DraftUnderlay {
             device: reader.parsed(&mut section, "device", TEXT),
             kind: reader.parsed(&mut section, "kind", UnderlayKind::FORM),
             vlan: reader.number(&mut section, "vlan", 1..=MAX_VLAN),
+            encapsulation: reader.parsed(&mut section, "encapsulation", Encapsulation::FORM),
+            cross_subnet: reader.boolean(&mut section, "cross_subnet"),
+            geneve_port: reader.number(&mut section, "geneve_port", 1..=u16::MAX),
         };
         reader.finish(section);
         Some(draft)
@@ -460,6 +497,7 @@ impl DraftPeer {
                 underlay: reader.parsed(&mut section, "underlay", ADDRESS),
                 ranges: reader.list(&mut section, "ranges", PREFIX),
                 vtep_mac: reader.parsed(&mut section, "vtep_mac", MAC),
+                encapsulation: reader.parsed(&mut section, "encapsulation", Encapsulation::FORM),
             };
             reader.finish(section);
             draft

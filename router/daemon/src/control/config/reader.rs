@@ -263,6 +263,11 @@ impl<'t> Reader<'t> {
 }
 
 impl<'t> Section<'t> {
+    /// Whether there is such a key.
+    pub fn has(&self, key: &str) -> bool {
+        self.entries.contains_key(key)
+    }
+
     /// The place of a key of this table that is missing.
     pub fn missing(&self, key: &str) -> Place {
         Place { line: self.place.line, key: self.path(key) }

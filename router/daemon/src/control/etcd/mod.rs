@@ -430,6 +430,7 @@ impl Etcd {
             mode: Some(mode_name(local.mode).into()),
             vni: Some(local.vni.get()),
             port: Some(local.underlay.port),
+            accepts: Some(local.underlay.accepted()),
         };
         let holder = Holder { identity: identity.to_owned(), record, left: false };
         Me { holder, leases: self.held.leases, had: self.held.slot, network: self.config.network.clone() }

@@ -18,7 +18,8 @@ pub fn announcement(local: &Config, identity: &str, former: &[IpNet]) -> Announc
     Announced {
         identity: identity.to_owned(),
         underlay: local.underlay.address.to_string(),
-        encapsulation: "vxlan".into(),
+        encapsulation: local.underlay.encapsulation.name().into(),
+        accepts: local.underlay.accepted(),
         vni: local.vni.get(),
         port: local.underlay.port,
         mode: mode_name(local.mode).into(),
@@ -80,6 +81,7 @@ fn record(node: &Node, v4: bool) -> Option<Record> {
             mode: Some(announced.mode.clone()),
             vni: Some(announced.vni),
             port: Some(announced.port),
+            accepts: (!announced.accepts.is_empty()).then(|| announced.accepts.clone()),
             ..record
         }),
         None => {

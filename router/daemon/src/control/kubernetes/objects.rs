@@ -42,8 +42,11 @@ pub struct Announced {
     pub identity: String,
     /// The underlay address.
     pub underlay: String,
-    /// How packets are wrapped: `vxlan`.
+    /// What it wraps packets in: `vxlan`.
     pub encapsulation: String,
+    /// What it takes in; nothing: VXLAN alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub accepts: Vec<String>,
     /// VXLAN network identifier.
     pub vni: u32,
     /// UDP port of the tunnel.

@@ -1,0 +1,187 @@
+//! The underlay of formats that lie directly in IP: GRE, and IP in IP, through raw sockets of the host's kernel.
+//!
+//! A [`RawTunnel`] has one socket for each IP protocol of its format that receives, and for each worker as many that send. The kernel gives
+//! every raw socket a copy of each packet of its protocol, so one worker receives; another one takes over should that one end. Beside
+//! our tunnel the node may have others of the same protocol: their packets come here too, and end as `NotMember`.
+//!
+//! The kernel cuts nothing for such sockets: superframes are cut here, and their segments sent by as few calls as possible, as over UDP.
+//! What comes in comes packet by packet, unless the device's receive offload has merged inner segments, which is recognised by their
+//! checksum, and is merged by [`crate::gather`]. Path MTUs that a router claims are not believed, and nothing is fragmented.
+//!
+//! Frames look as [`crate::tunnel`] has them: what carries IP alone gets an Ethernet header behind the tunnel header when it comes in, with
+//! MACs of nobody, and loses it when it leaves.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::event::epoll;
+use rustix::net::sockopt;
+use socket2::{Domain, Protocol, SockAddr, SockFilter, Socket, Type};
+use weft_encap::format::Format;
+use weft_encap::ip;
+
+use crate::pool::Pool;
+use crate::port::sys::message;
+use crate::port::udp::{SOCKET_BUFFER, force_receive_buffer, transmit};
+use crate::port::{Batch, Capabilities, Port, PortId, Queue, Received};
+use crate::stats::Stats;
+
+mod receive;
+
+/// The sockets of a format, for all workers.
+#[derive(Debug)]
+pub struct RawTunnel {
+    format: Format,
+    receiving: Arc<Receiving>,
+    /// For each worker those of each protocol.
+    sending: Vec<Vec<OwnedFd>>,
+}
+
+/// The sockets that receive, one for each protocol.
+#[derive(Debug)]
+pub(crate) struct Receiving {
+    sockets: Vec<OwnedFd>,
+    /// Readable if one of them is.
+    readable: OwnedFd,
+    outer_is_v4: bool,
+}
+
+impl RawTunnel {
+    /// Opens, in the current namespace, the sockets for packets to and from this address. GRE's two formats have the same ones.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a format that lies in UDP; the kernel's: `EPERM` without `CAP_NET_RAW`, `EADDRNOTAVAIL` if the address is not
+    /// this node's.
+    pub fn open(format: Format, workers: usize, local: IpAddr) -> io::Result<RawTunnel> {
+        let protocols = protocols(format).ok_or(io::ErrorKind::InvalidInput)?;
+        let sockets = protocols.iter().map(|protocol| open_receiving(local, *protocol).map(OwnedFd::from));
+        let sockets: Vec<OwnedFd> = sockets.collect::<io::Result<_>>()?;
+        let readable = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        for fd in &sockets {
+            epoll::add(&readable, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+        }
+        let sending = (0..workers)
+            .map(|_| protocols.iter().map(|protocol| open_sending(local, *protocol).map(OwnedFd::from)).collect());
+        let sending = sending.collect::<io::Result<_>>()?;
+        let receiving = Arc::new(Receiving { sockets, readable, outer_is_v4: local.is_ipv4() });
+        Ok(RawTunnel { format, receiving, sending })
+    }
+
+    /// How many workers it is for.
+    pub fn workers(&self) -> usize {
+        self.sending.len()
+    }
+
+    /// What each worker gets.
+    pub(crate) fn into_halves(self) -> impl Iterator<Item = RawHalf> {
+        let (format, receiving) = (self.format, self.receiving);
+        self.sending.into_iter().map(move |sending| RawHalf { format, receiving: Arc::clone(&receiving), sending })
+    }
+}
+
+/// What one worker gets of a [`RawTunnel`].
+pub(crate) struct RawHalf {
+    format: Format,
+    receiving: Arc<Receiving>,
+    sending: Vec<OwnedFd>,
+}
+
+/// The IP protocols of a format: that of packets with IPv4 inside, and, if it is another one, that of those with IPv6.
+fn protocols(format: Format) -> Option<&'static [u8]> {
+    match format {
+        Format::Vxlan | Format::Geneve => None,
+        Format::Gre | Format::Gretap => Some(&[ip::GRE]),
+        Format::Ipip => Some(&[ip::IPIP, ip::IPV6]),
+    }
+}
+
+/// A socket that takes nothing in before it is bound, and sends no fragments.
+fn open(local: IpAddr, protocol: u8) -> io::Result<Socket> {
+    let address = SocketAddr::new(local, 0);
+    let socket =
+        Socket::new(Domain::for_address(address), Type::RAW.nonblocking(), Some(Protocol::from(i32::from(protocol))))?;
+    let drop_all = SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
+    socket.attach_filter(&[drop_all])?;
+    // As for UDP: neither fragments, nor a path MTU that anyone may have claimed.
+    match local {
+        IpAddr::V4(_) => sockopt::set_ip_mtu_discover(&socket, sockopt::Ipv4PathMtuDiscovery::PROBE)?,
+        IpAddr::V6(_) => sockopt::set_ipv6_mtu_discover(&socket, sockopt::Ipv6PathMtuDiscovery::PROBE)?,
+    }
+    socket.bind(&SockAddr::from(address))?;
+    Ok(socket)
+}
+
+fn open_receiving(local: IpAddr, protocol: u8) -> io::Result<Socket> {
+    let socket = open(local, protocol)?;
+    message::count_overruns(&socket)?;
+    if local.is_ipv6() {
+        socket.set_recv_tclass_v6(true)?;
+    }
+    force_receive_buffer(&socket)?;
+    socket.detach_filter()?;
+    Ok(socket)
+}
+
+fn open_sending(local: IpAddr, protocol: u8) -> io::Result<Socket> {
+    let socket = open(local, protocol)?;
+    let forced = sockopt::set_socket_send_buffer_size_force(&socket, SOCKET_BUFFER);
+    forced.or_else(|_| sockopt::set_socket_send_buffer_size(&socket, SOCKET_BUFFER))?;
+    Ok(socket)
+}
+
+/// One worker's part of a [`RawTunnel`] as a port.
+pub struct RawPort {
+    receiving: Arc<Receiving>,
+    receives: bool,
+    receiver: receive::Receiver,
+    sender: transmit::Sender,
+}
+
+impl RawPort {
+    /// A port of that number. It sends; whether it also receives is up to the caller, who sees to it that one port of a tunnel does.
+    pub(crate) fn new(half: RawHalf, id: PortId, receives: bool, tunnel_mtu: u32) -> RawPort {
+        let RawHalf { format, receiving, sending } = half;
+        let receiver = receive::Receiver::new(id, format, receiving.sockets.len(), tunnel_mtu);
+        RawPort { receiving, receives, receiver, sender: transmit::Sender::raw(id, sending) }
+    }
+}
+
+impl Port for RawPort {
+    fn receive(&mut self, pool: &Pool, batch: &mut Batch, stats: &mut Stats) -> io::Result<Received> {
+        if !self.receives {
+            return Ok(Received::Drained);
+        }
+        self.receiver.receive(&self.receiving, pool, batch, stats)
+    }
+
+    fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
+        self.sender.transmit(queue, stats)
+    }
+
+    fn readable(&self) -> Option<BorrowedFd<'_>> {
+        self.receives.then(|| self.receiving.readable.as_fd())
+    }
+
+    fn receive_too(&mut self) {
+        self.receives = true;
+    }
+
+    /// Everything is cut and summed by this port itself.
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
+
+    fn set_tunnel_mtu(&mut self, mtu: u32) {
+        self.receiver.tunnel_mtu = mtu;
+    }
+
+    fn gathers(&self) -> bool {
+        true
+    }
+
+    fn kind(&self) -> &'static str {
+        "raw"
+    }
+}
