@@ -145,6 +145,7 @@ impl Forwarder {
             mtu = path.rewrite.mtu;
             self.open_session((&mut path, &mut commit), &packet, now)?;
             nat::rewrite(&mut frame, &packet, &path)?; // refuses (TTL, MTU) before it changes a byte
+            nat::mss::clamp(&mut frame, &packet, hop::mtu_both_ways(&path, &packet, tables));
             self.commit(commit, packet.sender, &frame, now); // flow, learned MAC, budget
             Ok(path)
         });
