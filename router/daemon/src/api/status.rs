@@ -72,6 +72,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         let peer = config.peers.iter().find(|peer| peer.underlay == underlay);
         peer.map(|peer| peer.name.clone())
     }));
+    problems.extend(node.probing.problems(&config.node));
     problems.extend(node.uplink.tunnel_problems(config));
     problems.extend(node.egress.problems(config));
     problems.extend(node.answers.problems());
