@@ -14,6 +14,7 @@ mod log;
 mod metrics;
 mod netlink;
 mod node;
+mod probing;
 mod shortage;
 mod sysctl;
 mod uplink;
@@ -220,6 +221,7 @@ async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: L
     watch_veths(&node, removals)?;
     attach::watch::start(&node).context("cannot start a thread (ulimit -u)")?;
     hostport::watch::start(&node, kicked)?;
+    probing::start(&node)?;
     let listener = Arc::downgrade(&node);
     node.uplink.on_path_mtu(move || {
         if let Some(node) = listener.upgrade() {

@@ -46,6 +46,9 @@ pub struct Status {
     /// This node's own interface in the pod network; absent if there is none, or if weftd is too old to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_port: Option<HostPortInfo>,
+    /// How packets of pods leave the cluster in the node's name; none if they do not.
+    #[serde(default)]
+    pub masquerade: Option<MasqueradeInfo>,
     /// VXLAN network identifier.
     pub vni: u32,
     /// MTU of pods in bytes.
@@ -86,6 +89,50 @@ pub struct HostPortInfo {
     /// Such conversations that were forgotten to make room (`limits.host_flows`).
     #[serde(default)]
     pub evicted: u64,
+}
+
+/// How packets of pods leave the cluster in the node's name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MasqueradeInfo {
+    /// The interfaces, each with the addresses that packets leave as.
+    pub ways: Vec<String>,
+    /// The reserved ports, first and last.
+    pub ports: (u16, u16),
+    /// Conversations.
+    pub sessions: usize,
+    /// How many there can be.
+    pub limit: usize,
+    /// Addresses of pods that have any.
+    pub pods: usize,
+    /// Ports that are taken where fewest are left: towards one destination for TCP, in all for UDP and pings.
+    pub fullest: u32,
+    /// Conversations of pods that had more than half of the ports that were ended for others.
+    pub taken_back: u32,
+}
+
+/// A conversation that leaves the cluster in the node's name. Ports are the identifiers of pings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NatInfo {
+    /// `tcp`, `udp` or `icmp`.
+    pub protocol: String,
+    /// The pod's address.
+    pub inside: IpAddr,
+    /// The pod's port.
+    pub inside_port: u16,
+    /// The node's address.
+    pub outside: IpAddr,
+    /// The reserved port.
+    pub outside_port: u16,
+    /// The other side's address.
+    pub remote: IpAddr,
+    /// The other side's port; 0 for pings.
+    pub remote_port: u16,
+    /// `open`, `unanswered`, or `over` while a TCP connection's port rests.
+    pub state: String,
+    /// Seconds since it began.
+    pub age: f64,
+    /// Seconds since its last packet.
+    pub idle: f64,
 }
 
 /// Buffers of all workers that hold no frame. When nothing is in flight there are as many as ever.
@@ -289,4 +336,38 @@ pub struct NodeInfo {
     /// How frames to it leave: `udp`, `raw`, `uplink`, `xdp`; or why not by the latter.
     #[serde(default)]
     pub way: String,
+    /// What asking it has shown; absent for this node, and if weftd is too old to say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked: Option<WayInfo>,
+}
+
+/// The way to a node, as far as asking has shown.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WayInfo {
+    /// `up`: it answers; `away`: it does not any more; `silent`: it never did, as who is no Weft; `unknown`: it was not asked, for
+    /// pods have not spoken with it.
+    pub state: String,
+    /// Seconds since it is so.
+    pub since: f64,
+    /// The longest packet that pods send, in bytes.
+    pub mtu: u32,
+    /// The longest packet that arrives, as far as pods would send it; absent before there was an answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<u32>,
+    /// The last round trip in microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rtt: Option<f64>,
+    /// The median of the last 32.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rtt_median: Option<f64>,
+    /// The part of the questions that was lost lately, 0 to 1; absent before there was an answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss: Option<f64>,
+    /// How often anything has changed.
+    pub changes: u64,
+    /// What the last change was, and why; empty if there was none.
+    pub reason: String,
+    /// Seconds since then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed: Option<f64>,
 }

@@ -5,14 +5,26 @@ use std::time::Duration;
 
 use weft_api::{Client, Request, Status};
 
-use super::{Finding, Grade, Machine};
+use super::{Finding, Grade, Machine, reserved};
 
 /// A check: what it finds, mostly one thing.
 pub type Check = fn(&Machine) -> Vec<Finding>;
 
 /// All checks of the machine.
-pub const ALL: &[Check] =
-    &[kernel, tun, forwarding, reverse_path, firewall, underlay, tunnel_port, plugin, networks, others, runc];
+pub const ALL: &[Check] = &[
+    kernel,
+    tun,
+    forwarding,
+    reverse_path,
+    firewall,
+    underlay,
+    tunnel_port,
+    plugin,
+    networks,
+    others,
+    runc,
+    reserved::check,
+];
 
 /// USO, without which large datagrams of pods are cut by us: <https://github.com/torvalds/linux/commit/399e0827642f>
 const KERNEL_USO: (u32, u32) = (6, 2);
@@ -29,15 +41,15 @@ fn finding(check: &'static str, grade: Grade, found: impl Into<String>, advice: 
     Finding { check, grade, found: found.into(), advice: advice.into() }
 }
 
-fn good(check: &'static str, found: impl Into<String>) -> Vec<Finding> {
+pub(super) fn good(check: &'static str, found: impl Into<String>) -> Vec<Finding> {
     vec![finding(check, Grade::Good, found, "")]
 }
 
-fn bad(check: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Vec<Finding> {
+pub(super) fn bad(check: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Vec<Finding> {
     vec![finding(check, Grade::Problem, found, advice)]
 }
 
-fn odd(check: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Vec<Finding> {
+pub(super) fn odd(check: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Vec<Finding> {
     vec![finding(check, Grade::Warning, found, advice)]
 }
 

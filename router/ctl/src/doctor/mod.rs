@@ -5,6 +5,7 @@
 //! container can examine its host.
 
 mod checks;
+mod reserved;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -72,6 +72,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         let peer = config.peers.iter().find(|peer| peer.underlay == underlay);
         peer.map(|peer| peer.name.clone())
     }));
+    problems.extend(node.probing.problems(&config.node));
     problems.extend(node.uplink.tunnel_problems(config));
     problems.extend(node.egress.problems(config));
     problems.extend(node.answers.problems());
@@ -112,6 +113,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
             flows: snapshot.returns.entries,
             evicted: snapshot.returns.evicted,
         }),
+        masquerade: show::masquerade(node, &state.desired),
         vni: config.vni.get(),
         mtu: config.mtu,
         underlay_mtu: device.map_or(config.underlay.mtu, |device| device.mtu),
