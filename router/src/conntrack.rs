@@ -346,7 +346,7 @@ fn entry_of(signature: Signature, verdict: &Verdict, now: Instant) -> Option<Ent
     let (hop, to) = match verdict.path.hop {
         Hop::Port(port) => (port.0, 0),
         Hop::Node(node) => (node.0, TO_NODE),
-        Hop::Flood { .. } | Hop::Reply(_) | Hop::Gateway => return None,
+        Hop::Flood { .. } | Hop::Reply(_) | Hop::Gateway | Hop::Probe => return None,
     };
     let macs = verdict.path.rewrite.routed;
     let mut entry = Entry {

@@ -29,17 +29,21 @@ use crate::port::udp::{Sockets, Underlay};
 use crate::port::xdp::programs::Tunnel;
 use crate::port::xdp::{Hops, OpenUplink, Uplink, XdpDevice};
 use crate::port::{Capabilities, PortId};
+use crate::probing::Question;
 use crate::returns::ReturnsUse;
 use crate::snat::{self, Snat};
 use crate::stats::{NodeStats, PortStats};
 use crate::tables::Tables;
 use crate::time::Instant;
-use crate::worker;
+use crate::worker::{self, News};
 
 mod merge;
 mod workers;
 
 use workers::Workers;
+
+/// News that wait to be taken, at most.
+const NEWS: usize = 1024;
 
 /// Sizes and limits. The defaults suit a node with some hundred pods.
 #[derive(Copy, Clone, Debug)]
@@ -66,6 +70,8 @@ pub struct RouterConfig {
     pub flood_rate: u32,
     /// ICMP errors per second and port, likewise.
     pub icmp_rate: u32,
+    /// Keeps others from making up answers to questions about the way to a node; from the same source.
+    pub probe_secret: u64,
     /// Keeps outsiders from predicting hashes; the daemon passes a random one, tests a fixed one.
     pub seed: u64,
 }
@@ -84,6 +90,7 @@ impl Default for RouterConfig {
             masquerade: snat::Limits::default(),
             flood_rate: 10_000,
             icmp_rate: 100,
+            probe_secret: 0,
             seed: 0,
         }
     }
@@ -240,6 +247,8 @@ pub(crate) enum Command {
     RemovePort(PortId, Sender<Option<Removed>>),
     /// Receive from this port, too.
     Receive(PortId),
+    /// Ask other nodes.
+    Ask(Vec<Question>),
     Snapshot {
         flows: bool,
         answer: Sender<Snapshot>,
@@ -264,6 +273,7 @@ pub struct Router {
     tables: Arc<ArcSwap<Tables>>,
     memory: Memory,
     events: Receiver<Event>,
+    news: Receiver<News>,
 }
 
 impl Router {
@@ -273,11 +283,13 @@ impl Router {
     /// The kernel's, if there is no memory or no descriptor for them.
     pub fn start(config: RouterConfig, tables: Tables) -> io::Result<Router> {
         let (outbox, events) = channel::unbounded();
+        let (news_outbox, news) = channel::bounded(NEWS);
         let tables = Arc::new(ArcSwap::from_pointee(tables));
         let memory = Memory::new(&config);
-        let shared = worker::Shared { tables: Arc::clone(&tables), memory: memory.clone(), events: outbox };
+        let shared =
+            worker::Shared { tables: Arc::clone(&tables), memory: memory.clone(), events: outbox, news: news_outbox };
         let workers = Workers::start(config, &shared)?;
-        Ok(Router { workers, tables, memory, events })
+        Ok(Router { workers, tables, memory, events, news })
     }
 
     /// Puts new tables in force; each worker uses them from its next batch on. Without loss.
@@ -349,6 +361,16 @@ impl Router {
     /// Has others receive from the TAPs of a worker that ended.
     pub fn take_over(&self, worker: usize) -> TakenOver {
         self.workers.take_over(worker)
+    }
+
+    /// Has these questions asked, by one worker after the other. What is not asked is not told of: no answer is all that there is.
+    pub fn ask(&self, questions: Vec<Question>) {
+        self.workers.ask_others(questions);
+    }
+
+    /// What came of questions, and with which nodes there is traffic. What is not taken in time is lost.
+    pub fn news(&self) -> &Receiver<News> {
+        &self.news
     }
 
     /// What the workers noticed by themselves, in the order of each.

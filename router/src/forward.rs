@@ -40,6 +40,7 @@ use crate::{conntrack, icmp, nat, neigh, policy, tunnel};
 mod hop;
 mod known;
 mod leaving;
+mod probing;
 mod returning;
 
 /// What frames teach, and the counters.
@@ -50,6 +51,7 @@ pub struct Forwarder {
     snat: Arc<Snat>,
     pieces: Pieces,
     gateway: Stack,
+    probing: probing::Probing,
     flood_budget: Budgets,
     icmp_budget: Budgets,
     stats: Stats,
@@ -143,6 +145,7 @@ impl Forwarder {
             mtu = path.rewrite.mtu;
             self.open_session((&mut path, &mut commit), &packet, now)?;
             nat::rewrite(&mut frame, &packet, &path)?; // refuses (TTL, MTU) before it changes a byte
+            nat::mss::clamp(&mut frame, &packet, hop::mtu_both_ways(&path, &packet, tables));
             self.commit(commit, packet.sender, &frame, now); // flow, learned MAC, budget
             Ok(path)
         });
@@ -255,6 +258,7 @@ impl Forwarder {
             Hop::Flood { ports, nodes } => self.flood(frame, packet, (ports, nodes), path.entropy, round, out),
             Hop::Reply(reply) => self.reply(frame, packet, reply, out),
             Hop::Gateway => self.serve(frame, packet, round, out),
+            Hop::Probe => self.probe(frame, packet, round, out),
         }
     }
 
@@ -440,6 +444,7 @@ impl Forwarder {
             snat,
             pieces: Pieces::default(),
             gateway: Stack::new(config.seed),
+            probing: probing::Probing::new(config.probe_secret),
             flood_budget: Budgets::new(config.flood_rate),
             icmp_budget: Budgets::new(config.icmp_rate),
             stats: Stats::default(),
@@ -543,6 +548,11 @@ fn for_us(packet: &Packet, addressed_to: &AddressedTo, tables: &Tables) -> Optio
         && let Some(reply) = neigh::answer(packet, &tables.gateway, &tables.neighbours)
     {
         return Some(Hop::Reply(reply));
+    }
+    if let Sender::Node(id) = packet.sender
+        && tables.node(id).is_some_and(|node| probing::is_for_us(packet, node, tables))
+    {
+        return Some(Hop::Probe);
     }
     let ip = packet.ip()?;
     // In bridged mode each node has the same gateway: another node's pods have their own.

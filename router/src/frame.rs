@@ -137,6 +137,8 @@ pub struct Meta {
     pub offload: Offload,
     /// Set if it came from the underlay or goes there.
     pub outer: Option<Outer>,
+    /// Whether it asks what the way to a node carries: then it is sent as it is or not at all, whatever is known of the way.
+    pub is_probe: bool,
     body: Option<Body>,
 }
 

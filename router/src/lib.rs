@@ -7,7 +7,7 @@
 //! ```text
 //! worker                                      a thread each: poll → receive → forward → transmit → timers
 //! forward  + tables                           the way of a frame
-//! bridge budget neigh route policy conntrack returns snat nat tunnel icmp gateway     steps: they never import each other
+//! bridge budget neigh route policy conntrack returns snat nat tunnel icmp gateway probing  steps: they never import each other
 //! packet glimpse flow path drop_reason stats port
 //! frame pool port/sys                         the only unsafe code
 //! ```
@@ -35,6 +35,7 @@ pub mod path;
 pub mod policy;
 pub mod pool;
 pub mod port;
+pub mod probing;
 pub mod returns;
 pub mod route;
 pub mod snat;
@@ -52,3 +53,4 @@ pub use frame::Frame;
 pub use port::PortId;
 pub use tables::Tables;
 pub use time::Instant;
+pub use worker::News;

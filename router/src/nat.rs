@@ -1,7 +1,7 @@
 //! The one place where a forwarded packet's headers change.
 //!
 //! [`rewrite`] refuses what cannot go this way before it changes a byte, so that an ICMP error can quote the packet as it
-//! came. A bridged packet is not changed at all; a routed one gets new MACs and a TTL less by one, with the IPv4 header
+//! came. A bridged packet is not changed, but for what a TCP SYN between nodes announces ([`mss`]); a routed one gets new MACs and a TTL less by one, with the IPv4 header
 //! checksum adjusted by the difference (RFC 1624), never computed anew: a wrong checksum stays wrong.
 
 use std::net::IpAddr;
@@ -20,6 +20,8 @@ use crate::drop_reason::DropReason;
 use crate::frame::Frame;
 use crate::packet::{Fragment, L3, Packet};
 use crate::path::{Macs, Path, Side, Translation};
+
+pub mod mss;
 
 /// Rewrites a frame as its path says.
 ///

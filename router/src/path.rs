@@ -38,6 +38,8 @@ pub enum Hop {
     Reply(Reply),
     /// The router's own stack: pings to the gateway.
     Gateway,
+    /// The router itself: another node's question about the way between the two, or its answer to one.
+    Probe,
 }
 
 /// The answer to a question about a neighbour.

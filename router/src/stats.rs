@@ -19,7 +19,7 @@ pub struct PortStats {
     pub received_bytes: u64,
     /// Frames made here because of frames of this port: flood copies.
     pub copies: u64,
-    /// Replies and ICMP errors made here.
+    /// Replies, ICMP errors, and questions to other nodes made here.
     pub replies: u64,
     /// Segments that software segmentation made beyond the one that came in.
     pub splits: u64,
@@ -121,6 +121,8 @@ pub struct NodeStats {
     pub sent: u64,
     /// Frames received from it and accepted.
     pub received: u64,
+    /// Probes among these.
+    pub probes: u64,
     /// When the last one was received.
     pub last_seen: Option<Instant>,
 }

@@ -183,6 +183,8 @@ pub struct Tables {
     pub vtep_mac: Mac,
     /// The port to the other nodes; absent on a node that has none.
     pub underlay: Option<PortId>,
+    /// This node's underlay address, from which it asks other nodes about the way to them; without it, it does not.
+    pub address: Option<IpAddr>,
     /// The ports by which each format leaves, indexed by [`Format`]; VXLAN's is the one above.
     pub tunnels: [Option<PortId>; Format::ALL.len()],
     /// This node itself, to whom goes what has no route; absent without a host port.
@@ -228,6 +230,7 @@ impl Tables {
             gateway,
             vtep_mac: Mac::ZERO,
             underlay: None,
+            address: None,
             tunnels: [None; Format::ALL.len()],
             host: None,
             tunnel_mtu: 1450,

@@ -17,6 +17,9 @@
 //! conservation is not exact after it. A panic anywhere else ends the thread, and its counters with it; the daemon hears of that, too.
 
 mod attention;
+mod telling;
+
+pub use telling::News;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -50,10 +53,12 @@ use crate::port::tap::TapPort;
 use crate::port::udp::UdpPort;
 use crate::port::xdp::{KernelWay, XdpPort, XdpUnderlay};
 use crate::port::{BATCH, Batch, Capabilities, Outbox, Port, PortId, QUEUE, Queue, Received};
+use crate::probing::Question;
 use crate::returns::ReturnsUse;
 use crate::tables::Tables;
 use crate::time::Instant;
 use attention::Attention;
+use telling::Telling;
 
 /// The waker's token; ports' are their numbers.
 const WAKER: Token = Token(usize::MAX);
@@ -67,6 +72,7 @@ pub(crate) struct Shared {
     pub(crate) tables: Arc<ArcSwap<Tables>>,
     pub(crate) memory: Memory,
     pub(crate) events: Sender<Event>,
+    pub(crate) news: Sender<News>,
 }
 
 /// A worker's thread, as others see it.
@@ -158,6 +164,7 @@ struct Worker {
     next_tick: Option<Instant>,
     batch: Batch,
     attention: Attention,
+    telling: Telling,
 }
 
 impl Worker {
@@ -183,6 +190,7 @@ impl Worker {
             next_tick: None,
             batch: Batch::new(),
             attention: Attention::default(),
+            telling: Telling::new(shared.news),
         })
     }
 
@@ -215,7 +223,7 @@ impl Worker {
         if !self.ready.is_empty() {
             return Some(Duration::ZERO);
         }
-        let woken = self.resting.iter().map(|(_, until)| *until).chain(self.next_tick).min();
+        let woken = self.resting.iter().map(|(_, until)| *until).chain(self.next_tick).chain(self.telling.due()).min();
         let wait = woken.map(|woken| woken.since(Instant::boottime()));
         if self.busy.is_empty() { wait } else { Some(wait.unwrap_or(BUSY_RETRY).min(BUSY_RETRY)) }
     }
@@ -293,11 +301,22 @@ impl Worker {
                 self.forwarder.forward_all(&mut frames, tables, now, &self.pool, &mut self.outbox);
             }));
             if forwarded.is_ok() {
-                return;
+                break;
             }
             let at_fault = self.forwarder.current();
             self.forwarder.stats().port(at_fault).dropped[DropReason::RouterFault as usize] += 1;
         }
+        self.telling.heard(self.forwarder.heard().drain(..));
+        self.telling.traffic(self.forwarder.stats().nodes(), now);
+    }
+
+    /// Asks other nodes.
+    fn ask(&mut self, questions: &[Question]) {
+        let (tables, now) = (Arc::clone(self.tables.load()), Instant::boottime());
+        for question in questions {
+            self.forwarder.ask(question, &tables, now, &self.pool, &mut self.outbox);
+        }
+        self.flush(&tables);
     }
 
     /// Has all ports send that were given frames.
@@ -435,6 +454,9 @@ impl Worker {
 
     /// Lets what was learned age, as often as there is something that can.
     fn tick(&mut self, worked: bool) {
+        if self.telling.due().is_some() {
+            self.telling.traffic(self.forwarder.stats().nodes(), Instant::boottime());
+        }
         let due = match self.next_tick {
             Some(tick) => tick <= Instant::boottime(),
             None => worked,
@@ -460,6 +482,7 @@ impl Worker {
             match inbox.try_recv() {
                 Ok(Command::AddPort(port, answer)) => drop(answer.send(self.add(port))),
                 Ok(Command::Receive(id)) => self.receive(id),
+                Ok(Command::Ask(questions)) => self.ask(&questions),
                 Ok(Command::RemovePort(id, answer)) => drop(answer.send(self.remove(id))),
                 #[cfg(test)]
                 Ok(Command::Panic) => panic!("a worker with a bug"),
@@ -613,7 +636,7 @@ mod tests {
         let (sender, events) = channel::unbounded();
         let tables = Arc::new(ArcSwap::from_pointee(tables()));
         let memory = Memory::new(&RouterConfig { fdb_limit: 64, host_flows: 64, seed: 1, ..RouterConfig::default() });
-        (Shared { tables, memory, events: sender }, events)
+        (Shared { tables, memory, events: sender, news: channel::bounded(16).0 }, events)
     }
 
     /// A port that no other worker has.

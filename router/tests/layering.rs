@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const STEPS: [&str; 12] = [
+const STEPS: [&str; 13] = [
     "bridge",
     "budget",
     "neigh",
@@ -27,6 +27,7 @@ const STEPS: [&str; 12] = [
     "tunnel",
     "icmp",
     "gateway",
+    "probing",
 ];
 
 /// What a step may import from this crate: values to speak of. Of `port` that is the number of one, of `tables` everything but

@@ -137,10 +137,24 @@ impl Cluster {
         node
     }
 
+    /// A node with a weftd that has this configuration, on an uplink of that MTU.
+    #[track_caller]
+    pub fn weft_node_of_mtu(&self, number: u8, text: &str, mtu: u32) -> WeftNode {
+        let netns = self.machine(number);
+        netns.ip(&format!("link set uplink mtu {mtu}"));
+        self.underlay.ip(&format!("link set n{number} mtu {mtu}"));
+        let node = self.weft_node_in(netns, number, text, "");
+        node.await_ready();
+        node
+    }
+
     /// A node with a weftd that has this configuration, and need not be ready.
     #[track_caller]
     pub fn weft_node_unready(&self, number: u8, text: &str, wrapper: &str) -> WeftNode {
-        let netns = self.machine(number);
+        self.weft_node_in(self.machine(number), number, text, wrapper)
+    }
+
+    fn weft_node_in(&self, netns: OwnNetns, number: u8, text: &str, wrapper: &str) -> WeftNode {
         let file = |end: &str| self.folder.path().join(format!("n{number}.{end}"));
         let (config, log, socket, state) = (file("toml"), file("log"), file("sock"), file("state"));
         std::fs::write(&config, text).expect("the folder is writable");

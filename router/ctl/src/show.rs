@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use weft_api::{
     Bandwidth, Client, Counters, DropInfo, Empty, FdbInfo, FlowInfo, FreeBuffers, HostPortInfo, LeaseInfo,
-    MasqueradeInfo, NatInfo, NeighbourInfo, NodeInfo, PortInfo, Request, RouteInfo, Status,
+    MasqueradeInfo, NatInfo, NeighbourInfo, NodeInfo, PortInfo, Request, RouteInfo, Status, WayInfo,
 };
 
 use crate::output::{self, Style, plain};
@@ -329,6 +329,10 @@ fn nodes(list: Vec<NodeInfo>, style: Style) -> String {
         ">sent",
         ">received",
         ">last seen",
+        ">carries",
+        ">round trip",
+        ">lost",
+        "state",
         "encapsulation",
         "by",
     ]);
@@ -340,6 +344,8 @@ fn nodes(list: Vec<NodeInfo>, style: Style) -> String {
             None => "never".to_owned(),
         };
         let silent = !node.local && node.last_seen.is_none() && node.sent > 0;
+        let asked = node.asked.as_ref();
+        let is_bad = asked.is_some_and(|way| way.state == "away" || way.measured.is_some_and(|mtu| mtu < way.mtu));
         let cells = vec![
             name,
             node.underlay.to_string(),
@@ -348,12 +354,37 @@ fn nodes(list: Vec<NodeInfo>, style: Style) -> String {
             node.sent.to_string(),
             node.received.to_string(),
             seen,
+            asked.map(carries).unwrap_or_default(),
+            asked.and_then(round_trip).unwrap_or_default(),
+            asked.and_then(|way| way.loss).map(|loss| format!("{:.0} %", loss * 100.0)).unwrap_or_default(),
+            asked.map(state).unwrap_or_default(),
             node.encapsulation,
             node.way,
         ];
-        table.push(cells, silent);
+        table.push(cells, silent || is_bad);
     }
     table.render(style, "no nodes")
+}
+
+/// What the way to a node carries, and what pods use if that is more.
+fn carries(way: &WayInfo) -> String {
+    match way.measured {
+        Some(mtu) if mtu < way.mtu => format!("{mtu} of {}", way.mtu),
+        Some(mtu) => mtu.to_string(),
+        None => format!("{}?", way.mtu),
+    }
+}
+
+/// The median of the last round trips, and the last one.
+fn round_trip(way: &WayInfo) -> Option<String> {
+    Some(format!("{:.1} / {:.1} ms", way.rtt_median? / 1000.0, way.rtt? / 1000.0))
+}
+
+fn state(way: &WayInfo) -> String {
+    match way.state.as_str() {
+        "unknown" => way.state.clone(),
+        state => format!("{state} for {}", duration(way.since)),
+    }
 }
 
 /// Losses by reason, summed over ports.

@@ -18,7 +18,7 @@ use rustix::time::{ClockId, clock_gettime};
 use weft_api::{AttachmentKey, Counters};
 use weft_ipam::Store;
 use weft_router::stats::PortStats;
-use weft_router::tables::{Pod, WayOut};
+use weft_router::tables::{NodeId, Pod, WayOut};
 use weft_router::{PortEnd, PortId, Router, RouterConfig, Snapshot, Tables, TakenOver};
 
 use crate::api::losses::{Sample, Samples};
@@ -39,6 +39,7 @@ use crate::hostport::HostPort;
 
 use crate::log::LogLevel;
 use crate::metrics::Requests;
+use crate::probing::Probing;
 use crate::uplink::{Tunnels, Uplink};
 use told::{joined, rules};
 pub use told::{log_warnings, read_config};
@@ -56,6 +57,8 @@ pub struct Node {
     pub router: Router,
     /// How other nodes are reached.
     pub uplink: Uplink,
+    /// What is known of the ways to other nodes.
+    pub probing: Probing,
     /// What leaves without a tunnel.
     pub egress: Egress,
     /// What leads answers from outside to the host port.
@@ -145,7 +148,8 @@ impl Node {
         let workers = workers(&config);
         let desired = DesiredState::new(Arc::new(config));
         let epoch = 1;
-        let sizes = RouterConfig { workers, seed: random_seed()?, ..desired.config.sizes() };
+        let sizes =
+            RouterConfig { workers, seed: random_seed()?, probe_secret: random_seed()?, ..desired.config.sizes() };
         let router = Router::start(sizes, compile(&desired, epoch))
             .context("cannot start the data plane: not enough memory or descriptors (ulimit -n)")?;
         let uplink = Uplink::open(&desired.config.underlay, tunnels, &router)?;
@@ -169,6 +173,7 @@ impl Node {
             started: Instant::now(),
             router,
             uplink,
+            probing: Probing::default(),
             egress,
             answers: AnswerLeads::default(),
             outlets: Outlets::default(),
@@ -193,6 +198,25 @@ impl Node {
         let mut state = self.state();
         let desired = DesiredState { path_mtus: self.uplink.path_mtus(), ..state.desired.clone() };
         self.put_in_force(&mut state, desired);
+    }
+
+    /// It was measured anew what ways to other nodes carry.
+    pub fn ways_changed(&self) {
+        let measured = self.probing.measured();
+        let mut state = self.state();
+        self.uplink.measured(&measured);
+        let desired = DesiredState { measured, ..state.desired.clone() };
+        let (before, after) = (self.router.tables(), compile(&desired, state.epoch));
+        let mtus = |tables: &Tables| -> Vec<[u32; 2]> {
+            let ids = (0..tables.nodes.len()).map(|index| NodeId(index as u16));
+            ids.map(|id| [tables.mtu_to(id, false), tables.mtu_to(id, true)]).collect()
+        };
+        if mtus(&before) == mtus(&after) {
+            // It counts if pods use more one day. Until then, no flow has to be decided anew.
+            state.desired = desired;
+        } else {
+            self.put_in_force(&mut state, desired);
+        }
     }
 
     /// Has answers to what leaves in the node's name come back by the host port; the interfaces where they do.

@@ -41,9 +41,10 @@ fn add_port(sum: &mut PortSnapshot, more: &PortSnapshot) {
 
 fn add_nodes(sum: &mut Vec<NodeStats>, more: &[NodeStats]) {
     sum.resize_with(sum.len().max(more.len()), NodeStats::default);
-    for (sum, NodeStats { sent, received, last_seen }) in sum.iter_mut().zip(more) {
+    for (sum, NodeStats { sent, received, probes, last_seen }) in sum.iter_mut().zip(more) {
         sum.sent += sent;
         sum.received += received;
+        sum.probes += probes;
         sum.last_seen = sum.last_seen.max(*last_seen);
     }
 }
@@ -64,7 +65,7 @@ mod tests {
     }
 
     fn node(sent: u64, last_seen: Option<u64>) -> NodeStats {
-        NodeStats { sent, received: 1, last_seen: last_seen.map(Instant) }
+        NodeStats { sent, received: 1, probes: 0, last_seen: last_seen.map(Instant) }
     }
 
     fn snapshot(now: u64, epoch: u64, ports: Vec<PortSnapshot>, nodes: Vec<NodeStats>) -> Snapshot {

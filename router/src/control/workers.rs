@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -19,6 +19,7 @@ use crate::port::PortId;
 use crate::port::sys::xsk::Umem;
 use crate::port::udp::{Sockets, Underlay};
 use crate::port::xdp::{KeptProgram, OpenUplink, PodProgram, XdpDevice};
+use crate::probing::Question;
 use crate::stats::PortStats;
 use crate::worker::{self, Spawned};
 
@@ -31,6 +32,8 @@ pub(super) struct Workers {
     pods: Mutex<Option<Arc<PodProgram>>>,
     /// A veth that is always open.
     kept: Mutex<Option<KeptVeth>>,
+    /// Whose turn it is to ask.
+    turn: AtomicUsize,
 }
 
 /// Who receives from a port.
@@ -69,7 +72,13 @@ impl Workers {
             Ok(Handle { commands, waker, umem, ended, thread: Some(thread) })
         };
         let all = (0..count).map(start).collect::<io::Result<_>>()?;
-        Ok(Workers { all, owners: Mutex::default(), pods: Mutex::default(), kept: Mutex::default() })
+        Ok(Workers {
+            all,
+            owners: Mutex::default(),
+            pods: Mutex::default(),
+            kept: Mutex::default(),
+            turn: AtomicUsize::new(0),
+        })
     }
 
     pub(super) fn count(&self) -> usize {
@@ -241,6 +250,15 @@ impl Workers {
             *sum.get_or_insert_default() += &stats;
         }
         Ok(sum)
+    }
+
+    /// Has the next worker that runs ask.
+    pub(super) fn ask_others(&self, questions: Vec<Question>) {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let order = (0..self.count()).map(|number| turn.wrapping_add(number) % self.count());
+        if let Some(worker) = order.into_iter().find(|worker| self.runs(*worker)) {
+            self.all[worker].tell(Command::Ask(questions));
+        }
     }
 
     pub(super) fn snapshot(&self, flows: bool) -> Result<Snapshot, RouterError> {

@@ -95,6 +95,14 @@ fn host_for(packet: &Packet, tables: &Tables) -> Option<Neighbour> {
     tables.host.filter(|host| matches!(packet.sender, Sender::Port(port) if port != host.port))
 }
 
+/// How long packets of a conversation may be: this one's on its way, and those that go back to the node that it came from.
+pub(super) fn mtu_both_ways(path: &Path, packet: &Packet, tables: &Tables) -> u32 {
+    match packet.sender {
+        Sender::Node(id) => path.rewrite.mtu.min(tables.mtu_to(id, packet.ip().is_some_and(|ip| ip.src.is_ipv6()))),
+        Sender::Port(_) => path.rewrite.mtu,
+    }
+}
+
 /// How long a packet may be that leaves by a port.
 pub(super) fn port_mtu(port: PortId, tables: &Tables) -> u32 {
     match tables.role(port) {

@@ -336,4 +336,38 @@ pub struct NodeInfo {
     /// How frames to it leave: `udp`, `raw`, `uplink`, `xdp`; or why not by the latter.
     #[serde(default)]
     pub way: String,
+    /// What asking it has shown; absent for this node, and if weftd is too old to say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked: Option<WayInfo>,
+}
+
+/// The way to a node, as far as asking has shown.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WayInfo {
+    /// `up`: it answers; `away`: it does not any more; `silent`: it never did, as who is no Weft; `unknown`: it was not asked, for
+    /// pods have not spoken with it.
+    pub state: String,
+    /// Seconds since it is so.
+    pub since: f64,
+    /// The longest packet that pods send, in bytes.
+    pub mtu: u32,
+    /// The longest packet that arrives, as far as pods would send it; absent before there was an answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<u32>,
+    /// The last round trip in microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rtt: Option<f64>,
+    /// The median of the last 32.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rtt_median: Option<f64>,
+    /// The part of the questions that was lost lately, 0 to 1; absent before there was an answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss: Option<f64>,
+    /// How often anything has changed.
+    pub changes: u64,
+    /// What the last change was, and why; empty if there was none.
+    pub reason: String,
+    /// Seconds since then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed: Option<f64>,
 }

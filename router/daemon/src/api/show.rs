@@ -178,7 +178,7 @@ pub fn flows(node: &Node) -> Result<Vec<FlowInfo>, Failure> {
                 Hop::Port(port) => format!("port {port}"),
                 Hop::Node(id) => format!("node {}", names.node(id)),
                 Hop::Flood { .. } => "flood".into(),
-                Hop::Reply(_) | Hop::Gateway => "gateway".into(),
+                Hop::Reply(_) | Hop::Gateway | Hop::Probe => "gateway".into(),
             },
             frames: flow.frames,
             bytes: flow.bytes,
@@ -308,6 +308,7 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
         last_seen: None,
         encapsulation: String::new(),
         way: String::new(),
+        asked: None,
     }];
     all.extend(config.peers.iter().map(|peer| {
         let id = state.desired.nodes.of(&peer.name);
@@ -321,6 +322,7 @@ pub fn nodes(node: &Node) -> Result<Vec<NodeInfo>, Failure> {
             sent: stats.sent,
             received: stats.received,
             last_seen: stats.last_seen.map(|seen| snapshot.now.since(seen).as_secs_f64()),
+            asked: id.and_then(|id| node.probing.info(id)),
             encapsulation: config.encapsulation_to(peer).0.name().to_owned(),
             way: match config.encapsulation_to(peer).0 {
                 Encapsulation::Tunnel(Format::Vxlan) => node.uplink.way(peer.underlay),

@@ -72,12 +72,14 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
         let peer = config.peers.iter().find(|peer| peer.underlay == underlay);
         peer.map(|peer| peer.name.clone())
     }));
+    problems.extend(node.probing.problems(&config.node));
     problems.extend(node.uplink.tunnel_problems(config));
     problems.extend(node.egress.problems(config));
     problems.extend(node.answers.problems());
     problems.extend(node.outlets.problems());
     problems.extend(kernel.problems.iter().cloned());
-    problems.extend(forwarding::problems(config, host.as_ref()));
+    let tunnels = config.peers.iter().any(|peer| !state.desired.leads.peers.contains_key(&peer.underlay));
+    problems.extend(forwarding::problems(config, host.as_ref(), &node.outlets.names(), tunnels));
     problems.extend(worker_problem(snapshot.workers, node.router.workers()));
     problems.extend(node.devices.choose(None).err().map(|failure| failure.to_string()));
     problems.extend(state.samples.problems(&sample, node.started, config));

@@ -34,6 +34,7 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
     tables.vtep_mac = config.vtep_mac;
     tables.tunnel_mtu = config.mtu;
     tables.add_underlay(UNDERLAY);
+    tables.address = Some(config.underlay.address);
     for format in &config.underlay.formats {
         tables.add_tunnel(tunnel_port(*format), *format);
     }
@@ -52,8 +53,8 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
         for range in peer.ranges.iter().filter(|_| plainly.is_some()) {
             tables.add_route(*range, plainly.map_or(Via::Node(id), Via::Uplink));
         }
-        if let Some(mtu) = state.path_mtus.get(&peer.underlay) {
-            Arc::make_mut(&mut tables.path_mtus).insert(id, mtu.saturating_sub(overhead));
+        if let Some(mtu) = path_mtu(state, peer, overhead) {
+            Arc::make_mut(&mut tables.path_mtus).insert(id, mtu);
         }
     }
     for range in &config.ranges {
@@ -71,6 +72,12 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
         tables.add_pod(*port, pod.clone());
     }
     tables
+}
+
+/// How long a packet of a pod to a peer may be, as far as routers said or was measured.
+fn path_mtu(state: &DesiredState, peer: &Peer, overhead: u32) -> Option<u32> {
+    let all = [&state.path_mtus, &state.measured].map(|all| all.get(&peer.underlay));
+    all.into_iter().flatten().min().map(|mtu| mtu.saturating_sub(overhead))
 }
 
 /// The next hop of a peer that is sent packets as they are, if it can be.

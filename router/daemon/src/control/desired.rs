@@ -54,6 +54,8 @@ pub struct DesiredState {
     pub pods: BTreeMap<PortId, Pod>,
     /// How long packets to an underlay address may be, where routers on the way said so; in bytes, with the outer IP header.
     pub path_mtus: BTreeMap<IpAddr, u32>,
+    /// The same as was measured, of all that answer.
+    pub measured: BTreeMap<IpAddr, u32>,
     /// What leaves without a tunnel, and where.
     pub leads: Leads,
     /// The interfaces that pods' packets leave by in the node's name: those whose answers come back.
@@ -71,6 +73,7 @@ impl DesiredState {
             host: None,
             pods: BTreeMap::new(),
             path_mtus: BTreeMap::new(),
+            measured: BTreeMap::new(),
             leads: Leads::default(),
             ways_out: Vec::new(),
         }
@@ -86,6 +89,7 @@ impl DesiredState {
             host: self.host.clone(),
             pods: self.pods.clone(),
             path_mtus: self.path_mtus.clone(),
+            measured: self.measured.clone(),
             leads: self.leads.clone(),
             ways_out: self.ways_out.clone(),
         }

@@ -52,6 +52,7 @@ fn write(reading: Reading, requests: &Requests) -> Result<String, Failure> {
 struct Reading {
     status: Status,
     ready: bool,
+    ways: crate::probing::Counts,
     leases: Counts,
     ports: [Ports; 2],
     process: process::Usage,
@@ -78,7 +79,8 @@ impl Reading {
         }
         // A counter never falls: what pods that left have sent stays in it.
         ports[0].stats += &node.state().retired;
-        Ok(Reading { status, ready, leases: node.store.counts(), ports, process: process::Usage::take() })
+        let ways = node.probing.counts();
+        Ok(Reading { status, ready, ways, leases: node.store.counts(), ports, process: process::Usage::take() })
     }
 
     fn write_node(&self, out: &mut Writer<'_>) -> fmt::Result {
@@ -93,6 +95,13 @@ impl Reading {
         out.plain("weft_tables_epoch", "Changes of the tables since weftd started", *epoch as f64)?;
         out.plain("weft_pods", "Attachments that have a port", *pods as f64)?;
         out.plain("weft_peers", "Other nodes that are known", *peers as f64)?;
+        let asked = self.ways.active as f64;
+        out.plain("weft_peers_asked", "Other nodes that are asked about the way to them, for there is traffic", asked)?;
+        out.plain("weft_peers_away", "Other nodes that answered once, and do not any more", self.ways.away as f64)?;
+        let narrow = self.ways.narrow as f64;
+        out.plain("weft_peers_narrow", "Other nodes to which the way carries less than pods use", narrow)?;
+        out.counter("weft_probes", "Questions to other nodes about the way to them", [(&[][..], self.ways.asked)])?;
+        out.counter("weft_probe_answers", "Answers to these", [(&[][..], self.ways.answered)])?;
         out.plain("weft_workers", "Threads of the data plane that were started", *workers as f64)?;
         let Some(masquerade) = &self.status.masquerade else { return Ok(()) };
         let sessions = "Conversations that leave the cluster in the node's name";
@@ -284,7 +293,8 @@ mod tests {
         requests.count("add", 11, std::time::Duration::from_millis(30));
         let leases = Counts { leased: 5, ..Counts::default() };
         let process = process::Usage { cpu: 0.25, resident: 4096, descriptors: 9, descriptor_limit: 1024 };
-        write(Reading { status: status(), ready: true, leases, ports, process }, &requests).unwrap()
+        let ways = crate::probing::Counts::default();
+        write(Reading { status: status(), ready: true, ways, leases, ports, process }, &requests).unwrap()
     }
 
     #[test]

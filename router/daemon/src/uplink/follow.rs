@@ -69,6 +69,8 @@ struct Shared {
     nodes: Mutex<Vec<IpAddr>>,
     ways: Mutex<BTreeMap<IpAddr, Way>>,
     path_mtus: Mutex<BTreeMap<IpAddr, u32>>,
+    /// What packets to nodes may be long as was measured, if that is news.
+    measured: Mutex<Option<BTreeMap<IpAddr, u32>>>,
     listener: OnceLock<Listener>,
     /// Told when the nodes changed, and when nobody wants to know any more.
     wake: OwnedFd,
@@ -89,6 +91,7 @@ impl Follower {
             nodes: Mutex::default(),
             ways: Mutex::default(),
             path_mtus: Mutex::default(),
+            measured: Mutex::default(),
             listener: OnceLock::new(),
             wake,
         });
@@ -132,6 +135,12 @@ impl Follower {
     /// How long packets to a node may be, where a route or a router on the way says so.
     pub fn path_mtus(&self) -> BTreeMap<IpAddr, u32> {
         lock(&self.shared.path_mtus).clone()
+    }
+
+    /// It was measured how long packets to these nodes may be, the outer IP header included. That holds, whatever routers said.
+    pub fn measured(&self, all: BTreeMap<IpAddr, u32>) {
+        *lock(&self.shared.measured) = Some(all);
+        self.shared.wake();
     }
 
     /// Who is told when that changes. The first one stays.
@@ -239,6 +248,8 @@ impl Thread {
         if woken {
             let _ = rustix::io::read(&self.shared.wake, &mut [0_u8; 8]);
             self.stale = true;
+            let measured = lock(&self.shared.measured).take();
+            measured.into_iter().flatten().for_each(|(node, mtu)| self.know(node, mtu));
         }
         if told {
             let changes = self.notices.changes()?;
@@ -277,12 +288,18 @@ impl Thread {
         }
     }
 
+    /// What was measured holds, whatever was believed.
+    fn know(&mut self, node: IpAddr, mtu: u32) {
+        self.believed.remove(&node);
+        self.known.path_mtu.insert(node, mtu);
+    }
+
     /// Tries again what once was too big, for paths become wider, too.
     fn forget_path_mtus(&mut self) {
-        let before = self.believed.len();
+        let before: Vec<IpAddr> = self.believed.keys().copied().collect();
         self.believed.retain(|_, since| since.elapsed() < FORGET);
-        if self.believed.len() < before {
-            self.known.path_mtu.retain(|node, _| self.believed.contains_key(node));
+        if self.believed.len() < before.len() {
+            self.known.path_mtu.retain(|node, _| !before.contains(node) || self.believed.contains_key(node));
             self.publish();
         }
     }

@@ -119,6 +119,13 @@ impl Uplink {
         self.outcome.as_ref().map(|chosen| chosen.follower.path_mtus()).unwrap_or_default()
     }
 
+    /// How long packets to nodes may be, as was measured: that holds, whatever routers said.
+    pub fn measured(&self, all: &BTreeMap<IpAddr, u32>) {
+        if let Ok(chosen) = &self.outcome {
+            chosen.follower.measured(all.clone());
+        }
+    }
+
     /// Has that be told of, once.
     pub fn on_path_mtu(&self, listener: impl Fn() + Send + Sync + 'static) {
         if let Ok(chosen) = &self.outcome {

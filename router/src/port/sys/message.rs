@@ -186,7 +186,7 @@ pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Datagram> {
     let from = decode(unsafe { address.assume_init_ref() });
     let truncated = header.msg_flags & libc::MSG_TRUNC != 0;
     let mut datagram = Datagram { len, truncated, from, stride: None, tos: 0, overruns: None };
-    let control_len = (header.msg_controllen as usize).min(RECEIVE_CONTROL);
+    let control_len = header.msg_controllen.min(RECEIVE_CONTROL);
     read_control(&control.0[..control_len], &mut datagram);
     Ok(datagram)
 }
@@ -234,7 +234,7 @@ pub fn receive_many(
         let from = decode(unsafe { addresses[index].assume_init_ref() });
         let truncated = header.msg_flags & libc::MSG_TRUNC != 0;
         *datagram = Datagram { len: msg_len as usize, truncated, from, stride: None, tos: 0, overruns: None };
-        let control_len = (header.msg_controllen as usize).min(RECEIVE_CONTROL);
+        let control_len = header.msg_controllen.min(RECEIVE_CONTROL);
         read_control(&controls[index].0[..control_len], datagram);
     }
     Ok(received)

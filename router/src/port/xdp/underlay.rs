@@ -178,7 +178,9 @@ impl XdpUnderlay {
     fn transmit_aside(&mut self, queue: &mut Queue, hops: &Hops, stats: &mut Stats) -> io::Result<()> {
         let (has_device, fragments) = (!self.channels.is_empty(), self.kernel.fragmenting.is_some());
         let way = |frame: &Frame| match hop_of(frame, hops) {
-            Some((hop, outer)) if fragments && longest(frame, &outer) > hop.mtu as usize => Way::Fragments,
+            Some((hop, outer)) if fragments && !frame.is_probe && longest(frame, &outer) > hop.mtu as usize => {
+                Way::Fragments
+            }
             Some(_) if has_device => Way::Device,
             _ => Way::Kernel,
         };
