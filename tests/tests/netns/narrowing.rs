@@ -190,3 +190,80 @@ fn a_path_that_changes_under_a_stream_costs_one_retransmission_and_pods_learn_bo
         bed.nodes.iter().for_each(|node| node.daemon().assert_conserved());
     }
 }
+
+/// What a node knows of the way to its peer.
+fn way_of(node: &WeftNode) -> WayInfo {
+    let nodes: Vec<NodeInfo> = node.daemon().ask(&Request::Nodes);
+    nodes.into_iter().find(|node| !node.local).and_then(|node| node.asked).expect("it is asked")
+}
+
+#[test]
+fn a_node_that_is_cut_off_is_noticed_and_back_at_once_and_who_is_not_spoken_with_is_not_asked() {
+    let _turn = turn();
+    let cluster = Cluster::new("nc").by("udp");
+    let node = |number, other| cluster.weft_node(number, "routed", &cluster.peer(other, None));
+    let nodes = [node(1, 2), node(2, 1)];
+    let pods: Vec<_> = nodes.iter().map(|node| pod(&cluster, node)).collect();
+    let local = cluster.sandbox("local");
+    let beside = weft_tests::plugin::addresses(&nodes[0].attach("local", &local))[0];
+    let (here, there) = (&pods[0].0, pods[1].1[0]);
+    traffic::await_answer(here, there);
+    let state = |wanted: &str| {
+        let is = || {
+            let _ = here.exec(&format!("ping -n -q -c 1 -W 0.1 {there}"));
+            way_of(&nodes[0]).state == wanted
+        };
+        eventually(&format!("n2 is {wanted}"), Duration::from_secs(10), is);
+    };
+    state("up");
+    let pings = traffic::Pings::start(here, beside);
+    for _ in 0..2 {
+        cluster.underlay().ip("link set n2 down");
+        state("away");
+        let problems = nodes[0].daemon().status().problems;
+        assert!(
+            problems.iter().any(|problem| problem.contains("n2 (10.200.0.2) does not answer any more")),
+            "{problems:?}"
+        );
+        let way = way_of(&nodes[0]);
+        assert!(way.reason.starts_with("no answer for ") && way.measured == Some(1450), "{way:?}");
+        cluster.underlay().ip("link set n2 up");
+        state("up");
+    }
+    pings.assert_none_lost(10);
+    assert!(!nodes[0].daemon().status().problems.iter().any(|problem| problem.contains("n2")));
+    // Nobody speaks: nothing is asked, and nothing is to do.
+    thread::sleep(Duration::from_secs(6));
+    let idle = || {
+        let (before, out) = (nodes[0].daemon().cpu_time(), nodes[0].daemon().underlay().out);
+        thread::sleep(Duration::from_secs(2));
+        nodes[0].daemon().underlay().out == out && nodes[0].daemon().cpu_time() - before < Duration::from_millis(20)
+    };
+    assert!((0..5).any(|_| idle()), "an idle node does something all the time");
+    nodes.iter().for_each(|node| node.daemon().assert_conserved());
+}
+
+#[test]
+fn a_peer_that_is_no_weft_is_left_in_peace() {
+    let _turn = turn();
+    let cluster = Cluster::new("nf").by("udp");
+    let node = cluster.weft_node(1, "routed", &cluster.peer(2, Some("02:00:00:00:00:02")));
+    let far = cluster.machine(2);
+    far.ip("link add vx type vxlan id 1 dstport 8472 local 10.200.0.2 remote 10.200.0.1 dev uplink");
+    far.ip("link set vx address 02:00:00:00:00:02 up");
+    far.ip("address add 10.244.2.2/32 dev vx");
+    let vtep = node.daemon().status().vtep_mac;
+    far.ip("route add 10.244.1.0/24 dev vx via 10.244.1.1 onlink");
+    far.ip(&format!("neigh add 10.244.1.1 lladdr {vtep} dev vx nud permanent"));
+    let (here, _) = pod(&cluster, &node);
+    let wire = weft_tests::wire::Wire::open(cluster.underlay(), "n1");
+    traffic::await_answer(&here, "10.244.2.2".parse().expect("an address"));
+    let pings = traffic::Pings::start(&here, "10.244.2.2".parse().expect("an address"));
+    thread::sleep(Duration::from_secs(1));
+    pings.assert_none_lost(10);
+    let frames: Vec<_> = std::iter::from_fn(|| wire.next(Duration::from_millis(50))).collect();
+    let is_probe = |frame: &&Vec<u8>| frame.windows(4).any(|bytes| bytes == b"WFTP");
+    assert!(frames.len() > 20 && !frames.iter().any(|frame| is_probe(&frame)));
+    let way = way_of(&node);
+    assert_eq!((way.state.as_str(), way.measured, way.mtu), ("unknown", None, 1450));
+}

@@ -140,7 +140,6 @@ impl Probing {
     }
 
     /// Something changed here, so that ways may carry more than they did.
-    #[allow(dead_code)]
     pub fn try_rise(&self) {
         let now = Instant::boottime();
         self.lock().ways.values_mut().for_each(|way| way.peer.try_rise(now));
