@@ -82,6 +82,15 @@ impl Bed {
         asked.unwrap_or_else(|| panic!("it is asked:\n{}", self.nodes[from].log()))
     }
 
+    /// The first pod's kernel believes that so much gets there; as much as its device allows if that is nothing.
+    fn await_told(&self, address: IpAddr, mtu: Option<u32>) {
+        let pod = &self.pods[0].0;
+        eventually(&format!("the pod believes in {mtu:?}"), Duration::from_secs(10), || {
+            let said = pod.ip(&format!("route get {address}"));
+            mtu.map_or(!said.contains(" mtu "), |mtu| said.contains(&format!("mtu {mtu}")))
+        });
+    }
+
     fn await_measured(&self, mtu: u32) {
         for from in [0, 1] {
             let started = Instant::now();
@@ -175,6 +184,7 @@ fn a_path_that_changes_under_a_stream_costs_one_retransmission_and_pods_learn_bo
                     bed.nodes[0].log()
                 );
                 bed.await_measured(1400 - overhead);
+                bed.await_told(*address, Some(1400 - overhead));
                 let paused = stream.longest_pause(|| bed.set_mtu(9000));
                 assert!(
                     paused < Duration::from_secs(1),
@@ -183,6 +193,7 @@ fn a_path_that_changes_under_a_stream_costs_one_retransmission_and_pods_learn_bo
                     bed.nodes[0].log()
                 );
                 bed.await_measured(9000 - overhead);
+                bed.await_told(*address, None);
             });
             bed.set_mtu(1500);
             bed.await_measured(1500 - overhead);
@@ -266,4 +277,47 @@ fn a_peer_that_is_no_weft_is_left_in_peace() {
     assert!(frames.len() > 20 && !frames.iter().any(|frame| is_probe(&frame)));
     let way = way_of(&node);
     assert_eq!((way.state.as_str(), way.measured, way.mtu), ("unknown", None, 1450));
+}
+
+#[test]
+fn an_underlay_device_with_another_mtu_gives_pods_another_one_and_a_link_that_flaps_loses_nothing_for_long() {
+    let _turn = turn();
+    let cluster = Cluster::new("ne").by("udp");
+    let config = |number, other| {
+        let text = cluster.config(number, "routed", &cluster.peer(other, None));
+        text.lines().filter(|line| !line.starts_with("mtu = ")).map(|line| format!("{line}\n")).collect::<String>()
+    };
+    cluster.underlay().ip("link set br0 mtu 9000");
+    let nodes = [(1, 2), (2, 1)].map(|(number, other)| cluster.weft_node_of_mtu(number, &config(number, other), 1500));
+    let pods: Vec<_> = nodes.iter().map(|node| pod(&cluster, node)).collect();
+    let there = pods[1].1[0];
+    traffic::await_answer(&pods[0].0, there);
+    let set = |mtu: u32| {
+        for node in &nodes {
+            cluster.underlay().ip(&format!("link set n{} mtu {mtu}", node.number));
+            node.netns.ip(&format!("link set uplink mtu {mtu}"));
+        }
+        for (node, (pod, _)) in nodes.iter().zip(&pods) {
+            for (netns, name) in [(&**pod, "eth0"), (&*node.netns, "weft0")] {
+                let has = || netns.ip(&format!("link show {name}")).contains(&format!("mtu {} ", mtu - 50));
+                eventually(&format!("{name} has what {mtu} leaves"), Duration::from_secs(10), has);
+            }
+            assert_eq!(node.daemon().status().mtu, mtu - 50);
+        }
+        let longest = || pods[0].0.exec(&format!("ping -n -q -c 1 -W 1 -M do -s {} {there}", mtu - 78)).success;
+        eventually("the longest packet passes", Duration::from_secs(10), longest);
+    };
+    [9000, 1400, 1500].into_iter().for_each(set);
+    let before = nodes[0].daemon().descriptors();
+    for _ in 0..1000 {
+        // Both ends: what the kernel makes of it is the same, and it takes a moment.
+        cluster.underlay().ip("link set n1 down");
+        cluster.underlay().ip("link set n1 up");
+    }
+    let started = Instant::now();
+    traffic::await_answer(&pods[0].0, there);
+    assert!(started.elapsed() < Duration::from_secs(5), "back after {:?}", started.elapsed());
+    assert!(nodes[0].daemon().descriptors() <= before + 1, "descriptors are leaked");
+    traffic::transfer(&pods[0].0, &pods[1].0, there, 4 << 20);
+    nodes.iter().for_each(|node| node.daemon().assert_conserved());
 }
