@@ -255,6 +255,9 @@ pub fn everything(bytes: &[u8]) {
     extension_headers(bytes);
     neighbor(bytes);
     vxlan(bytes);
+    geneve(bytes);
+    gre(bytes);
+    ipip(bytes);
     virtio(bytes);
     checksums(bytes);
     segmentation(bytes);

@@ -16,6 +16,7 @@ fn main() -> std::io::Result<()> {
     let tunnelled: Vec<Vec<u8>> =
         seeds().into_iter().filter(|seed| seed.outer.is_some()).map(|seed| seed.bytes).step_by(9).collect();
     write("underlay", &[tunnelled, vec![train()]].concat())?;
+    write_tunnels()?;
     write("gather", &vectors())?;
     write("virtio", &superframes())?;
     let link: Vec<Vec<u8>> = seeds().into_iter().filter(|seed| seed.outer.is_none()).map(|seed| seed.bytes).collect();
@@ -26,6 +27,21 @@ fn main() -> std::io::Result<()> {
     write("journal", &journals())?;
     write("cni", &CNI.map(|text| text.as_bytes().to_vec()))?;
     write("config", &CONFIG.map(|text| text.as_bytes().to_vec()))
+}
+
+/// The other tunnels' headers in front of what comes by VXLAN.
+fn write_tunnels() -> std::io::Result<()> {
+    let inner = || seeds().into_iter().filter(|seed| seed.outer.is_some() && seed.bytes.len() > 8 + 54).step_by(41);
+    let with = |header: &[u8], skip: usize| -> Vec<Vec<u8>> {
+        let wrap = |seed: Input| [header, seed.bytes.get(8 + skip..).unwrap_or_default()].concat();
+        inner().map(wrap).filter(|bytes| bytes.len() < 600).collect()
+    };
+    let options = [4, 0, 0x65, 0x58, 0, 0, 1, 0, 1, 2, 3, 1, 9, 9, 9, 9, 0, 1, 0x80, 1, 7, 7, 7, 7];
+    write("geneve", &[with(&[0, 0, 0x65, 0x58, 0, 0, 1, 0], 0), with(&options, 0)].concat())?;
+    let key = [0xb0, 0, 0x65, 0x58, 1, 2, 0, 0, 0, 0, 0, 1, 0, 0, 0, 9];
+    let ethernet = [with(&[0, 0, 0x65, 0x58], 0), with(&key, 0)].concat();
+    write("gre", &[ethernet, with(&[0, 0, 0x08, 0x00], 14), with(&[0, 0, 0x86, 0xdd], 14)].concat())?;
+    write("ipip", &[with(&[4], 14), with(&[41], 14)].concat())
 }
 
 fn write(name: &str, inputs: &[Vec<u8>]) -> std::io::Result<()> {

@@ -4,11 +4,16 @@
 //! started from. [`ALL`] names them, so that a target without a corpus, or a corpus without a target, is noticed.
 
 use weft_encap::exercise;
+use weft_encap::format::Format;
+use weft_encap::geneve::GeneveHeader;
+use weft_encap::ip;
 use weft_encap::offload::Offload;
 use weft_router::PortId;
-use weft_router::frame::Outer;
+use weft_router::frame::{Frame, Outer};
+use weft_router::pool::Pool;
 use weft_router::port::BATCH;
 use weft_router::port::memory::Packet;
+use weft_router::port::raw::dress;
 use weft_router::tables::Mode;
 
 use crate::gathering;
@@ -18,9 +23,12 @@ use crate::memory::{Input, Memory, PODS, node_underlay, tables};
 pub type Entry = fn(&[u8]);
 
 /// All entries of this crate by the name of their target. `cni` and `config` are programs of their own.
-pub const ALL: [(&str, Entry); 7] = [
+pub const ALL: [(&str, Entry); 10] = [
     ("forward", forward),
     ("underlay", underlay),
+    ("geneve", geneve),
+    ("gre", gre),
+    ("ipip", ipip),
     ("gather", gather),
     ("virtio", virtio),
     ("neighbour", neighbour),
@@ -66,6 +74,52 @@ pub fn underlay(bytes: &[u8]) {
         let outer = Some(Outer::vxlan(node_underlay(0)));
         let input = Input { outer, ..Input::pod(0, bytes.get(..bytes.len().min(4096)).unwrap_or_default().to_vec()) };
         memory.feed(&input);
+    }
+}
+
+/// Geneve: the header with its options, and what the forwarder makes of it.
+pub fn geneve(bytes: &[u8]) {
+    exercise::geneve(bytes);
+    let base = GeneveHeader::claimed_len(bytes) as u16;
+    from_tunnel(bytes, Outer { format: Format::Geneve, base, ..Outer::vxlan(node_underlay(0)) }, Offload::default());
+}
+
+/// What lies behind an outer IP header with GRE's protocol.
+pub fn gre(bytes: &[u8]) {
+    exercise::gre(bytes);
+    dressed(ip::GRE, bytes);
+}
+
+/// What lies behind an outer IP header that says that IP is inside. The first byte is that header's protocol.
+pub fn ipip(bytes: &[u8]) {
+    exercise::ipip(bytes);
+    let Some((protocol, rest)) = bytes.split_first() else { return };
+    dressed(if protocol & 1 == 0 { ip::IPIP } else { ip::IPV6 }, rest);
+}
+
+/// A packet as the port for such packets hands it over.
+fn dressed(protocol: u8, bytes: &[u8]) {
+    let pool = Pool::new(4, 4).expect("there is memory");
+    let Some(mut frame) = Frame::from_bytes(bytes.get(..bytes.len().min(4096)).unwrap_or_default(), PortId(0), &pool)
+    else {
+        return;
+    };
+    if dress(&mut frame, protocol, 1450).is_ok()
+        && let Some(outer) = frame.outer
+    {
+        let outer = Outer { peer: node_underlay(0), ..outer };
+        from_tunnel(&frame.to_vec(), outer, frame.offload);
+    }
+}
+
+/// A frame from another node, twice: the second time its flow is known.
+fn from_tunnel(bytes: &[u8], outer: Outer, offload: Offload) {
+    for mode in [Mode::Routed, Mode::Bridged] {
+        let mut memory = Memory::new(tables(mode));
+        let bytes = bytes.get(..bytes.len().min(4400)).unwrap_or_default().to_vec();
+        let input = Input { outer: Some(outer), offload, ..Input::pod(0, bytes) };
+        let (first, second) = (memory.feed(&input), memory.feed(&input));
+        assert_eq!(first.ended, second.ended, "{input:?}");
     }
 }
 

@@ -58,6 +58,8 @@ pub enum Request {
     Neigh,
     /// Answer: a list of [`FlowInfo`].
     Flows,
+    /// What leaves the cluster in the node's name. Answer: a list of [`NatInfo`].
+    Nat,
     /// Answer: a list of [`LeaseInfo`].
     Leases,
     /// Answer: a list of [`DropInfo`].
@@ -81,7 +83,7 @@ impl Request {
             }
             Self::Gc(_) | Self::CheckLease(_) | Self::Find(_) | Self::Ready | Self::Status | Self::Ports => false,
             Self::Routes | Self::Fdb | Self::Neigh | Self::Flows | Self::Leases | Self::Drops | Self::Nodes => false,
-            Self::Leave | Self::Reserve(_) | Self::Reload => false,
+            Self::Leave | Self::Reserve(_) | Self::Reload | Self::Nat => false,
         }
     }
 }

@@ -57,6 +57,8 @@ enum Command {
     Neigh(Format),
     /// The flows in the cache, busiest first.
     Flows(Format),
+    /// The conversations that leave the cluster in this node's name, and as which port, the youngest first.
+    Nat(Format),
     /// The addresses that are leased, and to whom.
     Leases(Format),
     /// The frames that ended here, by reason; losses first.
@@ -116,6 +118,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Fdb(format) => (View::Fdb, format),
         Command::Neigh(format) => (View::Neigh, format),
         Command::Flows(format) => (View::Flows, format),
+        Command::Nat(format) => (View::Nat, format),
         Command::Leases(format) => (View::Leases, format),
         Command::Drops(format) => (View::Drops, format),
         Command::Nodes(format) => (View::Nodes, format),

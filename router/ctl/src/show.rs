@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use weft_api::{
     Bandwidth, Client, Counters, DropInfo, Empty, FdbInfo, FlowInfo, FreeBuffers, HostPortInfo, LeaseInfo,
-    NeighbourInfo, NodeInfo, PortInfo, Request, RouteInfo, Status, WayInfo,
+    MasqueradeInfo, NatInfo, NeighbourInfo, NodeInfo, PortInfo, Request, RouteInfo, Status, WayInfo,
 };
 
 use crate::output::{self, Style, plain};
@@ -38,6 +38,8 @@ pub enum View {
     Neigh,
     /// Its flow cache.
     Flows,
+    /// What leaves the cluster in the node's name.
+    Nat,
     /// Its leases.
     Leases,
     /// Its drop counters.
@@ -64,6 +66,7 @@ pub fn show(view: View, socket: &Path, json: bool) -> Result<bool> {
         View::Fdb => show_list(socket, &Request::Fdb, json, |list| fdb(list, style)),
         View::Neigh => show_list(socket, &Request::Neigh, json, |list| neigh(list, style)),
         View::Flows => show_list(socket, &Request::Flows, json, |list| flows(list, style)),
+        View::Nat => show_list(socket, &Request::Nat, json, |list| nat(list, style)),
         View::Leases => show_list(socket, &Request::Leases, json, |list| leases(list, style)),
         View::Drops => show_list(socket, &Request::Drops, json, |list| drops(list, style)),
         View::Nodes => show_list(socket, &Request::Nodes, json, |list| nodes(list, style)),
@@ -127,6 +130,7 @@ fn status(status: &Status, style: Style) -> String {
         ("ranges", status.ranges.join(" ")),
         ("gateway", format!("{} at {}", addresses(&status.gateways), status.gateway_mac)),
         ("itself", host_port(status.host_port.as_ref())),
+        ("leaving", masquerade(status.masquerade.as_ref())),
         ("underlay", format!("{}, MTU {}, {}", status.underlay, status.underlay_mtu, status.underlay_kind)),
         ("tunnel", format!("VXLAN, VNI {}, VTEP MAC {}", status.vni, status.vtep_mac)),
         ("tables", format!("epoch {}", status.epoch)),
@@ -136,7 +140,7 @@ fn status(status: &Status, style: Style) -> String {
         ("out", format!("{} frames, {}", counters.sent, bytes(counters.sent_bytes))),
         ("dropped", format!("{} frames (`weft drops` says why)", counters.dropped)),
     ];
-    for (name, value) in lines {
+    for (name, value) in lines.into_iter().filter(|(name, value)| *name != "leaving" || !value.is_empty()) {
         text.push_str(&format!("{name:<9}{}\n", plain(&value)));
     }
     for range in &status.leases {
@@ -226,6 +230,36 @@ fn routes(list: Vec<RouteInfo>, style: Style) -> String {
         table.row([route.destination, route.via, underlay]);
     }
     table.render(style, "no routes")
+}
+
+fn nat(list: Vec<NatInfo>, style: Style) -> String {
+    let mut table = Table::new(&["protocol", "pod", "as", "to", "state", ">age", ">last seen"]);
+    for session in list {
+        table.row([
+            session.protocol,
+            endpoint(session.inside, session.inside_port),
+            endpoint(session.outside, session.outside_port),
+            endpoint(session.remote, session.remote_port),
+            session.state,
+            duration(session.age),
+            duration(session.idle),
+        ]);
+    }
+    table.render(style, "nothing leaves the cluster in this node's name")
+}
+
+fn masquerade(info: Option<&MasqueradeInfo>) -> String {
+    let Some(info) = info else { return String::new() };
+    let (first, last) = info.ports;
+    let ways = if info.ways.is_empty() { "nowhere".into() } else { info.ways.join(", ") };
+    let back = match info.taken_back {
+        0 => String::new(),
+        count => format!(", {count} taken back"),
+    };
+    format!(
+        "{ways}, ports {first}-{last}, at most {} taken; {} of {} conversations, of {} pods{back}",
+        info.fullest, info.sessions, info.limit, info.pods
+    )
 }
 
 fn fdb(list: Vec<FdbInfo>, style: Style) -> String {
@@ -443,6 +477,7 @@ mod tests {
             port: "tap".into(),
             source: "file".into(),
             host_port: None,
+            masquerade: None,
             vni: 1,
             mtu: 1450,
             underlay_mtu: 1500,

@@ -1,7 +1,7 @@
 //! `weft uninstall`: leaves a node as it was before Weft came.
 //!
-//! What a running weftd has in the kernel (devices, routes, programs) goes with its process, so what is left are files: the network
-//! that the runtime was told of, the plugin, and weftd's own. The network goes first, so that the runtime asks nobody who is about to
+//! What a running weftd has in the kernel (devices, routes, programs) goes with its process, but for the routes that answer for pods meanwhile,
+//! which `weftd --forget` takes away. What is left then are files: the network that the runtime was told of, the plugin, and weftd's own. The network goes first, so that the runtime asks nobody who is about to
 //! go, and the state last, when nobody writes it any more. What Weft did not write stays. Repeating it is harmless.
 
 use std::fs;
@@ -42,6 +42,9 @@ pub struct Uninstall {
     /// The root folder of the node, when it is not `/`: in a container.
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
+    /// With another root folder: the network is the node's own all the same, and weftd's routes there are to go.
+    #[arg(long)]
+    routes: bool,
     /// The runtime's folder of networks; without it, what containerd's configuration says, or else /etc/cni/net.d.
     #[arg(long, value_name = "FOLDER")]
     conf_dir: Option<PathBuf>,
@@ -76,6 +79,9 @@ pub fn uninstall(args: &Uninstall, socket: &Path) -> Result<()> {
             "the runtime was told, but weftd still runs (process {}): stop it, in Kubernetes by `kubectl -n weft delete daemonset weft`, and run this again",
             status.pid
         );
+    }
+    if args.routes || args.root == Path::new("/") {
+        forget_routes()?;
     }
     leave_plugin(&plugins)?;
     for file in ["usr/local/bin/weftd", "usr/local/bin/weft"] {
@@ -120,6 +126,23 @@ impl Root<'_> {
 
 fn status(socket: &Path) -> Result<Status> {
     Ok(Client::connect(socket, PATIENCE)?.call(&Request::Status)?)
+}
+
+/// Has the weftd beside this program take away what it left in the kernel.
+fn forget_routes() -> Result<()> {
+    let weftd = std::env::current_exe().context("cannot tell where this program is")?.with_file_name("weftd");
+    match Command::new(&weftd).arg("--forget").stdin(Stdio::null()).status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => bail!("`{} --forget` failed: {status}", weftd.display()),
+        // Somebody has taken it away before, by hand or by the first half of this.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            output::progress(
+                "there is no weftd to take its routes away: if there are any, ip route flush proto 87, and ip -6",
+            );
+            Ok(())
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot execute {}", weftd.display())),
+    }
 }
 
 fn leave_network(folder: &Path) -> Result<()> {

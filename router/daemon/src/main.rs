@@ -43,6 +43,7 @@ use control::saved;
 use control::source::{self, Following, Order, View};
 use log::LogLevel;
 use metrics::http::Subject;
+use netlink::routes::PROTOCOL;
 use node::Node;
 
 /// How often [`keep_house`] is due.
@@ -69,7 +70,7 @@ Environment, with [kubernetes] in the configuration:
   KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT  the API server, if the configuration has none
 
 Exit codes:
-  0  stopped by SIGTERM or SIGINT; or the configuration is valid (--check)
+  0  stopped by SIGTERM or SIGINT; or the configuration is valid (--check); or nothing is left in the kernel (--forget)
   1  could not start, or the data plane stopped
   2  wrong usage or configuration"
 )]
@@ -80,12 +81,25 @@ struct Arguments {
     /// Check the configuration and exit.
     #[arg(long)]
     check: bool,
+    /// Take away the routes that weftd left in the kernel, by which packets for pods are answered as unreachable, and exit. weftd must not
+    /// be running.
+    #[arg(long, conflicts_with = "check")]
+    forget: bool,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.check {
         return check(&arguments.config);
+    }
+    if arguments.forget {
+        return match hostport::forget() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("weftd: cannot take the routes of weftd away (ip route flush proto {PROTOCOL}): {error}");
+                ExitCode::from(FAILED)
+            }
+        };
     }
     // First of all, for a SIGHUP that nobody listens for ends the process.
     let (runtime, signals) = match prepare() {

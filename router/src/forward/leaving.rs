@@ -7,8 +7,8 @@
 //!
 //! What comes back is led to the host port by a program on the uplink, with a MAC that says so
 //! ([`came_by`]). What belongs to no session goes back by the host port as it came, and on to the kernel. What is longer than the pod's
-//! MTU, which the tunnel makes narrower than the uplink's, goes to the kernel in the pod's name if it may be fragmented: it comes back in
-//! pieces.
+//! MTU, which the tunnel makes narrower than the uplink's, goes to the kernel in the pod's name if it may be fragmented, or was: it comes
+//! back in pieces.
 
 use weft_encap::{icmp, ip};
 
@@ -120,9 +120,9 @@ impl Forwarder {
         let Some(pod) = tables.neighbours.get(&known.address) else { return to_kernel };
         let macs = Macs { dst: pod.mac, src: tables.gateway.mac };
         let mtu = port_mtu(pod.port, tables);
-        let too_long = packet.ip().is_some_and(|ip| !ip.dont_fragment && ip.size > mtu);
-        if let Some(host) = tables.host.filter(|_| too_long) {
-            // The kernel cuts it, on a way round by the host port.
+        let too_long = |ip: &Ip| ip.src.is_ipv4() && (ip.fragment.is_some() || (!ip.dont_fragment && ip.size > mtu));
+        if let Some(host) = tables.host.filter(|_| packet.ip().is_some_and(too_long)) {
+            // The kernel cuts it, on a way round by the host port; all pieces of a datagram, for it may want to see all of them.
             let Path { hop, rewrite, .. } = returning::to_host(host, tables);
             let rewrite = Rewrite { mtu: u32::MAX, translation: Some(known), ..rewrite };
             return (Path { hop, rewrite, entropy: 0 }, None);

@@ -30,6 +30,8 @@ use crate::stats::Stats;
 
 mod receive;
 
+pub use receive::dress;
+
 /// The sockets of a format, for all workers.
 #[derive(Debug)]
 pub struct RawTunnel {
@@ -143,7 +145,7 @@ impl RawPort {
     /// A port of that number. It sends; whether it also receives is up to the caller, who sees to it that one port of a tunnel does.
     pub(crate) fn new(half: RawHalf, id: PortId, receives: bool, tunnel_mtu: u32) -> RawPort {
         let RawHalf { format, receiving, sending } = half;
-        let receiver = receive::Receiver::new(id, format, receiving.sockets.len(), tunnel_mtu);
+        let receiver = receive::Receiver::new(id, protocols(format).unwrap_or_default(), tunnel_mtu);
         RawPort { receiving, receives, receiver, sender: transmit::Sender::raw(id, sending) }
     }
 }

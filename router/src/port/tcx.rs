@@ -63,10 +63,17 @@ impl Answers {
     /// # Errors
     /// [`BpfError::Refused`]: not permitted, no such interface, or a kernel without tcx (`EINVAL`).
     pub fn lead(&self) -> Result<AnswersLed, BpfError> {
+        let (taken, back) = self.load()?;
         // The way back stands before anything is taken.
-        let back = Program::load_tc("weft_back", &self.back())?.attach_tcx(self.host)?;
-        let taken = Program::load_tc("weft_answers", &self.taken())?.attach_tcx(self.uplink)?;
-        Ok(AnswersLed { _back: back, _taken: taken })
+        Ok(AnswersLed { _back: back.attach_tcx(self.host)?, _taken: taken.attach_tcx(self.uplink)? })
+    }
+
+    /// Loads the programs: the uplink's, and that of the host port's interface.
+    ///
+    /// # Errors
+    /// As for [`Answers::lead`].
+    pub fn load(&self) -> Result<(Program, Program), BpfError> {
+        Ok((Program::load_tc("weft_answers", &self.taken())?, Program::load_tc("weft_back", &self.back())?))
     }
 
     /// The program on the uplink.

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use hashbrown::HashMap;
 use weft_encap::ip;
 
-use super::session::{Ends, is_ping};
 use crate::flow::FlowKey;
+use crate::snat::session::{Ends, is_ping};
 use crate::tables::ExactMap;
 
 /// A part of the table: all sessions whose ports exclude each other are in the same one.

@@ -1,6 +1,6 @@
 use std::collections::{HashMap, HashSet};
 
-use super::*;
+use crate::snat::*;
 
 const START: Instant = Instant(1_000_000_000_000);
 const NODE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 5));

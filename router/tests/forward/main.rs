@@ -3,6 +3,7 @@
 
 mod bed;
 mod bridged;
+mod formats;
 mod host;
 mod lies;
 mod limits;

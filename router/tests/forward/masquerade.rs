@@ -239,7 +239,8 @@ fn fragments_leave_and_return_by_what_their_first_one_says() {
     let back = udp((MACS.dst, came_back(PortId(UPLINK))), (SERVER.into(), 2222), (NODE.into(), port), &[4; 48]);
     for piece in [piece(0, 24, true, &back), piece(24, 56, false, &back)] {
         let got = bed.pod_sends(HOST, &piece);
-        assert_eq!((got.len(), got[0].0, &got[0].1[30..34]), (1, 1, &pod_v4(1).octets()[..]));
+        // By the kernel, which may have to cut them.
+        assert_eq!((got.len(), got[0].0, &got[0].1[30..34]), (1, HOST, &pod_v4(1).octets()[..]));
     }
     assert_eq!(bed.dropped(1, DropReason::UnknownPiece), 2);
     bed.assert_conserved();

@@ -2,6 +2,7 @@
 //! other node. Needs root, `ip`, `bridge`, `ping` and `ethtool`.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod answers;
 mod bed;
 mod outlet;
 mod xdp;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use weft_tests::cluster::{Cluster, WeftNode};
 use weft_tests::command::eventually;
-use weft_tests::machine::turn;
+use weft_tests::machine::{binary, turn};
 use weft_tests::netns::{Netns, OwnNetns};
 use weft_tests::traffic;
 use weft_tests::wire::Wire;
@@ -216,6 +216,14 @@ fn without_weftd_packets_for_pods_are_answered_as_unreachable_and_never_go_back(
     eventually("pods have a route again", Duration::from_secs(5), || {
         routes(&node.netns, "10.244.1.0/24").contains("weft0")
     });
+    // Who does not want Weft any more has nothing left.
+    node.stop();
+    assert!(routes(&node.netns, "proto 87").contains("unreachable"));
+    node.netns.exec(&format!("{} --forget", binary("weftd").display())).must();
+    assert_eq!(
+        (routes(&node.netns, "proto 87"), node.netns.ip("-6 route show proto 87")),
+        (String::new(), String::new())
+    );
 }
 
 fn is_to(frame: &[u8], address: IpAddr) -> bool {

@@ -46,6 +46,9 @@ pub struct Status {
     /// This node's own interface in the pod network; absent if there is none, or if weftd is too old to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_port: Option<HostPortInfo>,
+    /// How packets of pods leave the cluster in the node's name; none if they do not.
+    #[serde(default)]
+    pub masquerade: Option<MasqueradeInfo>,
     /// VXLAN network identifier.
     pub vni: u32,
     /// MTU of pods in bytes.
@@ -86,6 +89,50 @@ pub struct HostPortInfo {
     /// Such conversations that were forgotten to make room (`limits.host_flows`).
     #[serde(default)]
     pub evicted: u64,
+}
+
+/// How packets of pods leave the cluster in the node's name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MasqueradeInfo {
+    /// The interfaces, each with the addresses that packets leave as.
+    pub ways: Vec<String>,
+    /// The reserved ports, first and last.
+    pub ports: (u16, u16),
+    /// Conversations.
+    pub sessions: usize,
+    /// How many there can be.
+    pub limit: usize,
+    /// Addresses of pods that have any.
+    pub pods: usize,
+    /// Ports that are taken where fewest are left: towards one destination for TCP, in all for UDP and pings.
+    pub fullest: u32,
+    /// Conversations of pods that had more than half of the ports that were ended for others.
+    pub taken_back: u32,
+}
+
+/// A conversation that leaves the cluster in the node's name. Ports are the identifiers of pings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NatInfo {
+    /// `tcp`, `udp` or `icmp`.
+    pub protocol: String,
+    /// The pod's address.
+    pub inside: IpAddr,
+    /// The pod's port.
+    pub inside_port: u16,
+    /// The node's address.
+    pub outside: IpAddr,
+    /// The reserved port.
+    pub outside_port: u16,
+    /// The other side's address.
+    pub remote: IpAddr,
+    /// The other side's port; 0 for pings.
+    pub remote_port: u16,
+    /// `open`, `unanswered`, or `over` while a TCP connection's port rests.
+    pub state: String,
+    /// Seconds since it began.
+    pub age: f64,
+    /// Seconds since its last packet.
+    pub idle: f64,
 }
 
 /// Buffers of all workers that hold no frame. When nothing is in flight there are as many as ever.

@@ -5,14 +5,26 @@ use std::time::Duration;
 
 use weft_api::{Client, Request, Status};
 
-use super::{Finding, Grade, Machine};
+use super::{Finding, Grade, Machine, reserved};
 
 /// A check: what it finds, mostly one thing.
 pub type Check = fn(&Machine) -> Vec<Finding>;
 
 /// All checks of the machine.
-pub const ALL: &[Check] =
-    &[kernel, tun, forwarding, reverse_path, underlay, tunnel_port, plugin, networks, others, runc];
+pub const ALL: &[Check] = &[
+    kernel,
+    tun,
+    forwarding,
+    reverse_path,
+    firewall,
+    underlay,
+    tunnel_port,
+    plugin,
+    networks,
+    others,
+    runc,
+    reserved::check,
+];
 
 /// USO, without which large datagrams of pods are cut by us: <https://github.com/torvalds/linux/commit/399e0827642f>
 const KERNEL_USO: (u32, u32) = (6, 2);
@@ -29,15 +41,15 @@ fn finding(check: &'static str, grade: Grade, found: impl Into<String>, advice: 
     Finding { check, grade, found: found.into(), advice: advice.into() }
 }
 
-fn good(check: &'static str, found: impl Into<String>) -> Vec<Finding> {
+pub(super) fn good(check: &'static str, found: impl Into<String>) -> Vec<Finding> {
     vec![finding(check, Grade::Good, found, "")]
 }
 
-fn bad(check: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Vec<Finding> {
+pub(super) fn bad(check: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Vec<Finding> {
     vec![finding(check, Grade::Problem, found, advice)]
 }
 
-fn odd(check: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Vec<Finding> {
+pub(super) fn odd(check: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Vec<Finding> {
     vec![finding(check, Grade::Warning, found, advice)]
 }
 
@@ -104,6 +116,34 @@ fn reverse_path(machine: &Machine) -> Vec<Finding> {
         Some(value) => good("rp_filter", format!("{value}, not strict for all interfaces")),
         None => Vec::new(),
     }
+}
+
+/// What comes for pods without a tunnel is forwarded by the kernel, and by its firewall, which sees that direction alone: what leaves does so
+/// by a socket on the interface.
+fn firewall(machine: &Machine) -> Vec<Finding> {
+    let plain = configured(machine, Some("underlay"), "encapsulation").and_then(|word| word.as_str())
+        == Some("host-gw")
+        || configured(machine, Some("underlay"), "cross_subnet").and_then(toml::Value::as_bool) == Some(true)
+        || configured(machine, Some("routes"), "within").is_some();
+    let Some(rules) = machine.firewall.as_deref().filter(|_| plain) else { return Vec::new() };
+    let mut found = Vec::new();
+    if rules.lines().any(|line| line.contains("hook forward") && line.contains("policy drop")) {
+        found.extend(odd(
+            "firewall",
+            "a chain of the hook forward has the policy drop: what comes for pods without a tunnel has to be accepted there",
+            "accept the pods' ranges as destination (nft list ruleset), or use a tunnel",
+        ));
+    }
+    let liberal = sysctl(machine, "netfilter/nf_conntrack_tcp_be_liberal").as_deref() == Some("1");
+    if !liberal && rules.lines().any(|line| line.contains("ct state invalid") && line.contains("drop")) {
+        found.extend(odd(
+            "firewall",
+            "what connection tracking calls invalid is dropped, and so are TCP's answers to pods that come without a tunnel",
+            "let kube-proxy set nf_conntrack_tcp_be_liberal (conntrack.tcpBeLiberal: true), accept the pods' ranges before such rules, or \
+             use a tunnel",
+        ));
+    }
+    if found.is_empty() { good("firewall", "nothing is in the way of packets without a tunnel") } else { found }
 }
 
 fn configured<'m>(machine: &'m Machine, table: Option<&str>, key: &str) -> Option<&'m toml::Value> {

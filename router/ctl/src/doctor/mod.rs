@@ -5,6 +5,7 @@
 //! container can examine its host.
 
 mod checks;
+mod reserved;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -65,13 +66,16 @@ pub struct Machine {
     config: Option<toml::Table>,
     /// What `runc --version` says.
     runc: Option<String>,
+    /// What `nft list ruleset` says.
+    firewall: Option<String>,
 }
 
 impl Machine {
     fn new(root: &Path, config: &Path) -> Machine {
-        let mut machine = Machine { root: root.to_owned(), config: None, runc: None };
+        let mut machine = Machine { root: root.to_owned(), config: None, runc: None, firewall: None };
         machine.config = machine.read(config).and_then(|text| text.parse().ok());
-        machine.runc = machine.version_of("runc");
+        machine.runc = machine.said_by("runc", &["--version"]);
+        machine.firewall = machine.said_by("nft", &["-s", "list", "ruleset"]);
         machine
     }
 
@@ -94,11 +98,11 @@ impl Machine {
         names
     }
 
-    /// What a program of the node says of its version; `None` if it is not there, or the node is not this machine as seen from here.
-    fn version_of(&self, program: &str) -> Option<String> {
+    /// What a program of the node says; `None` if it is not there, or the node is not this machine as seen from here.
+    fn said_by(&self, program: &str, arguments: &[&str]) -> Option<String> {
         let folders = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
         let path = folders.iter().map(|folder| self.path(folder).join(program)).find(|path| path.is_file())?;
-        let said = Command::new(path).arg("--version").stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+        let said = Command::new(path).args(arguments).stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
         Some(String::from_utf8_lossy(&said.stdout).into_owned())
     }
 }

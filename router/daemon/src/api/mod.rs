@@ -186,6 +186,7 @@ fn answer(node: &Node, connection: &mut Connection, incoming: Incoming) -> Resul
         Request::Ports => reply(connection, show::ports(node)),
         Request::Routes => reply(connection, Ok(show::routes(node))),
         Request::Fdb => reply(connection, show::fdb(node)),
+        Request::Nat => reply(connection, Ok(show::nat(node))),
         Request::Neigh => reply(connection, Ok(show::neighbours(node))),
         Request::Flows => reply(connection, show::flows(node)),
         Request::Leases => reply(connection, Ok(show::leases(node))),

@@ -4,23 +4,26 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use weft_api::{
-    Bandwidth, DropInfo, Failure, FdbInfo, FlowInfo, LeaseInfo, NeighbourInfo, NodeInfo, PortInfo, RouteInfo, code,
+    Bandwidth, DropInfo, Failure, FdbInfo, FlowInfo, LeaseInfo, MasqueradeInfo, NatInfo, NeighbourInfo, NodeInfo,
+    PortInfo, RouteInfo, code,
 };
 use weft_encap::format::Format;
 use weft_router::path::{Hop, Sender};
-use weft_router::tables::{NextHop, NextHops, Pod, Tables, Via};
-use weft_router::{DropReason, PortId, RouterError, Snapshot};
+use weft_router::tables::{NextHop, NextHops, Pod, Tables, Via, WayOut};
+use weft_router::{DropReason, Instant, PortId, RouterError, Snapshot};
 
 use crate::attach::key_of;
 use crate::control::compile::addresses;
 use crate::control::config::Encapsulation;
-use crate::control::desired::{HOST, OUTLETS, is_underlay, tunnel_port};
+use crate::control::desired::{DesiredState, HOST, OUTLETS, is_underlay, tunnel_port};
 use crate::egress::name_of;
 use crate::hostport;
 use crate::node::{Attachment, Node, State, counters};
 
 /// Flows shown at most, those seen last first: more would not fit one answer.
 const MAX_FLOWS: usize = 20_000;
+/// Conversations shown at most, the youngest first.
+const MAX_SESSIONS: usize = 20_000;
 
 /// The workers' state, or why there is none.
 pub fn snapshot(node: &Node, flows: bool) -> Result<Snapshot, Failure> {
@@ -183,6 +186,49 @@ pub fn flows(node: &Node) -> Result<Vec<FlowInfo>, Failure> {
         }
     };
     Ok(snapshot.flows.iter().map(flow).collect())
+}
+
+/// What leaves the cluster in the node's name, the youngest first.
+pub fn nat(node: &Node) -> Vec<NatInfo> {
+    let mut sessions = node.router.snat().sessions(Instant::boottime());
+    sessions.sort_by_key(|session| session.age);
+    let shown = sessions.into_iter().take(MAX_SESSIONS).map(|session| NatInfo {
+        protocol: protocol(session.protocol),
+        inside: session.inside.0,
+        inside_port: session.inside.1,
+        outside: session.outside.0,
+        outside_port: session.outside.1,
+        remote: session.remote.0,
+        remote_port: session.remote.1,
+        state: match (session.over, session.answered) {
+            (true, _) => "over".into(),
+            (false, true) => "open".into(),
+            (false, false) => "unanswered".into(),
+        },
+        age: session.age.as_secs_f64(),
+        idle: session.idle.as_secs_f64(),
+    });
+    shown.collect()
+}
+
+/// As [`Request::Status`](weft_api::Request::Status) has it.
+pub fn masquerade(node: &Node, desired: &DesiredState) -> Option<MasqueradeInfo> {
+    let limits = desired.config.masquerade.as_ref()?.limits;
+    let usage = node.router.snat().usage();
+    let way = |way: &WayOut| {
+        let addresses: Vec<String> = way.addresses.iter().map(|net| net.addr().to_string()).collect();
+        let name = node.outlets.device(way.port).map(name_of).unwrap_or_default();
+        format!("{name} as {}", addresses.join(" "))
+    };
+    Some(MasqueradeInfo {
+        ways: desired.ways_out.iter().map(way).collect(),
+        ports: (limits.first, limits.last),
+        sessions: usage.sessions,
+        limit: usage.limit,
+        pods: usage.pods,
+        fullest: usage.fullest,
+        taken_back: usage.taken_back,
+    })
 }
 
 fn protocol(number: u8) -> String {

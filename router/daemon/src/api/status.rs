@@ -78,7 +78,8 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     problems.extend(node.answers.problems());
     problems.extend(node.outlets.problems());
     problems.extend(kernel.problems.iter().cloned());
-    problems.extend(forwarding::problems(config, host.as_ref()));
+    let tunnels = config.peers.iter().any(|peer| !state.desired.leads.peers.contains_key(&peer.underlay));
+    problems.extend(forwarding::problems(config, host.as_ref(), &node.outlets.names(), tunnels));
     problems.extend(worker_problem(snapshot.workers, node.router.workers()));
     problems.extend(node.devices.choose(None).err().map(|failure| failure.to_string()));
     problems.extend(state.samples.problems(&sample, node.started, config));
@@ -112,6 +113,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
             flows: snapshot.returns.entries,
             evicted: snapshot.returns.evicted,
         }),
+        masquerade: show::masquerade(node, &state.desired),
         vni: config.vni.get(),
         mtu: config.mtu,
         underlay_mtu: device.map_or(config.underlay.mtu, |device| device.mtu),

@@ -116,6 +116,12 @@ impl Outlets {
         self.lock().ports.iter().find(|(_, other)| **other == port).map(|(device, _)| *device)
     }
 
+    /// The names of all of them.
+    pub fn names(&self) -> Vec<String> {
+        let devices: Vec<u32> = self.lock().ports.keys().copied().collect();
+        devices.into_iter().map(name_of).collect()
+    }
+
     /// What could not be opened.
     pub fn problems(&self) -> Vec<String> {
         self.lock().problems.clone()

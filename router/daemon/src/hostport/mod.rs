@@ -7,8 +7,8 @@
 //! The kernel's side of it is **kept**: [`HostPort::keep`] compares what is with what shall be (device, name, MAC, MTU, addresses,
 //! routes) and puts right what differs. It runs at the start, after each change of the configuration, and whenever netlink tells of a
 //! change that may concern it ([`watch`]). What it cannot put right, because somebody else's route is in the way,
-//! it leaves alone, and `weft status` says so. All of it is bound to the device, and the device to weftd: nothing is
-//! left behind, however weftd ends.
+//! it leaves alone, and `weft status` says so. All of it is bound to the device, and the device to weftd, and ends with it; but for
+//! what answers for pods meanwhile ([`routes`]), which [`forget`] takes away.
 //!
 //! [`address`] chooses the addresses, [`link`] makes the interface what it shall be, [`routes`] knows the routes,
 //! [`forwarding`] what the node's own settings forbid.
@@ -32,6 +32,7 @@ use weft_router::tables::{Dhcp, Pod};
 use weft_router::{Device, RouterError};
 
 pub use address::owner;
+pub use routes::forget;
 
 use crate::control::config::Config;
 use crate::control::derive;

@@ -117,6 +117,13 @@ pub fn set(
     Ok(())
 }
 
+/// Takes all routes of weftd's away.
+pub fn forget() -> io::Result<()> {
+    let mut netlink = Netlink::open()?;
+    let ours: Vec<KernelRoute> = netlink.main_routes()?.into_iter().filter(is_ours).collect();
+    ours.iter().try_for_each(|route| netlink.delete_route(route))
+}
+
 fn is_ours(route: &KernelRoute) -> bool {
     route.protocol == PROTOCOL
 }

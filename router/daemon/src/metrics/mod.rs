@@ -102,7 +102,12 @@ impl Reading {
         out.plain("weft_peers_narrow", "Other nodes to which the way carries less than pods use", narrow)?;
         out.counter("weft_probes", "Questions to other nodes about the way to them", [(&[][..], self.ways.asked)])?;
         out.counter("weft_probe_answers", "Answers to these", [(&[][..], self.ways.answered)])?;
-        out.plain("weft_workers", "Threads of the data plane that were started", *workers as f64)
+        out.plain("weft_workers", "Threads of the data plane that were started", *workers as f64)?;
+        let Some(masquerade) = &self.status.masquerade else { return Ok(()) };
+        let sessions = "Conversations that leave the cluster in the node's name";
+        out.plain("weft_masquerade_sessions", sessions, masquerade.sessions as f64)?;
+        let fullest = "Reserved ports that are taken where fewest are left";
+        out.plain("weft_masquerade_ports_taken", fullest, masquerade.fullest.into())
     }
 
     fn write_ports(&self, out: &mut Writer<'_>) -> fmt::Result {
@@ -288,7 +293,8 @@ mod tests {
         requests.count("add", 11, std::time::Duration::from_millis(30));
         let leases = Counts { leased: 5, ..Counts::default() };
         let process = process::Usage { cpu: 0.25, resident: 4096, descriptors: 9, descriptor_limit: 1024 };
-        write(Reading { status: status(), ready: true, leases, ports, process }, &requests).unwrap()
+        let ways = crate::probing::Counts::default();
+        write(Reading { status: status(), ready: true, ways, leases, ports, process }, &requests).unwrap()
     }
 
     #[test]

@@ -180,7 +180,7 @@ impl Probing {
 }
 
 /// See [`Probing::counts`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Questions asked.
     pub asked: u64,

@@ -3,6 +3,7 @@
 //! A packet that does not fit its chunk, because the device merged it of many, goes on in a super buffer, which becomes the frame's body.
 
 use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::OwnedFd;
 
 use arrayvec::ArrayVec;
@@ -10,6 +11,7 @@ use rustix::io::Errno;
 use weft_encap::eth::{ETH_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6};
 use weft_encap::format::Format;
 use weft_encap::gre::{self, GreHeader};
+use weft_encap::ip;
 use weft_encap::ipip::Inner;
 use weft_encap::offload::{Gso, GsoKind, Offload};
 use weft_encap::tcp;
@@ -30,7 +32,8 @@ const AT_ONCE: usize = 8;
 /// The receiving half of the port.
 pub(super) struct Receiver {
     id: PortId,
-    format: Format,
+    /// That of each socket.
+    protocols: &'static [u8],
     pub(super) tunnel_mtu: u32,
     /// Buffers that no frame refers to.
     chunks: ArrayVec<(Chunk, usize), AT_ONCE>,
@@ -40,9 +43,9 @@ pub(super) struct Receiver {
 }
 
 impl Receiver {
-    pub(super) fn new(id: PortId, format: Format, sockets: usize, tunnel_mtu: u32) -> Receiver {
-        let overruns = std::iter::repeat_n(0, sockets).collect();
-        Receiver { id, format, tunnel_mtu, chunks: ArrayVec::new(), supers: ArrayVec::new(), overruns }
+    pub(super) fn new(id: PortId, protocols: &'static [u8], tunnel_mtu: u32) -> Receiver {
+        let overruns = protocols.iter().map(|_| 0).collect();
+        Receiver { id, protocols, tunnel_mtu, chunks: ArrayVec::new(), supers: ArrayVec::new(), overruns }
     }
 
     pub(super) fn receive(
@@ -184,7 +187,7 @@ impl Receiver {
         }
     }
 
-    /// Takes the outer IPv4 header off (the kernel keeps IPv6's), and brings the rest into the form that all tunnels have here.
+    /// Takes the outer IPv4 header off, which the kernel keeps of IPv6, and brings the rest into the form that all tunnels have here.
     fn unwrap(
         &self,
         frame: &mut Frame,
@@ -198,14 +201,29 @@ impl Receiver {
             tos = second;
             frame.pull(usize::from(first & 0x0f) * 4).ok_or(DropReason::TooShort)?;
         }
-        let base = match self.format {
-            Format::Ipip => frame_ipip(frame, if number == 0 { Inner::V4 } else { Inner::V6 })?,
-            _ => frame_gre(frame)?,
-        };
-        frame.outer = Some(Outer { peer: datagram.from, entropy: 0, tos, format: self.format, base: base as u16 });
-        frame.offload = unfinished(frame, base, self.tunnel_mtu);
+        dress(frame, self.protocols[number], self.tunnel_mtu)?;
+        if let Some(outer) = &mut frame.outer {
+            (outer.peer, outer.tos) = (datagram.from, tos);
+        }
         Ok(())
     }
+}
+
+/// Gives a packet that lies behind an outer IP header of this protocol the form that frames from all tunnels have: a tunnel header, an
+/// Ethernet header, and what is still to be done. Who sent it is for the caller to enter.
+///
+/// # Errors
+/// `TunnelHeader` if a checksum of the tunnel's is wrong, `NoBuffer` if there is no headroom.
+pub fn dress(frame: &mut Frame, protocol: u8, tunnel_mtu: u32) -> Result<(), DropReason> {
+    let (format, base) = match protocol {
+        ip::IPIP => (Format::Ipip, frame_ipip(frame, Inner::V4)?),
+        ip::IPV6 => (Format::Ipip, frame_ipip(frame, Inner::V6)?),
+        _ => (Format::Gre, frame_gre(frame)?),
+    };
+    let nobody = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+    frame.outer = Some(Outer { peer: nobody, entropy: 0, tos: 0, format, base: base as u16 });
+    frame.offload = unfinished(frame, base, tunnel_mtu);
+    Ok(())
 }
 
 /// The room that a made Ethernet header takes, and a tunnel header that has to move for it.
