@@ -451,7 +451,7 @@ impl Peer {
 
     /// Whether there is traffic, so that the node is asked.
     pub fn is_active(&self, now: Instant) -> bool {
-        now < self.active_until && !(self.is_foreign && !self.is_known())
+        now < self.active_until && (self.is_known() || !self.is_foreign)
     }
 
     /// What is known of it, and since when.
