@@ -74,7 +74,7 @@ impl Bed {
         let mode = if contender.is_dispensable() { Mode::Bridged } else { Mode::Routed };
         let plan = Plan { is_passing: true, workers, ..Plan::new(&lab, NODES, PODS, mode, MTU)? };
         let (plan, routers) = match contender.kind {
-            Kind::Weft(change) => {
+            Kind::Weft(change) | Kind::Wrapped(change) => {
                 let plan = change(plan);
                 let cluster = up::up(&plan, programs, false)?;
                 let process = |node: &record::Node| Process::identify(node.pid, &format!("weftd of {}", node.name));
@@ -268,7 +268,7 @@ pub fn missing(contender: &Contender) -> Option<String> {
     match contender.kind {
         Kind::Ovs(_) => ovs::missing(),
         Kind::Testpmd => testpmd::missing(),
-        Kind::Weft(_) | Kind::Kernel => None,
+        Kind::Weft(_) | Kind::Wrapped(_) | Kind::Kernel => None,
     }
 }
 

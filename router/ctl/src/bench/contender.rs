@@ -2,7 +2,7 @@
 
 use super::ovs::Ports;
 use super::task::Layout;
-use crate::lab::plan::{Plan, Port};
+use crate::lab::plan::{Encapsulation, Plan, Port};
 
 /// One of the data paths.
 #[derive(Debug)]
@@ -24,6 +24,8 @@ pub struct Contender {
 pub enum Kind {
     /// weftd; with what its lab has other than a plain one.
     Weft(fn(Plan) -> Plan),
+    /// The same with another encapsulation, whose pods of one node are not measured again.
+    Wrapped(fn(Plan) -> Plan),
     /// The kernel's bridge on a node, its VXLAN device between nodes, as Flannel lays them out.
     Kernel,
     /// Open vSwitch's userspace datapath.
@@ -33,7 +35,7 @@ pub enum Kind {
 }
 
 /// All of them, in the order in which they are shown. A Weft with other ports or another underlay is one more line.
-pub const CONTENDERS: [Contender; 6] = [
+pub const CONTENDERS: [Contender; 10] = [
     Contender {
         id: "weft",
         label: "Weft, TAP and UDP",
@@ -49,6 +51,10 @@ pub const CONTENDERS: [Contender; 6] = [
         kind: Kind::Weft(|plan| Plan { port: Some(Port::Xdp), ..plan }),
         rivals: &["kernel", "ovs-xdp", "testpmd"],
     },
+    wrapped("weft-geneve", "Weft, Geneve", "Geneve", |plan| Plan { encapsulation: Encapsulation::Geneve, ..plan }),
+    wrapped("weft-gre", "Weft, GRE", "GRE", |plan| Plan { encapsulation: Encapsulation::Gre, ..plan }),
+    wrapped("weft-ipip", "Weft, IP in IP", "IPIP", |plan| Plan { encapsulation: Encapsulation::Ipip, ..plan }),
+    wrapped("weft-host-gw", "Weft, no tunnel", "host-gw", |plan| Plan { encapsulation: Encapsulation::HostGw, ..plan }),
     Contender { id: "ovs-xdp", label: "OVS AF_XDP", short: "OVS XDP", kind: Kind::Ovs(Ports::AfXdp), rivals: &[] },
     Contender {
         id: "ovs-packet",
@@ -60,10 +66,16 @@ pub const CONTENDERS: [Contender; 6] = [
     Contender { id: "testpmd", label: "testpmd AF_XDP io", short: "testpmd", kind: Kind::Testpmd, rivals: &[] },
 ];
 
+/// A Weft that wraps packets between nodes in something else than VXLAN: only what passes between nodes is another there. This kernel has
+/// VXLAN alone to hold beside it.
+const fn wrapped(id: &'static str, label: &'static str, short: &'static str, with: fn(Plan) -> Plan) -> Contender {
+    Contender { id, label, short, kind: Kind::Wrapped(with), rivals: &["kernel"] }
+}
+
 impl Contender {
     /// Whether its figures are what the others' are held against.
     pub fn is_weft(&self) -> bool {
-        matches!(self.kind, Kind::Weft(_))
+        matches!(self.kind, Kind::Weft(_) | Kind::Wrapped(_))
     }
 
     /// Whether threads of its own look for frames all the time, and so use a processor when there are none.
@@ -83,7 +95,11 @@ impl Contender {
 
     /// Whether it has such pods.
     pub fn has(&self, layout: Layout) -> bool {
-        layout == Layout::Same || !matches!(self.kind, Kind::Testpmd)
+        match self.kind {
+            Kind::Testpmd => layout == Layout::Same,
+            Kind::Wrapped(_) => layout == Layout::Two,
+            Kind::Weft(_) | Kind::Kernel | Kind::Ovs(_) => true,
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use super::outcome::{Outcome, Path, Ratio, Row, Summary};
-use super::task::Layout;
+use super::task::{Layout, ONLY_STREAMS};
 use crate::output::{Style, plain};
 use crate::table::Table;
 
@@ -34,7 +34,10 @@ pub fn render(outcome: &Outcome, style: Style) -> String {
 }
 
 fn table(outcome: &Outcome, rows: &[&Row], style: Style) -> String {
-    let shown: Vec<_> = outcome.paths.iter().enumerate().filter(|(_, path)| path.not_measured.is_none()).collect();
+    // Some are measured between nodes alone.
+    let has_value = |index: usize| rows.iter().any(|row| row.results[index].summary.is_some());
+    let is_shown = |(index, path): &(usize, &Path)| path.not_measured.is_none() && has_value(*index);
+    let shown: Vec<_> = outcome.paths.iter().enumerate().filter(is_shown).collect();
     let wefts: Vec<_> = shown.iter().filter(|(_, path)| path.contender.is_weft()).map(|(_, path)| path).collect();
     let others = || shown.iter().filter(|(_, path)| !path.contender.is_weft()).map(|(_, path)| path);
     let pairs = wefts.iter().flat_map(|weft| others().map(move |to| (weft, to)));
@@ -77,6 +80,7 @@ fn gaps(outcome: &Outcome, style: Style) -> String {
     for row in &outcome.rows {
         for (path, result) in outcome.paths.iter().zip(&row.results) {
             if let (None, Some(reason)) = (&path.not_measured, &result.not_measured)
+                && reason != ONLY_STREAMS
                 && !is_done(outcome, &row.task, path.id)
             {
                 let names = reasons.entry((path.label, reason)).or_default();

@@ -11,6 +11,9 @@ use clap::ValueEnum;
 use super::contender::{Contender, Kind};
 use super::{attach, frames};
 
+/// Why most tasks are not done on the paths that differ in their encapsulation alone.
+pub const ONLY_STREAMS: &str = "only a stream between nodes is compared by encapsulation";
+
 /// One thing to do on a data path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Task {
@@ -194,6 +197,7 @@ impl Mode {
         let is_frames = matches!(task.what, What::Frames(_));
         match self {
             Mode::Smoke => 1,
+            Mode::Short if matches!(contender.kind, Kind::Wrapped(_)) => usize::from(task.is_of_encapsulations()),
             Mode::Short if is_frames && task.is_held_against_guests() => 2,
             Mode::Short if is_guest && task.is_held_against_guests() => 3,
             Mode::Short if is_guest => usize::from(task.is_judged()),
@@ -296,6 +300,7 @@ impl Task {
             Kind::Testpmd if !matches!(self.what, What::Frames(_)) || !contender.has(self.layout) => {
                 Err("it is a yardstick for frames between two devices")
             }
+            Kind::Wrapped(_) if !self.is_of_encapsulations() => Err(ONLY_STREAMS),
             _ if contender.is_guest() && self.links == Links::Plain => Err("its ports take no superframes in any case"),
             _ => Ok(()),
         }
@@ -317,6 +322,13 @@ impl Task {
         let tcp = What::Tcp { streams: 1, reverse: false };
         let frames = What::Frames(Sizes::Small);
         self.layout == Layout::Same && self.links == Links::Whole && (self.what == tcp || self.what == frames)
+    }
+
+    /// Whether encapsulations are held against each other by it.
+    fn is_of_encapsulations(&self) -> bool {
+        self.layout == Layout::Two
+            && self.links == Links::Whole
+            && self.what == What::Tcp { streams: 1, reverse: false }
     }
 
     /// Whether the short mode has it.
