@@ -151,8 +151,8 @@ mod tests {
     use weft_router::tables::{Dhcp, Role};
 
     use super::*;
-    use crate::control::desired::FIRST_POD;
     use crate::control::config::Config;
+    use crate::control::desired::FIRST_POD;
     use crate::control::host::Host;
 
     fn state(config: &str) -> DesiredState {
@@ -249,6 +249,26 @@ mod tests {
         let mut state = state(&config);
         state.pods.insert(FIRST_POD, pod("0a:00:00:00:00:02", "10.244.2.9", "fd00:10:244:1::2"));
         assert_eq!(text(&compile(&state, 1)), include_str!("golden/bridged.txt"));
+    }
+
+    #[test]
+    fn what_leads_away_without_a_tunnel_never_takes_what_the_configuration_says_of() {
+        let text = ROUTED.replace("[underlay]", "[underlay]\nencapsulation = \"host-gw\"");
+        let mut state = state(&text);
+        let [near, learned] = [GroupId(1), GroupId(2)];
+        state.leads.uplinks = vec![PortId(5)];
+        state.leads.peers.insert("10.200.0.2".parse().unwrap(), near);
+        for net in ["10.0.0.0/8", "10.244.1.128/25", "10.244.3.0/24", "10.244.9.0/24"] {
+            state.leads.learned.insert(net.parse().unwrap(), learned);
+        }
+        let tables = compile(&state, 1);
+        let via = |net: &str| tables.routes4.get(&net.parse().unwrap()).copied();
+        assert_eq!(via("10.244.1.0/24"), Some(Via::Local));
+        assert_eq!((via("10.244.1.128/25"), via("10.0.0.0/8")), (None, Some(Via::Uplink(learned))));
+        assert_eq!((via("10.244.9.0/24"), via("10.244.2.0/24")), (Some(Via::Uplink(learned)), Some(Via::Uplink(near))));
+        let far = state.nodes.of("n3").unwrap();
+        assert_eq!(via("10.244.3.0/24"), Some(Via::Node(far)), "it is not on the network, and gets the tunnel");
+        assert_eq!(tables.role(PortId(5)), Some(&Role::Uplink));
     }
 
     /// The pod of that number. Some have a MAC that another one has, some an address of another node's range.
