@@ -57,8 +57,11 @@ fn is_plain(frame: &[u8]) -> bool {
     frame.len() >= 34 && frame[12..14] == [8, 0] && frame[26..28] == [10, 244] && frame[30..32] == [10, 244]
 }
 
+/// A ping between pods within the tunnel, by which nodes also look for each other.
 fn is_vxlan(frame: &[u8]) -> bool {
-    frame.len() > 50 && frame[12..14] == [8, 0] && frame[23] == 17 && frame[36..38] == 8472_u16.to_be_bytes()
+    let is_tunnel =
+        frame.len() > 84 && frame[12..14] == [8, 0] && frame[23] == 17 && frame[36..38] == 8472_u16.to_be_bytes();
+    is_tunnel && frame[62..64] == [8, 0] && frame[73] == 1 && frame[76..78] == [10, 244] && frame[80..82] == [10, 244]
 }
 
 #[test]

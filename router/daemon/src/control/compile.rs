@@ -152,6 +152,7 @@ mod tests {
 
     use super::*;
     use crate::control::config::Config;
+    use crate::control::desired::FIRST_POD;
     use crate::control::host::Host;
 
     fn state(config: &str) -> DesiredState {
@@ -228,7 +229,7 @@ mod tests {
     #[test]
     fn routed_tables_hold_exactly_what_was_configured_and_attached() {
         let mut state = state(ROUTED);
-        state.pods.insert(PortId(2), pod("0a:00:00:00:00:02", "10.244.1.2", "fd00:10:244:1::2"));
+        state.pods.insert(FIRST_POD, pod("0a:00:00:00:00:02", "10.244.1.2", "fd00:10:244:1::2"));
         assert_eq!(text(&compile(&state, 7)), include_str!("golden/routed.txt"));
     }
 
@@ -246,8 +247,28 @@ mod tests {
     fn bridged_tables_route_a_foreign_address_to_the_pod_that_kept_it() {
         let config = ROUTED.replace("\"routed\"", "\"bridged\"\nsegment = [\"10.244.0.0/16\", \"fd00:10:244::/48\"]");
         let mut state = state(&config);
-        state.pods.insert(PortId(1), pod("0a:00:00:00:00:02", "10.244.2.9", "fd00:10:244:1::2"));
+        state.pods.insert(FIRST_POD, pod("0a:00:00:00:00:02", "10.244.2.9", "fd00:10:244:1::2"));
         assert_eq!(text(&compile(&state, 1)), include_str!("golden/bridged.txt"));
+    }
+
+    #[test]
+    fn what_leads_away_without_a_tunnel_never_takes_what_the_configuration_says_of() {
+        let text = ROUTED.replace("[underlay]", "[underlay]\nencapsulation = \"host-gw\"");
+        let mut state = state(&text);
+        let [near, learned] = [GroupId(1), GroupId(2)];
+        state.leads.uplinks = vec![PortId(5)];
+        state.leads.peers.insert("10.200.0.2".parse().unwrap(), near);
+        for net in ["10.0.0.0/8", "10.244.1.128/25", "10.244.3.0/24", "10.244.9.0/24"] {
+            state.leads.learned.insert(net.parse().unwrap(), learned);
+        }
+        let tables = compile(&state, 1);
+        let via = |net: &str| tables.routes4.get(&net.parse().unwrap()).copied();
+        assert_eq!(via("10.244.1.0/24"), Some(Via::Local));
+        assert_eq!((via("10.244.1.128/25"), via("10.0.0.0/8")), (None, Some(Via::Uplink(learned))));
+        assert_eq!((via("10.244.9.0/24"), via("10.244.2.0/24")), (Some(Via::Uplink(learned)), Some(Via::Uplink(near))));
+        let far = state.nodes.of("n3").unwrap();
+        assert_eq!(via("10.244.3.0/24"), Some(Via::Node(far)), "it is not on the network, and gets the tunnel");
+        assert_eq!(tables.role(PortId(5)), Some(&Role::Uplink));
     }
 
     /// The pod of that number. Some have a MAC that another one has, some an address of another node's range.
@@ -267,7 +288,7 @@ mod tests {
             let (mut tables, mut random, mut followed) = (compile(&state, 0), 1_u64, 0);
             for epoch in 1..3000 {
                 random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                let port = PortId(2 + (random >> 33) as u16 % 40);
+                let port = PortId(FIRST_POD.0 + (random >> 33) as u16 % 40);
                 let next = match state.pods.remove(&port) {
                     Some(pod) => without_pod(&tables, &state, port, &pod, epoch),
                     None => {
@@ -290,8 +311,8 @@ mod tests {
         let mut state = state(ROUTED);
         let before = compile(&state, 1);
         let pod = some_pod(1);
-        state.pods.insert(PortId(2), pod.clone());
-        let after = with_pod(&before, &state, PortId(2), &pod, 2).unwrap();
+        state.pods.insert(FIRST_POD, pod.clone());
+        let after = with_pod(&before, &state, FIRST_POD, &pod, 2).unwrap();
         assert!(Arc::ptr_eq(&before.nodes, &after.nodes) && Arc::ptr_eq(&before.routes4, &after.routes4));
         assert!(Arc::ptr_eq(&before.members, &after.members) && Arc::ptr_eq(&before.routes6, &after.routes6));
     }
