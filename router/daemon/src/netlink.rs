@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use ipnet::IpNet;
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
@@ -263,33 +263,14 @@ impl Netlink {
 
     /// Makes a route by this interface; one that is there already is an error of the kernel's.
     pub fn add_route(&mut self, index: u32, route: &Route) -> io::Result<()> {
-        let mut message = RouteMessage::default();
-        let destination = route.destination;
-        message.header.address_family = family(destination.addr());
-        message.header.destination_prefix_length = destination.prefix_len();
-        message.header.protocol = RouteProtocol::Static;
-        let nearest = if route.gateway.is_some() { RouteScope::Universe } else { RouteScope::Link };
-        message.header.scope = route.scope.map_or(nearest, RouteScope::from);
-        message.header.kind = RouteType::Unicast;
-        message.header.flags = if route.on_link { RouteFlags::Onlink } else { RouteFlags::empty() };
-        let address = |address| match address {
-            IpAddr::V4(address) => RouteAddress::Inet(address),
-            IpAddr::V6(address) => RouteAddress::Inet6(address),
-        };
-        // The header has room for the tables up to 255 only; the attribute holds for all.
-        message.attributes.push(RouteAttribute::Table(route.table));
-        if destination.prefix_len() > 0 {
-            message.attributes.push(RouteAttribute::Destination(address(destination.network())));
-        }
-        message.attributes.extend(route.gateway.map(|gateway| RouteAttribute::Gateway(address(gateway))));
-        message.attributes.push(RouteAttribute::Oif(index));
-        message.attributes.extend(route.priority.map(RouteAttribute::Priority));
-        let metrics = [route.mtu.map(RouteMetric::Mtu), route.advmss.map(RouteMetric::Advmss)];
-        let metrics: Vec<RouteMetric> = metrics.into_iter().flatten().collect();
-        if !metrics.is_empty() {
-            message.attributes.push(RouteAttribute::Metrics(metrics));
-        }
+        let message = route_message(index, route);
         self.ask(RouteNetlinkMessage::NewRoute(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL).map(drop)
+    }
+
+    /// Makes it in place of the one that is there.
+    pub fn replace_route(&mut self, index: u32, route: &Route) -> io::Result<()> {
+        let message = route_message(index, route);
+        self.ask(RouteNetlinkMessage::NewRoute(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE).map(drop)
     }
 
     /// The routes of all tables that have an interface, with its number.
@@ -384,6 +365,36 @@ impl Netlink {
             }
         }
     }
+}
+
+fn route_message(index: u32, route: &Route) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    let destination = route.destination;
+    message.header.address_family = family(destination.addr());
+    message.header.destination_prefix_length = destination.prefix_len();
+    message.header.protocol = RouteProtocol::Static;
+    let nearest = if route.gateway.is_some() { RouteScope::Universe } else { RouteScope::Link };
+    message.header.scope = route.scope.map_or(nearest, RouteScope::from);
+    message.header.kind = RouteType::Unicast;
+    message.header.flags = if route.on_link { RouteFlags::Onlink } else { RouteFlags::empty() };
+    let address = |address| match address {
+        IpAddr::V4(address) => RouteAddress::Inet(address),
+        IpAddr::V6(address) => RouteAddress::Inet6(address),
+    };
+    // The header has room for the tables up to 255 only; the attribute holds for all.
+    message.attributes.push(RouteAttribute::Table(route.table));
+    if destination.prefix_len() > 0 {
+        message.attributes.push(RouteAttribute::Destination(address(destination.network())));
+    }
+    message.attributes.extend(route.gateway.map(|gateway| RouteAttribute::Gateway(address(gateway))));
+    message.attributes.push(RouteAttribute::Oif(index));
+    message.attributes.extend(route.priority.map(RouteAttribute::Priority));
+    let metrics = [route.mtu.map(RouteMetric::Mtu), route.advmss.map(RouteMetric::Advmss)];
+    let metrics: Vec<RouteMetric> = metrics.into_iter().flatten().collect();
+    if !metrics.is_empty() {
+        message.attributes.push(RouteAttribute::Metrics(metrics));
+    }
+    message
 }
 
 fn link_message(index: u32, change: LinkChange<'_>) -> LinkMessage {

@@ -4,10 +4,12 @@
 //! store has locks of its own. The data plane is told by [`Node::put_in_force`], which compiles the whole state anew, and by
 //! [`Node::follow_pod`], which makes the tables with a pod of those without it.
 
+mod following;
 mod told;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
@@ -84,6 +86,8 @@ pub struct Node {
     /// Counts of the runtime's requests.
     pub requests: Requests,
     log_level: LogLevel,
+    /// The number of the underlay's device; 0 if it is not known.
+    uplink_index: AtomicU32,
     /// Held over a whole reload, so that the file that was read last is the one in force; and while a source's news are put in force.
     reloading: Mutex<()>,
     state: Mutex<State>,
@@ -187,6 +191,7 @@ impl Node {
             host: HostPort::new(kicks),
             requests: Requests::default(),
             log_level,
+            uplink_index: AtomicU32::new(0),
             reloading: Mutex::default(),
             state: Mutex::new(state),
         };

@@ -27,6 +27,19 @@ pub fn set(name: &str, value: &str) -> io::Result<()> {
     set_below([USUAL, OF_CONTAINERS].map(Path::new), name, value)
 }
 
+/// Writes to what does something when it is written to, such as `ipv4/route/flush`, and cannot be read.
+///
+/// # Errors
+/// The kernel's.
+pub fn trigger(name: &str) -> io::Result<()> {
+    match std::fs::write(Path::new(USUAL).join(name), "0") {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            std::fs::write(Path::new(OF_CONTAINERS).join(name), "0")
+        }
+        result => result,
+    }
+}
+
 fn set_below(folders: [&Path; 2], name: &str, value: &str) -> io::Result<()> {
     let [usual, other] = folders.map(|folder| folder.join(name));
     let named = |path: &PathBuf, error: io::Error| match is_shortage(&error) {

@@ -82,6 +82,15 @@ impl Bed {
         asked.unwrap_or_else(|| panic!("it is asked:\n{}", self.nodes[from].log()))
     }
 
+    /// The first pod's kernel believes that so much gets there; as much as its device allows if that is nothing.
+    fn await_told(&self, address: IpAddr, mtu: Option<u32>) {
+        let pod = &self.pods[0].0;
+        eventually(&format!("the pod believes in {mtu:?}"), Duration::from_secs(10), || {
+            let said = pod.ip(&format!("route get {address}"));
+            mtu.map_or(!said.contains(" mtu "), |mtu| said.contains(&format!("mtu {mtu}")))
+        });
+    }
+
     fn await_measured(&self, mtu: u32) {
         for from in [0, 1] {
             let started = Instant::now();
@@ -175,6 +184,7 @@ fn a_path_that_changes_under_a_stream_costs_one_retransmission_and_pods_learn_bo
                     bed.nodes[0].log()
                 );
                 bed.await_measured(1400 - overhead);
+                bed.await_told(*address, Some(1400 - overhead));
                 let paused = stream.longest_pause(|| bed.set_mtu(9000));
                 assert!(
                     paused < Duration::from_secs(1),
@@ -183,10 +193,131 @@ fn a_path_that_changes_under_a_stream_costs_one_retransmission_and_pods_learn_bo
                     bed.nodes[0].log()
                 );
                 bed.await_measured(9000 - overhead);
+                bed.await_told(*address, None);
             });
             bed.set_mtu(1500);
             bed.await_measured(1500 - overhead);
         }
         bed.nodes.iter().for_each(|node| node.daemon().assert_conserved());
     }
+}
+
+/// What a node knows of the way to its peer.
+fn way_of(node: &WeftNode) -> WayInfo {
+    let nodes: Vec<NodeInfo> = node.daemon().ask(&Request::Nodes);
+    nodes.into_iter().find(|node| !node.local).and_then(|node| node.asked).expect("it is asked")
+}
+
+#[test]
+fn a_node_that_is_cut_off_is_noticed_and_back_at_once_and_who_is_not_spoken_with_is_not_asked() {
+    let _turn = turn();
+    let cluster = Cluster::new("nc").by("udp");
+    let node = |number, other| cluster.weft_node(number, "routed", &cluster.peer(other, None));
+    let nodes = [node(1, 2), node(2, 1)];
+    let pods: Vec<_> = nodes.iter().map(|node| pod(&cluster, node)).collect();
+    let local = cluster.sandbox("local");
+    let beside = weft_tests::plugin::addresses(&nodes[0].attach("local", &local))[0];
+    let (here, there) = (&pods[0].0, pods[1].1[0]);
+    traffic::await_answer(here, there);
+    let state = |wanted: &str| {
+        let is = || {
+            let _ = here.exec(&format!("ping -n -q -c 1 -W 0.1 {there}"));
+            way_of(&nodes[0]).state == wanted
+        };
+        eventually(&format!("n2 is {wanted}"), Duration::from_secs(10), is);
+    };
+    state("up");
+    let pings = traffic::Pings::start(here, beside);
+    for _ in 0..2 {
+        cluster.underlay().ip("link set n2 down");
+        state("away");
+        let problems = nodes[0].daemon().status().problems;
+        assert!(
+            problems.iter().any(|problem| problem.contains("n2 (10.200.0.2) does not answer any more")),
+            "{problems:?}"
+        );
+        let way = way_of(&nodes[0]);
+        assert!(way.reason.starts_with("no answer for ") && way.measured == Some(1450), "{way:?}");
+        cluster.underlay().ip("link set n2 up");
+        state("up");
+    }
+    pings.assert_none_lost(10);
+    assert!(!nodes[0].daemon().status().problems.iter().any(|problem| problem.contains("n2")));
+    // Nobody speaks: nothing is asked, and nothing is to do.
+    thread::sleep(Duration::from_secs(6));
+    let idle = || {
+        let (before, out) = (nodes[0].daemon().cpu_time(), nodes[0].daemon().underlay().out);
+        thread::sleep(Duration::from_secs(2));
+        nodes[0].daemon().underlay().out == out && nodes[0].daemon().cpu_time() - before < Duration::from_millis(20)
+    };
+    assert!((0..5).any(|_| idle()), "an idle node does something all the time");
+    nodes.iter().for_each(|node| node.daemon().assert_conserved());
+}
+
+#[test]
+fn a_peer_that_is_no_weft_is_left_in_peace() {
+    let _turn = turn();
+    let cluster = Cluster::new("nf").by("udp");
+    let node = cluster.weft_node(1, "routed", &cluster.peer(2, Some("02:00:00:00:00:02")));
+    let far = cluster.machine(2);
+    far.ip("link add vx type vxlan id 1 dstport 8472 local 10.200.0.2 remote 10.200.0.1 dev uplink");
+    far.ip("link set vx address 02:00:00:00:00:02 up");
+    far.ip("address add 10.244.2.2/32 dev vx");
+    let vtep = node.daemon().status().vtep_mac;
+    far.ip("route add 10.244.1.0/24 dev vx via 10.244.1.1 onlink");
+    far.ip(&format!("neigh add 10.244.1.1 lladdr {vtep} dev vx nud permanent"));
+    let (here, _) = pod(&cluster, &node);
+    let wire = weft_tests::wire::Wire::open(cluster.underlay(), "n1");
+    traffic::await_answer(&here, "10.244.2.2".parse().expect("an address"));
+    let pings = traffic::Pings::start(&here, "10.244.2.2".parse().expect("an address"));
+    thread::sleep(Duration::from_secs(1));
+    pings.assert_none_lost(10);
+    let frames: Vec<_> = std::iter::from_fn(|| wire.next(Duration::from_millis(50))).collect();
+    let is_probe = |frame: &&Vec<u8>| frame.windows(4).any(|bytes| bytes == b"WFTP");
+    assert!(frames.len() > 20 && !frames.iter().any(|frame| is_probe(&frame)));
+    let way = way_of(&node);
+    assert_eq!((way.state.as_str(), way.measured, way.mtu), ("unknown", None, 1450));
+}
+
+#[test]
+fn an_underlay_device_with_another_mtu_gives_pods_another_one_and_a_link_that_flaps_loses_nothing_for_long() {
+    let _turn = turn();
+    let cluster = Cluster::new("ne").by("udp");
+    let config = |number, other| {
+        let text = cluster.config(number, "routed", &cluster.peer(other, None));
+        text.lines().filter(|line| !line.starts_with("mtu = ")).map(|line| format!("{line}\n")).collect::<String>()
+    };
+    cluster.underlay().ip("link set br0 mtu 9000");
+    let nodes = [(1, 2), (2, 1)].map(|(number, other)| cluster.weft_node_of_mtu(number, &config(number, other), 1500));
+    let pods: Vec<_> = nodes.iter().map(|node| pod(&cluster, node)).collect();
+    let there = pods[1].1[0];
+    traffic::await_answer(&pods[0].0, there);
+    let set = |mtu: u32| {
+        for node in &nodes {
+            cluster.underlay().ip(&format!("link set n{} mtu {mtu}", node.number));
+            node.netns.ip(&format!("link set uplink mtu {mtu}"));
+        }
+        for (node, (pod, _)) in nodes.iter().zip(&pods) {
+            for (netns, name) in [(&**pod, "eth0"), (&*node.netns, "weft0")] {
+                let has = || netns.ip(&format!("link show {name}")).contains(&format!("mtu {} ", mtu - 50));
+                eventually(&format!("{name} has what {mtu} leaves"), Duration::from_secs(10), has);
+            }
+            assert_eq!(node.daemon().status().mtu, mtu - 50);
+        }
+        let longest = || pods[0].0.exec(&format!("ping -n -q -c 1 -W 1 -M do -s {} {there}", mtu - 78)).success;
+        eventually("the longest packet passes", Duration::from_secs(10), longest);
+    };
+    [9000, 1400, 1500].into_iter().for_each(set);
+    let before = nodes[0].daemon().descriptors();
+    for _ in 0..1000 {
+        // Both ends: what the kernel makes of it is the same, and it takes a moment.
+        cluster.underlay().ip("link set n1 down");
+        cluster.underlay().ip("link set n1 up");
+    }
+    let started = Instant::now();
+    traffic::await_answer(&pods[0].0, there);
+    assert!(started.elapsed() < Duration::from_secs(5), "back after {:?}", started.elapsed());
+    assert!(nodes[0].daemon().descriptors() <= before + 1, "descriptors are leaked");
+    traffic::transfer(&pods[0].0, &pods[1].0, there, 4 << 20);
+    nodes.iter().for_each(|node| node.daemon().assert_conserved());
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 
 use crate::netlink::Netlink;
+use crate::netlink::routes::Change;
 use crate::node::Node;
 
 /// Changes come in groups, and a group is looked at once.
@@ -61,6 +62,11 @@ fn follow(node: &Weak<Node>) {
             loop {
                 let change = netlink.await_change()?;
                 let Some(node) = node.upgrade() else { return Ok(()) };
+                match change {
+                    Change::Interface(index) => node.follow_uplink(Some(index)),
+                    Change::Much => node.follow_uplink(None),
+                    Change::Route(_) => {}
+                }
                 if node.host.concerns(change) {
                     node.host.kick();
                 }

@@ -122,13 +122,17 @@ impl Probing {
         if !round.questions.is_empty() {
             node.router.ask(round.questions);
         }
-        let mut measured = false;
+        let (mut measured, mut wider) = (false, false);
         for (id, change) in round.changes {
             measured |= matches!(change, Change::Carries { .. } | Change::Up(None));
+            wider |= matches!(change, Change::Carries { before, now } if now > before);
             self.lock().log(id, &change);
         }
         if measured {
             node.ways_changed();
+        }
+        if wider {
+            node.forget_paths_in_pods();
         }
         round.again
     }
@@ -140,7 +144,6 @@ impl Probing {
     }
 
     /// Something changed here, so that ways may carry more than they did.
-    #[allow(dead_code)]
     pub fn try_rise(&self) {
         let now = Instant::boottime();
         self.lock().ways.values_mut().for_each(|way| way.peer.try_rise(now));

@@ -52,6 +52,14 @@ pub fn cookie() -> io::Result<u64> {
 /// # Errors
 /// The kernel's: `EBADF` before Linux 6.18, which cannot tell; `EPERM` where a container may not ask.
 pub fn lives(cookie: u64, inode: u32) -> io::Result<bool> {
+    open(cookie, inode).map(|opened| opened.is_some())
+}
+
+/// Opens it; `None` if it does not live any more.
+///
+/// # Errors
+/// As for [`lives`].
+pub fn open(cookie: u64, inode: u32) -> io::Result<Option<OwnedFd>> {
     let mut handle = Handle {
         bytes: (size_of::<Handle>() - 2 * size_of::<u32>()) as libc::c_uint,
         kind: FILEID_NSFS,
@@ -66,8 +74,8 @@ pub fn lives(cookie: u64, inode: u32) -> io::Result<bool> {
         (fd >= 0).then(|| OwnedFd::from_raw_fd(fd))
     };
     match opened.ok_or_else(io::Error::last_os_error) {
-        Ok(_) => Ok(true),
-        Err(error) if error.raw_os_error() == Some(libc::ESTALE) => Ok(false),
+        Ok(opened) => Ok(Some(opened)),
+        Err(error) if error.raw_os_error() == Some(libc::ESTALE) => Ok(None),
         Err(error) => Err(error),
     }
 }

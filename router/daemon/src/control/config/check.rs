@@ -20,7 +20,7 @@ use crate::control::derive;
 use crate::control::host::{Host, Interface};
 
 /// With more, a superframe would not hold two segments: it has at most 65,493 bytes, 22 of each segment are ours.
-const MAX_MTU: u32 = 32_700;
+pub const MAX_MTU: u32 = 32_700;
 /// RFC 8200, section 5: "IPv6 requires that every link in the Internet have an MTU of 1280 octets or greater."
 const MIN_MTU_V6: u32 = 1280;
 /// RFC 791, page 25: "Every internet destination must be able to receive a datagram of 576 octets."
@@ -68,6 +68,7 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
             host_port: host_port.clone(),
             vni: Vni::new(draft.vni.as_ref().map_or(1, |vni| vni.value))?,
             mtu,
+            mtu_is_given: draft.mtu.is_some(),
             socket: draft.socket.as_ref().map_or(PathBuf::from(weft_api::SOCKET), |path| path.value.clone()),
             state_dir: draft.state_dir.as_ref().map_or(PathBuf::from(DEFAULT_STATE_DIR), |path| path.value.clone()),
             source,

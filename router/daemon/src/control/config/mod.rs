@@ -157,6 +157,8 @@ pub struct Config {
     pub vni: Vni,
     /// MTU of pods in bytes.
     pub mtu: u32,
+    /// Whether the file says it. Otherwise it follows the underlay's device.
+    pub mtu_is_given: bool,
     /// Where the API listens.
     pub socket: PathBuf,
     /// Where leases and tombstones are kept.
