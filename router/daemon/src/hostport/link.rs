@@ -9,6 +9,9 @@ use crate::attach::pod;
 use crate::netlink::{Link, LinkChange, Netlink};
 use crate::sysctl;
 
+/// As many segments as the kernel itself allows: <https://elixir.bootlin.com/linux/v6.18/A/ident/GSO_MAX_SEGS>.
+const MOST_SEGMENTS: u32 = 65_535;
+
 /// Makes the device what is wanted. Addresses that somebody else has given it stay.
 pub fn set(netlink: &mut Netlink, device: &mut Made, wanted: &Wanted) -> io::Result<()> {
     let link = netlink.links()?.into_iter().find(|link| link.index == device.index).ok_or(io::ErrorKind::NotFound)?;
@@ -22,7 +25,9 @@ pub fn set(netlink: &mut Netlink, device: &mut Made, wanted: &Wanted) -> io::Res
     };
     if change.mac.is_some() || change.mtu.is_some() {
         let queue = Some(pod::QUEUE);
-        let gso_max_segments = Some(pod::gso_max_segments(wanted.mtu));
+        // What an uplink brings back has as many segments as the kernel merged, and is cut if that is too many. Others go on to nodes.
+        let most = if wanted.brings_back { MOST_SEGMENTS } else { pod::gso_max_segments(wanted.mtu) };
+        let gso_max_segments = Some(most);
         netlink.change_new_link(device.index, LinkChange { queue, gso_max_segments, ..change })?;
     }
     set_behaviour(wanted)?;

@@ -77,6 +77,8 @@ struct Wanted {
     mac: Mac,
     mtu: u32,
     addresses: Vec<IpNet>,
+    /// Whether answers from outside come by it.
+    brings_back: bool,
 }
 
 impl HostPort {
@@ -149,6 +151,7 @@ impl HostPort {
             name: name.clone(),
             mac: derive::host_mac(&config.node, config.underlay.address),
             mtu: config.mtu,
+            brings_back: config.masquerade.is_some(),
             addresses: leased.iter().map(|address| on_interface(&config, *address)).collect(),
         };
         let mut netlink = Netlink::open().map_err(|error| failed("cannot talk to the kernel", error))?;
