@@ -12,7 +12,7 @@
 //! has a limited number of sessions, as the node has.
 //!
 //! The table is shared by all workers. Its sessions lie in an array of fixed size that frames read and write without locks
-//! ([`session`]); a lock is taken to find the session of a flow's first packet, to open one and to close one. Which part of the table that is
+//! (`session.rs`); a lock is taken to find the session of a flow's first packet, to open one and to close one. Which part of the table that is
 //! depends on the destination for TCP, on the protocol for others.
 
 use std::net::IpAddr;

@@ -299,3 +299,43 @@ fn a_protocol_without_ports_does_not_leave() {
     assert_eq!(bed.pod_sends(1, &bytes), []);
     bed.assert_only(1, DropReason::NotMasqueraded, 1);
 }
+
+#[test]
+fn whatever_pods_and_outsiders_send_nothing_is_lost_and_nothing_panics() {
+    let mut bed = bed();
+    let [pod, node, server] = ends(false);
+    let (_, sent) = bed.pod_sends(1, &udp((pod_mac(1), GATEWAY), (pod, 1), (server, 53), &[1; 60])).pop().unwrap();
+    let answer = udp((MACS.dst, came_back(PortId(UPLINK))), (server, 53), (node, source_port(&sent)), &[2; 60]);
+    let templates = [
+        (1, udp((pod_mac(1), GATEWAY), (pod, 1), (server, 53), &[1; 60])),
+        (1, udp((pod_mac(1), GATEWAY), (pod_v6(1).into(), 1), (SERVER6.into(), 53), &[1; 60])),
+        (HOST, answer),
+        (HOST, error_about(&sent, NODE)),
+    ];
+    let mut state = 7_u64;
+    let mut random = |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    for round in 0..30_000_u64 {
+        let (port, mut bytes) = templates[random(templates.len())].clone();
+        for _ in 0..random(4) {
+            let at = 14 + random(bytes.len() - 14);
+            bytes[at] = random(256) as u8;
+        }
+        if random(8) == 0 {
+            bytes.truncate(14 + random(bytes.len() - 14));
+        }
+        // Most shall get past the check of the header.
+        if bytes.len() >= 34 && bytes[14] == 0x45 && random(8) > 0 {
+            let sum = checksum::ipv4_header(&bytes[14..34]);
+            bytes[24..26].copy_from_slice(&sum.to_be_bytes());
+        }
+        bed.now = bed.now + std::time::Duration::from_millis(1);
+        bed.pod_sends(port, &bytes);
+        if round % 4096 == 0 {
+            bed.forwarder.tick(bed.now);
+        }
+    }
+    bed.assert_conserved();
+}

@@ -230,3 +230,39 @@ fn is_to(frame: &[u8], address: IpAddr) -> bool {
     let IpAddr::V4(address) = address else { return false };
     frame.len() >= 34 && frame[12..14] == [8, 0] && frame[23] == 1 && frame[30..34] == address.octets()
 }
+
+#[test]
+fn a_neighbour_with_another_mac_and_an_uplink_that_flaps_or_is_made_anew_are_followed() {
+    let _turn = turn();
+    let cluster = Cluster::new("hm").by("udp");
+    let node = plain_node(&cluster, 1, &[9]);
+    node.netns.ip("address add fd00:10:200::1/64 dev uplink nodad");
+    let (pod, linux) = (pod(&cluster, &node), linux_node(&cluster));
+    await_next_hop(&node, "10.244.9.0/24");
+    traffic::await_answer(&pod.0, linux.1[0]);
+    linux.0.ip("link set uplink address 02:00:00:00:77:99");
+    // The kernel hears of it by what the other one asks.
+    linux.0.exec("ping -n -q -c 1 -W 2 10.200.0.1").must();
+    eventually("the other MAC is used", Duration::from_secs(10), || {
+        pod.0.exec(&format!("ping -n -q -c 1 -W 1 {}", linux.1[0])).success
+    });
+    let before = node.daemon().descriptors();
+    for _ in 0..50 {
+        node.netns.ip("link set uplink down");
+        node.netns.ip("link set uplink up");
+    }
+    traffic::await_answer(&pod.0, linux.1[0]);
+    assert_eq!(node.daemon().descriptors(), before);
+    // The same address on a new interface.
+    node.netns.ip("link delete uplink");
+    let underlay = &cluster.underlay().0;
+    node.netns.ip(&format!("link add uplink type veth peer name n1 netns {underlay}"));
+    cluster.underlay().ip("link set n1 master br0 up");
+    node.netns.ip("address add 10.200.0.1/24 dev uplink");
+    node.netns.ip("link set uplink up");
+    traffic::await_answer(&pod.0, linux.1[0]);
+    await_next_hop(&node, "10.244.9.0/24");
+    traffic::transfer(&pod.0, &linux.0, linux.1[0], 4 << 20);
+    eventually("nothing is left open", Duration::from_secs(5), || node.daemon().descriptors() == before);
+    node.daemon().assert_conserved();
+}

@@ -391,6 +391,24 @@ mod tests {
     }
 
     #[test]
+    fn a_firewall_matters_where_packets_come_without_a_tunnel() {
+        let plain = ("/etc/weft/weftd.toml", "[underlay]\nencapsulation = \"host-gw\"");
+        let judged = |files: &[(&str, &str)], rules: &str| {
+            let (_folder, mut machine) = machine(files);
+            machine.firewall = Some(rules.to_owned());
+            firewall(&machine).iter().map(|finding| finding.grade).collect::<Vec<_>>()
+        };
+        let policy = "\tchain FORWARD {\n\t\ttype filter hook forward priority filter; policy drop;\n";
+        let invalid = "\t\tct state invalid counter drop\n";
+        assert_eq!(judged(&[], policy), []);
+        assert_eq!(judged(&[plain], ""), [Grade::Good]);
+        assert_eq!(judged(&[plain], policy), [Grade::Warning]);
+        assert_eq!(judged(&[plain], &[policy, invalid].concat()), [Grade::Warning; 2]);
+        let liberal = ("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal", "1\n");
+        assert_eq!(judged(&[plain, liberal], invalid), [Grade::Good]);
+    }
+
+    #[test]
     fn the_versions_of_runc_that_refuse_tun_are_known() {
         let with = |said: &str| {
             let (_folder, mut machine) = machine(&[]);

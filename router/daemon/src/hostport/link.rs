@@ -69,5 +69,13 @@ fn set_behaviour(wanted: &Wanted) -> io::Result<()> {
     let _ = sysctl::set(&format!("ipv4/conf/{}/send_redirects", wanted.name), "0");
     // What leaves in the node's name comes by this interface while the next hop's MAC is not known.
     let _ = sysctl::set(&format!("ipv4/conf/{}/accept_local", wanted.name), "1");
+    // The larger of the two values holds: where all interfaces are strict, this one is loose, for what comes by it is from anywhere.
+    let strict = |name: &str| {
+        std::fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"))
+            .is_ok_and(|text| text.trim() == "1")
+    };
+    if strict("all") || strict(&wanted.name) {
+        let _ = sysctl::set(&format!("ipv4/conf/{}/rp_filter", wanted.name), "2");
+    }
     Ok(())
 }

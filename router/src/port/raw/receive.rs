@@ -61,7 +61,8 @@ impl Receiver {
         }
         if !more {
             // An idle port keeps no buffers from the others.
-            (self.chunks.clear(), self.supers.clear());
+            self.chunks.clear();
+            self.supers.clear();
         }
         Ok(if more { Received::More } else { Received::Drained })
     }

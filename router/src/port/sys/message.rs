@@ -229,11 +229,13 @@ pub fn receive_many(
     let received = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
     for (index, datagram) in datagrams[..received].iter_mut().enumerate() {
         // SAFETY: it was written before the call, which changed lengths and flags in it.
-        let libc::mmsghdr { msg_hdr: header, msg_len } = unsafe { headers[index].assume_init_read() };
+        let told = unsafe { headers[index].assume_init_read() };
+        let header: libc::msghdr = told.msg_hdr;
         // SAFETY: as in `receive`.
         let from = decode(unsafe { addresses[index].assume_init_ref() });
         let truncated = header.msg_flags & libc::MSG_TRUNC != 0;
-        *datagram = Datagram { len: msg_len as usize, truncated, from, stride: None, tos: 0, overruns: None };
+        *datagram = Datagram { len: told.msg_len as usize, truncated, from, stride: None, tos: 0, overruns: None };
+        #[allow(clippy::unnecessary_cast, reason = "it is another integer with other C libraries")]
         let control_len = (header.msg_controllen as usize).min(RECEIVE_CONTROL);
         read_control(&controls[index].0[..control_len], datagram);
     }

@@ -74,6 +74,35 @@ fn around(service: IpAddr) -> Option<IpNet> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::config::Config;
+    use crate::control::host::Host;
+
+    #[test]
+    fn the_section_is_checked_as_all_others() {
+        let read = |section: &str| {
+            let text = format!(
+                "node = \"n1\"\nmode = \"routed\"\nmtu = 1450\nranges = [\"10.244.1.0/24\"]\n[underlay]\naddress = \"10.200.0.1\"\n{section}"
+            );
+            Config::read(&text, &Host::default()).map(|read| read.config.masquerade)
+        };
+        assert_eq!(read("").unwrap(), None);
+        let section = "[masquerade]\nexclude = [\"192.168.1.1/16\"]\nservices = [\"10.96.0.0/12\"]\nfirst_port = 50000\n\
+                       last_port = 59999\nsessions = 1000";
+        let masquerade = read(section).unwrap().unwrap();
+        assert_eq!(masquerade.kept(), ["192.168.0.0/16", "10.96.0.0/12"].map(|net| net.parse().unwrap()));
+        let limits = snat::Limits { first: 50_000, last: 59_999, sessions: 1000, per_pod: 250 };
+        assert_eq!((masquerade.limits, limits.ports()), (limits, 10_000));
+        for (wrong, what) in [
+            ("first_port = 80", "first_port"),
+            ("first_port = 5000\nlast_port = 4999", "last_port"),
+            ("per_pod = 0", "per_pod"),
+            ("exclude = [\"10.0.0.0\"]", "exclude"),
+            ("ports = 7", "ports"),
+        ] {
+            let said = read(&format!("[masquerade]\n{wrong}")).unwrap_err().to_string();
+            assert!(said.contains(what), "{wrong}: {said}");
+        }
+    }
 
     #[test]
     fn the_range_of_services_is_around_one_of_them() {

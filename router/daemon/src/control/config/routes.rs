@@ -90,3 +90,48 @@ impl FromStr for Protocol {
         named.or_else(|| text.parse().ok()).map(Protocol).ok_or(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::config::Config;
+    use crate::control::host::Host;
+
+    fn read(section: &str) -> Result<Routes, String> {
+        let text = format!(
+            "node = \"n1\"\nmode = \"routed\"\nmtu = 1450\nranges = [\"10.244.1.0/24\"]\n[underlay]\naddress = \"10.200.0.1\"\n{section}"
+        );
+        Config::read(&text, &Host::default()).map(|read| read.config.routes).map_err(|invalid| invalid.to_string())
+    }
+
+    #[test]
+    fn routing_daemons_are_followed_unless_something_else_is_said() {
+        let usual = read("").unwrap();
+        let takes = |routes: &Routes, protocol, to: &str| routes.take(protocol, to.parse().unwrap());
+        for daemon in [11, 12, 186, 188] {
+            assert!(takes(&usual, daemon, "10.244.2.0/24") && !takes(&usual, daemon, "0.0.0.0/0"));
+        }
+        assert!(!takes(&usual, 4, "10.244.2.0/24") && !takes(&usual, PROTOCOL, "10.244.2.0/24"));
+        let told = "[routes]\nprotocols = [\"static\", \"201\"]\nwithin = [\"10.0.0.0/8\"]\nexcept = [\"10.96.0.0/12\"]\nlimit = 9";
+        let told = read(told).unwrap();
+        assert!(takes(&told, 4, "10.244.2.0/24") && takes(&told, 201, "10.244.2.0/24") && told.limit == 9);
+        assert!(
+            !takes(&told, 12, "10.244.2.0/24") && !takes(&told, 4, "10.96.3.0/24") && !takes(&told, 4, "192.0.2.0/24")
+        );
+        assert!(!takes(&read("[routes]\nprotocols = []").unwrap(), 12, "10.244.2.0/24"));
+    }
+
+    #[test]
+    fn our_own_routes_and_what_is_none_are_refused() {
+        for (section, part) in [
+            ("[routes]\nprotocols = [\"87\"]", "weftd's own protocol"),
+            ("[routes]\nprotocols = [\"quagga\"]", "\"quagga\" is not a protocol of ip route"),
+            ("[routes]\nwithin = [\"10.0.0.0\"]", "a prefix such as 10.244.0.0/16"),
+            ("[routes]\nlimit = 9999999", "must be a whole number"),
+            ("[routes]\nexempt = []", "unknown key"),
+        ] {
+            let error = read(section).unwrap_err();
+            assert!(error.contains(part), "{section}: {error}");
+        }
+    }
+}
