@@ -451,7 +451,8 @@ impl Peer {
 
     /// Whether there is traffic, so that the node is asked.
     pub fn is_active(&self, now: Instant) -> bool {
-        now < self.active_until && (self.is_known() || !self.is_foreign)
+        let is_asked = self.is_known() || self.state == State::Unknown && !self.is_foreign;
+        is_asked && now < self.active_until
     }
 
     /// What is known of it, and since when.
