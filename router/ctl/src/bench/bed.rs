@@ -3,7 +3,7 @@
 //! A bed is a lab, so it is written down before it is made, removed when it is dropped, and found by the next run if
 //! this one is killed.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -33,6 +33,10 @@ const UPLINK_OFFLOADS: [&str; 4] =
     ["tso", "tx-udp-segmentation", "tx-udp_tnl-segmentation", "tx-udp_tnl-csum-segmentation"];
 /// The same for a pod's device.
 const POD_OFFLOADS: [&str; 2] = ["tso", "tx-udp-segmentation"];
+
+/// What has the kernel's pods leave in their node's name.
+const NAT: &str = "add table ip weft-bench; add chain ip weft-bench post { type nat hook postrouting priority srcnat; }; \
+    add rule ip weft-bench post ip saddr 10.244.0.0/16 ip daddr != 10.244.0.0/16 masquerade";
 
 /// A pod, as one end of what is measured.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +68,8 @@ pub struct Bed {
     servers: Vec<Server>,
     /// Whose links are as a NIC without offloads.
     plain: Option<Layout>,
+    /// Whether the kernel has rules for what leaves the cluster, which would cost everything else something, too.
+    translates: bool,
     is_removed: bool,
 }
 
@@ -76,6 +82,13 @@ impl Bed {
         let (plan, routers) = match contender.kind {
             Kind::Weft(change) | Kind::Wrapped(change) => {
                 let plan = change(plan);
+                let cluster = up::up(&plan, programs, false)?;
+                let process = |node: &record::Node| Process::identify(node.pid, &format!("weftd of {}", node.name));
+                let routers = cluster.nodes.iter().map(process).collect::<Result<_>>();
+                (plan, routers)
+            }
+            Kind::Masquerading => {
+                let plan = Plan { masquerade: true, ..plan };
                 let cluster = up::up(&plan, programs, false)?;
                 let process = |node: &record::Node| Process::identify(node.pid, &format!("weftd of {}", node.name));
                 let routers = cluster.nodes.iter().map(process).collect::<Result<_>>();
@@ -96,8 +109,8 @@ impl Bed {
         };
         // From here on there is something to remove.
         let plugin = programs.weft_cni.clone();
-        let mut bed =
-            Bed { contender, plan, plugin, routers: Vec::new(), servers: Vec::new(), plain: None, is_removed: false };
+        let (routers_, servers, plain, translates, is_removed) = (Vec::new(), Vec::new(), None, false, false);
+        let mut bed = Bed { contender, plan, plugin, routers: routers_, servers, plain, translates, is_removed };
         bed.routers = routers?;
         bed.prepare()?;
         bed.rest()?;
@@ -116,7 +129,8 @@ impl Bed {
 
     /// Sees to it that it carries traffic and that its pods are ready to be measured.
     fn prepare(&mut self) -> Result<()> {
-        for layout in [Layout::Same, Layout::Two].into_iter().filter(|layout| self.contender.has(*layout)) {
+        for layout in Layout::ALL.into_iter().filter(|layout| self.contender.has(*layout)) {
+            self.translate(layout == Layout::Out)?;
             self.check(layout).with_context(|| format!("no traffic between {}", layout.label()))?;
             let Ends { from, to } = self.ends(layout);
             forget_pacing(&from.netns)?;
@@ -132,6 +146,7 @@ impl Bed {
         let to = match layout {
             Layout::Same => end(1, 2),
             Layout::Two => end(2, 1),
+            Layout::Out => End { netns: self.plan.node_netns(2), address: outside(&self.plan) },
         };
         Ends { from: end(1, 1), to }
     }
@@ -154,6 +169,7 @@ impl Bed {
         if self.contender.spins() {
             self.routers.iter().take(nodes(layout)).try_for_each(|router| router.signal(Signal::CONT))?;
         }
+        self.translate(layout == Layout::Out)?;
         let plain = (links == Links::Plain).then_some(layout);
         if plain != self.plain {
             if let Some(before) = self.plain.take() {
@@ -164,6 +180,17 @@ impl Bed {
                 self.plain = plain;
             }
         }
+        Ok(())
+    }
+
+    /// Has the kernel masquerade or not, where it is what forwards.
+    fn translate(&mut self, wanted: bool) -> Result<()> {
+        if !matches!(self.contender.kind, Kind::Kernel) || self.translates == wanted {
+            return Ok(());
+        }
+        let rules = if wanted { NAT } else { "delete table ip weft-bench" };
+        Run::inside(&self.plan.node_netns(1), "nft").args([rules]).succeed()?;
+        self.translates = wanted;
         Ok(())
     }
 
@@ -197,14 +224,16 @@ impl Bed {
                 let Ends { from, to } = self.ends(layout);
                 ([from.netns, to.netns].map(|netns| (netns, IFNAME)), &POD_OFFLOADS[..])
             }
-            Layout::Two => ([1, 2].map(|node| (self.plan.node_netns(node), plan::UPLINK)), &UPLINK_OFFLOADS[..]),
+            Layout::Two | Layout::Out => {
+                ([1, 2].map(|node| (self.plan.node_netns(node), plan::UPLINK)), &UPLINK_OFFLOADS[..])
+            }
         };
         let state = if on { "on" } else { "off" };
         for (netns, device) in devices {
             let ethtool = |args: &[&str]| Run::inside(&netns, "ethtool").args(args).succeed();
             let mut args = vec!["-K", device];
             args.extend(offloads.iter().flat_map(|offload| [*offload, state]));
-            if layout == Layout::Two {
+            if layout != Layout::Same {
                 // The receiver's side of such a NIC merges again; a veth does so only if it is asked to.
                 args.extend(["gro", if on { "off" } else { "on" }]);
             }
@@ -268,7 +297,7 @@ pub fn missing(contender: &Contender) -> Option<String> {
     match contender.kind {
         Kind::Ovs(_) => ovs::missing(),
         Kind::Testpmd => testpmd::missing(),
-        Kind::Weft(_) | Kind::Wrapped(_) | Kind::Kernel => None,
+        Kind::Weft(_) | Kind::Wrapped(_) | Kind::Masquerading | Kind::Kernel => None,
     }
 }
 
@@ -288,9 +317,18 @@ pub fn remove_abandoned(lab: &str) -> Result<()> {
     Ok(())
 }
 
+/// The other node's own address.
+fn outside(plan: &Plan) -> Ipv4Addr {
+    match plan.underlay_address(2) {
+        IpAddr::V4(address) => address,
+        IpAddr::V6(_) => unreachable!("the underlay of a bed has IPv4 addresses"),
+    }
+}
+
+/// How many nodes have a part in it.
 fn nodes(layout: Layout) -> usize {
     match layout {
-        Layout::Same => 1,
+        Layout::Same | Layout::Out => 1,
         Layout::Two => 2,
     }
 }

@@ -45,7 +45,7 @@ pub fn render(outcome: &Outcome) -> String {
     let scale = Scale { worse: reach(-1.0), better: reach(1.0) };
     let mut body = String::new();
     let mut y = TOP;
-    for layout in [Layout::Same, Layout::Two] {
+    for layout in Layout::ALL {
         let mut of_layout = groups.iter().filter(|(row, _)| row.layout == layout.name()).peekable();
         if of_layout.peek().is_some() {
             y += HEADING;

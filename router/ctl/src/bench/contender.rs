@@ -26,6 +26,8 @@ pub enum Kind {
     Weft(fn(Plan) -> Plan),
     /// The same with another encapsulation, whose pods of one node are not measured again.
     Wrapped(fn(Plan) -> Plan),
+    /// The same with masquerade, measured by what leaves the cluster alone.
+    Masquerading,
     /// The kernel's bridge on a node, its VXLAN device between nodes, as Flannel lays them out.
     Kernel,
     /// Open vSwitch's userspace datapath.
@@ -35,7 +37,7 @@ pub enum Kind {
 }
 
 /// All of them, in the order in which they are shown. A Weft with other ports or another underlay is one more line.
-pub const CONTENDERS: [Contender; 10] = [
+pub const CONTENDERS: [Contender; 11] = [
     Contender {
         id: "weft",
         label: "Weft, TAP and UDP",
@@ -55,6 +57,13 @@ pub const CONTENDERS: [Contender; 10] = [
     wrapped("weft-gre", "Weft, GRE", "GRE", |plan| Plan { encapsulation: Encapsulation::Gre, ..plan }),
     wrapped("weft-ipip", "Weft, IP in IP", "IPIP", |plan| Plan { encapsulation: Encapsulation::Ipip, ..plan }),
     wrapped("weft-host-gw", "Weft, no tunnel", "host-gw", |plan| Plan { encapsulation: Encapsulation::HostGw, ..plan }),
+    Contender {
+        id: "weft-out",
+        label: "Weft, masquerade",
+        short: "masquerade",
+        kind: Kind::Masquerading,
+        rivals: &["kernel"],
+    },
     Contender { id: "ovs-xdp", label: "OVS AF_XDP", short: "OVS XDP", kind: Kind::Ovs(Ports::AfXdp), rivals: &[] },
     Contender {
         id: "ovs-packet",
@@ -75,7 +84,7 @@ const fn wrapped(id: &'static str, label: &'static str, short: &'static str, wit
 impl Contender {
     /// Whether its figures are what the others' are held against.
     pub fn is_weft(&self) -> bool {
-        matches!(self.kind, Kind::Weft(_) | Kind::Wrapped(_))
+        matches!(self.kind, Kind::Weft(_) | Kind::Wrapped(_) | Kind::Masquerading)
     }
 
     /// Whether threads of its own look for frames all the time, and so use a processor when there are none.
@@ -98,7 +107,10 @@ impl Contender {
         match self.kind {
             Kind::Testpmd => layout == Layout::Same,
             Kind::Wrapped(_) => layout == Layout::Two,
-            Kind::Weft(_) | Kind::Kernel | Kind::Ovs(_) => true,
+            Kind::Masquerading => layout == Layout::Out,
+            // It takes rules that `nft` makes.
+            Kind::Kernel => layout != Layout::Out || super::is_installed("nft"),
+            Kind::Weft(_) | Kind::Ovs(_) => layout != Layout::Out,
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::table::Table;
 /// All of it.
 pub fn render(outcome: &Outcome, style: Style) -> String {
     let mut text = format!("{}\n", outcome.machine.line());
-    for layout in [Layout::Same, Layout::Two] {
+    for layout in Layout::ALL {
         // What was measured nowhere has its place below.
         let has_value = |row: &&Row| row.results.iter().any(|result| result.summary.is_some());
         let is_shown = |row: &&Row| row.layout == layout.name() && row.figure.is_shown;

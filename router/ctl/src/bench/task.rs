@@ -14,6 +14,11 @@ use super::{attach, frames};
 /// Why most tasks are not done on the paths that differ in their encapsulation alone.
 pub const ONLY_STREAMS: &str = "only a stream between nodes is compared by encapsulation";
 
+/// Why nothing else is done on the path that differs by its masquerade.
+pub const ONLY_OUTSIDE: &str = "only what leaves the cluster is another with masquerade";
+/// Why what leaves the cluster is measured on two paths.
+pub const NOT_OUTSIDE: &str = "what leaves the cluster is compared by masquerade alone";
+
 /// One thing to do on a data path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Task {
@@ -74,6 +79,8 @@ pub enum Layout {
     Same,
     /// Pods of two nodes.
     Two,
+    /// A pod and a machine that is no pod: the other node.
+    Out,
 }
 
 /// Over what links.
@@ -228,6 +235,10 @@ impl Task {
             all.push(whole(What::Connections));
             all.extend([Sizes::Small, Sizes::Imix].map(What::Frames).map(whole));
         }
+        for reverse in [false, true] {
+            let what = What::Tcp { streams: 1, reverse };
+            all.push(Task { what, layout: Layout::Out, links: Links::Whole });
+        }
         let node = |what| Task { what, layout: Layout::Same, links: Links::Whole };
         all.extend([What::Memory, What::Attach].map(node));
         all
@@ -301,6 +312,11 @@ impl Task {
                 Err("it is a yardstick for frames between two devices")
             }
             Kind::Wrapped(_) if !self.is_of_encapsulations() => Err(ONLY_STREAMS),
+            Kind::Masquerading if self.layout != Layout::Out => Err(ONLY_OUTSIDE),
+            Kind::Kernel if self.layout == Layout::Out && !super::is_installed("nft") => {
+                Err("nft is missing: `apt-get install nftables`")
+            }
+            _ if !contender.has(self.layout) => Err(NOT_OUTSIDE),
             _ if contender.is_guest() && self.links == Links::Plain => Err("its ports take no superframes in any case"),
             _ => Ok(()),
         }
@@ -338,11 +354,15 @@ impl Task {
 }
 
 impl Layout {
+    /// All of them, in the order in which they are shown.
+    pub const ALL: [Layout; 3] = [Layout::Same, Layout::Two, Layout::Out];
+
     /// Its name in those of tasks.
     pub fn name(self) -> &'static str {
         match self {
             Layout::Same => "same",
             Layout::Two => "two",
+            Layout::Out => "out",
         }
     }
 
@@ -351,6 +371,7 @@ impl Layout {
         match self {
             Layout::Same => "two pods of a node",
             Layout::Two => "pods of two nodes",
+            Layout::Out => "a pod and what is outside",
         }
     }
 }

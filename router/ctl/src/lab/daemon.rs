@@ -76,7 +76,13 @@ struct Config {
     peers: Vec<Peer>,
     #[serde(skip_serializing_if = "Option::is_none")]
     etcd: Option<Etcd>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    masquerade: Option<Masquerade>,
 }
+
+/// The section is enough.
+#[derive(Serialize)]
+struct Masquerade {}
 
 #[derive(Serialize)]
 struct Etcd {
@@ -183,6 +189,7 @@ fn config_text(plan: &Plan, node: u8, files: &Files) -> Result<String> {
         },
         peers: plan.node_numbers().filter(|other| is_file && *other != node).map(peer).collect(),
         etcd: (!is_file).then(|| Etcd { endpoints: [format!("http://{}", plan.etcd())], network: plan::SEGMENT }),
+        masquerade: plan.masquerade.then_some(Masquerade {}),
     };
     toml::to_string(&config).context("cannot write the configuration as TOML")
 }
@@ -233,6 +240,13 @@ ranges = ["10.244.2.0/24", "fd00:10:244:2::/64"]
         let text = config_text(&plan, 1, &Files::of("x", 1)).unwrap();
         assert!(!text.contains("ranges") && !text.contains("[[peers]]"), "{text}");
         assert!(text.contains("endpoints = [\"http://10.200.0.250:2379\"]"), "{text}");
+    }
+
+    #[test]
+    fn a_section_has_pods_leave_in_the_nodes_name() {
+        let plan = Plan { masquerade: true, ..Plan::new("x", 2, 1, Mode::Routed, 1500).unwrap() };
+        let with = config_text(&plan, 1, &Files::of("x", 1)).unwrap();
+        assert!(with.contains("\n[masquerade]\n") && !text(Mode::Routed, 2).contains("masquerade"), "{with}");
     }
 
     #[test]

@@ -110,6 +110,9 @@ pub struct Up {
     /// What packets between nodes are wrapped in.
     #[arg(long, value_enum, value_name = "KIND", default_value_t = plan::Encapsulation::Vxlan)]
     encapsulation: plan::Encapsulation,
+    /// Pods leave the cluster, and reach other nodes' own addresses, in their node's name.
+    #[arg(long)]
+    masquerade: bool,
     /// Print the cluster as JSON.
     #[arg(long)]
     json: bool,
@@ -201,8 +204,9 @@ fn up(args: &Up) -> Result<()> {
     let plan =
         plan::Plan::new(&args.name.name, args.nodes, args.pods, args.mode, args.mtu)?.over(args.underlay_family)?;
     let plan = plan.wrapped(args.encapsulation)?;
+    let (source, masquerade) = (args.source, args.masquerade);
     let plan =
-        plan::Plan { workers: args.workers, port: args.port, underlay: args.underlay, source: args.source, ..plan };
+        plan::Plan { workers: args.workers, port: args.port, underlay: args.underlay, source, masquerade, ..plan };
     let programs = args.binaries.find()?;
     let cluster = up::up(&plan, &programs, args.keep)?;
     if args.json { output::print_json(&cluster) } else { output::print(&up::summary(&plan, &cluster, Style::stdout())) }

@@ -186,6 +186,8 @@ pub struct Plan {
     pub family: Family,
     /// What packets between nodes are wrapped in.
     pub encapsulation: Encapsulation,
+    /// Whether pods leave the cluster in their node's name.
+    pub masquerade: bool,
     /// Whether the process that builds it ends it as well.
     pub is_passing: bool,
 }
@@ -215,6 +217,7 @@ impl Plan {
             underlay: None,
             family: Family::Ipv4,
             encapsulation: Encapsulation::Vxlan,
+            masquerade: false,
             is_passing: false,
         })
     }
