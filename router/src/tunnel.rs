@@ -25,7 +25,6 @@ use weft_encap::geneve::{self, GENEVE_LEN, GeneveError, GeneveHeader};
 use weft_encap::gre::{self, GRE_LEN, GreHeader};
 use weft_encap::ip;
 use weft_encap::ipip::Inner;
-use weft_encap::offload::Offload;
 use weft_encap::vxlan::{VXLAN_LEN, Vni, VxlanHeader};
 use weft_encap::zerocopy::IntoBytes;
 
@@ -130,11 +129,22 @@ const IPIP_LEN: usize = 1;
 ///
 /// # Errors
 /// `NoBuffer` if the frame has no headroom left for the tunnel header, `TunnelPayload` if the format carries IP and it is something else.
+#[inline]
 pub fn encapsulate(frame: &mut Frame, node: &Node, tables: &Tables, entropy: u16) -> Result<(), DropReason> {
     // What was verified was the inner checksum, which goes on unchanged; nothing is claimed about it on the wire.
-    frame.offload = Offload { verified: false, ..frame.offload };
+    frame.offload.verified = false;
     let format = node.encap;
     let base = match format {
+        Format::Vxlan => push(frame, VxlanHeader::new(tables.vni).as_bytes())?,
+        _ => push_other(frame, format, tables)?,
+    };
+    frame.outer = Some(Outer { peer: node.underlay, entropy, tos: 0, format, base });
+    Ok(())
+}
+
+#[inline(never)]
+fn push_other(frame: &mut Frame, format: Format, tables: &Tables) -> Result<u16, DropReason> {
+    match format {
         Format::Vxlan => push(frame, VxlanHeader::new(tables.vni).as_bytes()),
         Format::Geneve => push(frame, GeneveHeader::new(tables.vni).as_bytes()),
         Format::Gretap => push_gre(frame, gre::PROTOCOL_ETHERNET),
@@ -146,9 +156,7 @@ pub fn encapsulate(frame: &mut Frame, node: &Node, tables: &Tables, entropy: u16
             let inner = inner(frame)?;
             push(frame, &[inner.protocol()])
         }
-    }?;
-    frame.outer = Some(Outer { peer: node.underlay, entropy, tos: 0, format, base });
-    Ok(())
+    }
 }
 
 #[inline(always)]

@@ -15,7 +15,7 @@ use super::iperf::Server;
 use super::task::{Layout, Links};
 use super::{frames, ovs, programs, testpmd};
 use crate::lab::command::Run;
-use crate::lab::plan::{self, Mode, Plan};
+use crate::lab::plan::{self, Encapsulation, Mode, Plan};
 use crate::lab::process::Process;
 use crate::lab::record::{self, Record, Stored};
 use crate::lab::up::{self, Programs};
@@ -95,6 +95,11 @@ impl Bed {
                 (plan, routers)
             }
             Kind::Kernel => {
+                twin::build(&plan)?;
+                (plan, Ok(Vec::new()))
+            }
+            Kind::Routes => {
+                let plan = plan.wrapped(Encapsulation::HostGw)?;
                 twin::build(&plan)?;
                 (plan, Ok(Vec::new()))
             }
@@ -297,7 +302,7 @@ pub fn missing(contender: &Contender) -> Option<String> {
     match contender.kind {
         Kind::Ovs(_) => ovs::missing(),
         Kind::Testpmd => testpmd::missing(),
-        Kind::Weft(_) | Kind::Wrapped(_) | Kind::Masquerading | Kind::Kernel => None,
+        Kind::Weft(_) | Kind::Wrapped(_) | Kind::Masquerading | Kind::Kernel | Kind::Routes => None,
     }
 }
 

@@ -30,6 +30,8 @@ pub enum Kind {
     Masquerading,
     /// The kernel's bridge on a node, its VXLAN device between nodes, as Flannel lays them out.
     Kernel,
+    /// The kernel's without a tunnel: its own routes from node to node.
+    Routes,
     /// Open vSwitch's userspace datapath.
     Ovs(Ports),
     /// DPDK's testpmd, which passes frames on unseen between two pods of one node.
@@ -37,7 +39,7 @@ pub enum Kind {
 }
 
 /// All of them, in the order in which they are shown. A Weft with other ports or another underlay is one more line.
-pub const CONTENDERS: [Contender; 11] = [
+pub const CONTENDERS: [Contender; 12] = [
     Contender {
         id: "weft",
         label: "Weft, TAP and UDP",
@@ -53,10 +55,20 @@ pub const CONTENDERS: [Contender; 11] = [
         kind: Kind::Weft(|plan| Plan { port: Some(Port::Xdp), ..plan }),
         rivals: &["kernel", "ovs-xdp", "testpmd"],
     },
-    wrapped("weft-geneve", "Weft, Geneve", "Geneve", |plan| Plan { encapsulation: Encapsulation::Geneve, ..plan }),
-    wrapped("weft-gre", "Weft, GRE", "GRE", |plan| Plan { encapsulation: Encapsulation::Gre, ..plan }),
-    wrapped("weft-ipip", "Weft, IP in IP", "IPIP", |plan| Plan { encapsulation: Encapsulation::Ipip, ..plan }),
-    wrapped("weft-host-gw", "Weft, no tunnel", "host-gw", |plan| Plan { encapsulation: Encapsulation::HostGw, ..plan }),
+    wrapped("weft-geneve", "Weft, Geneve", "Geneve", &["kernel"], |plan| Plan {
+        encapsulation: Encapsulation::Geneve,
+        ..plan
+    }),
+    wrapped("weft-gre", "Weft, GRE", "GRE", &["kernel"], |plan| Plan { encapsulation: Encapsulation::Gre, ..plan }),
+    wrapped("weft-ipip", "Weft, IP in IP", "IPIP", &["kernel"], |plan| Plan {
+        encapsulation: Encapsulation::Ipip,
+        ..plan
+    }),
+    wrapped("weft-host-gw", "Weft, no tunnel", "host-gw", &["kernel-routes"], |plan| Plan {
+        encapsulation: Encapsulation::HostGw,
+        ..plan
+    }),
+    Contender { id: "kernel-routes", label: "kernel, no tunnel", short: "routes", kind: Kind::Routes, rivals: &[] },
     Contender {
         id: "weft-out",
         label: "Weft, masquerade",
@@ -76,9 +88,15 @@ pub const CONTENDERS: [Contender; 11] = [
 ];
 
 /// A Weft that wraps packets between nodes in something else than VXLAN: only what passes between nodes is another there. This kernel has
-/// VXLAN alone to hold beside it.
-const fn wrapped(id: &'static str, label: &'static str, short: &'static str, with: fn(Plan) -> Plan) -> Contender {
-    Contender { id, label, short, kind: Kind::Wrapped(with), rivals: &["kernel"] }
+/// VXLAN alone, and its routes, to hold beside it.
+const fn wrapped(
+    id: &'static str,
+    label: &'static str,
+    short: &'static str,
+    rivals: &'static [&'static str],
+    with: fn(Plan) -> Plan,
+) -> Contender {
+    Contender { id, label, short, kind: Kind::Wrapped(with), rivals }
 }
 
 impl Contender {
@@ -106,7 +124,7 @@ impl Contender {
     pub fn has(&self, layout: Layout) -> bool {
         match self.kind {
             Kind::Testpmd => layout == Layout::Same,
-            Kind::Wrapped(_) => layout == Layout::Two,
+            Kind::Wrapped(_) | Kind::Routes => layout == Layout::Two,
             Kind::Masquerading => layout == Layout::Out,
             // It takes rules that `nft` makes.
             Kind::Kernel => layout != Layout::Out || super::is_installed("nft"),

@@ -204,7 +204,9 @@ impl Mode {
         let is_frames = matches!(task.what, What::Frames(_));
         match self {
             Mode::Smoke => 1,
-            Mode::Short if matches!(contender.kind, Kind::Wrapped(_)) => usize::from(task.is_of_encapsulations()),
+            Mode::Short if matches!(contender.kind, Kind::Wrapped(_) | Kind::Routes) => {
+                usize::from(task.is_of_encapsulations())
+            }
             Mode::Short if is_frames && task.is_held_against_guests() => 2,
             Mode::Short if is_guest && task.is_held_against_guests() => 3,
             Mode::Short if is_guest => usize::from(task.is_judged()),
@@ -311,7 +313,7 @@ impl Task {
             Kind::Testpmd if !matches!(self.what, What::Frames(_)) || !contender.has(self.layout) => {
                 Err("it is a yardstick for frames between two devices")
             }
-            Kind::Wrapped(_) if !self.is_of_encapsulations() => Err(ONLY_STREAMS),
+            Kind::Wrapped(_) | Kind::Routes if !self.is_of_encapsulations() => Err(ONLY_STREAMS),
             Kind::Masquerading if self.layout != Layout::Out => Err(ONLY_OUTSIDE),
             Kind::Kernel if self.layout == Layout::Out && !super::is_installed("nft") => {
                 Err("nft is missing: `apt-get install nftables`")

@@ -2,14 +2,15 @@
 //!
 //! Flannel's layout: on each node a bridge with a veth to each pod and the gateway's address, and a VXLAN device that
 //! is not in the bridge and does not learn; routes to the other nodes' ranges lead through it, by permanent neighbour
-//! and FDB entries. Namespaces, addresses, MTU and underlay are those of the lab that it is the twin of.
+//! and FDB entries. Without a tunnel those routes lead to the other nodes themselves. Namespaces, addresses, MTU and underlay are those of the
+//! lab that it is the twin of.
 
 use std::net::Ipv4Addr;
 
 use anyhow::Result;
 
 use super::command::Run;
-use super::plan::{self, PORT, Plan, UPLINK, VNI};
+use super::plan::{self, Encapsulation, PORT, Plan, UPLINK, VNI};
 use super::record::{Cluster, Kind, Record};
 use super::{net, up};
 
@@ -54,12 +55,28 @@ fn run(plan: &Plan, line: &str) -> Result<()> {
 
 fn node_lines(plan: &Plan, node: u8) -> Vec<String> {
     let (netns, mtu) = (plan.node_netns(node), plan.pod_mtu());
-    let (network, gateway) = (plan::range_v4(node, 0), plan::range_v4(node, 1));
-    let (local, mac) = (plan.underlay_address(node), tunnel_mac(node));
+    let gateway = plan::range_v4(node, 1);
     let mut lines = vec![
         format!("ip -n {netns} link add {BRIDGE} mtu {mtu} type bridge"),
         format!("ip -n {netns} address add {gateway}/24 dev {BRIDGE}"),
         format!("ip -n {netns} link set {BRIDGE} up"),
+    ];
+    if plan.encapsulation == Encapsulation::HostGw {
+        let peers = plan.node_numbers().filter(|peer| *peer != node);
+        let to = |peer| (plan::range_v4(peer, 0), plan.underlay_address(peer));
+        lines.extend(
+            peers.map(to).map(|(net, peer)| format!("ip -n {netns} route add {net}/24 via {peer} dev {UPLINK}")),
+        );
+    } else {
+        lines.extend(tunnel_lines(plan, node));
+    }
+    lines
+}
+
+fn tunnel_lines(plan: &Plan, node: u8) -> Vec<String> {
+    let (netns, mtu, network) = (plan.node_netns(node), plan.pod_mtu(), plan::range_v4(node, 0));
+    let (local, mac) = (plan.underlay_address(node), tunnel_mac(node));
+    let mut lines = vec![
         format!(
             "ip -n {netns} link add {TUNNEL} address {mac} mtu {mtu} \
              type vxlan id {VNI} dev {UPLINK} local {local} dstport {PORT} nolearning"
@@ -107,6 +124,17 @@ mod tests {
         has("neigh add 10.244.2.0 lladdr 02:00:00:00:01:02 dev vxlan1 nud permanent");
         has("fdb append 02:00:00:00:01:02 dev vxlan1 dst 10.200.0.2");
         assert!(lines.iter().all(|line| line.contains("-n weft-t-n1 ")), "{lines:#?}");
+    }
+
+    #[test]
+    fn without_a_tunnel_routes_lead_to_the_nodes_themselves() {
+        let plan = Plan::new("t", 2, 1, Mode::Routed, 1500).unwrap().wrapped(Encapsulation::HostGw).unwrap();
+        let lines = node_lines(&plan, 1);
+        assert!(
+            lines.iter().any(|line| line.ends_with("route add 10.244.2.0/24 via 10.200.0.2 dev uplink")),
+            "{lines:#?}"
+        );
+        assert!(lines.iter().all(|line| !line.contains(TUNNEL)), "{lines:#?}");
     }
 
     #[test]
