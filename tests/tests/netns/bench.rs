@@ -89,7 +89,9 @@ fn every_row_is_there_for_every_path_and_nothing_is_left_behind() {
     nothing_is_left(&name);
 
     let paths: Vec<_> = outcome["paths"].as_array().unwrap().iter().map(|path| path["id"].as_str().unwrap()).collect();
-    assert_eq!(paths, ["weft", "kernel", "weft-xdp", "ovs-xdp", "ovs-packet", "testpmd"]);
+    let wrapped = ["weft-geneve", "weft-gre", "weft-ipip", "weft-host-gw"];
+    let [first, last] = [["weft", "kernel", "weft-xdp"], ["ovs-xdp", "ovs-packet", "testpmd"]];
+    assert_eq!(paths, [&first[..], &wrapped, &["kernel-routes", "weft-out"], &last].concat());
     // DPDK is two hundred packages, too much for a yardstick; `make bench` installs them.
     let has_testpmd = find("dpdk-testpmd").is_some();
     for path in outcome["paths"].as_array().unwrap() {
@@ -127,6 +129,17 @@ fn every_row_is_there_for_every_path_and_nothing_is_left_behind() {
             let ratio = ratio(row, "kernel");
             assert!(ratio.is_finite() && ratio > 0.0, "{name}: {ratio}");
         }
+    }
+    let stream = row(&outcome, "two-tcp-1");
+    for path in wrapped.into_iter().chain(["kernel-routes"]) {
+        assert!(result(stream, path)["median"].as_f64().is_some_and(|median| median > 0.0), "{path}: {stream}");
+    }
+    for name in ["out-tcp-1", "out-tcp-1-reverse"] {
+        let row = row(&outcome, name);
+        for path in ["weft-out", "kernel"] {
+            assert!(result(row, path)["median"].as_f64().is_some_and(|median| median > 0.0), "{path}: {row}");
+        }
+        assert!(ratio(row, "kernel") > 0.0, "{row}");
     }
     let svg = std::fs::read_to_string(&svg).unwrap();
     assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>") && svg.contains("TCP, 1 stream"));

@@ -36,7 +36,7 @@ pub const PORT: u16 = 8472;
 /// VXLAN's network identifier.
 pub const VNI: u32 = 1;
 
-const MAX_NAME: usize = 20;
+const MAX_NAME: usize = 24;
 
 /// How the pod network is laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
