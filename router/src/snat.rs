@@ -22,10 +22,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use weft_encap::ip;
-use zerocopy::FromZeros;
 
 use crate::drop_reason::DropReason;
 use crate::flow::{FlowKey, Seed};
+use crate::frame::Lazy;
 use crate::path::{Handle, Side, Translation};
 use crate::tables::ExactMap;
 use crate::time::Instant;
@@ -114,7 +114,7 @@ pub struct Session {
 /// The table. See the module's essay.
 pub struct Snat {
     limits: Limits,
-    slots: Vec<Slot>,
+    slots: Lazy<Slot>,
     shards: Vec<Mutex<Shard>>,
     ledger: Mutex<Ledger>,
     seed: Seed,
@@ -142,7 +142,7 @@ struct Sweep {
 impl Snat {
     /// Room for as many sessions as the limits say. `seed` keeps outsiders from guessing ports.
     pub fn new(limits: Limits, seed: u64) -> Snat {
-        let slots = Slot::new_vec_zeroed(limits.sessions).expect("the limit fits into memory");
+        let slots = Lazy::zeroed(limits.sessions);
         Snat {
             limits,
             slots,

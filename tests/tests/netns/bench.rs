@@ -13,8 +13,15 @@ use weft_tests::machine::{binaries, binary, find, turn, unique};
 const PATIENCE: Duration = Duration::from_secs(240);
 
 fn bench(name: &str, args: &[&str]) -> Command {
+    let mut command = thorough(name, args);
+    command.arg("--smoke");
+    command
+}
+
+/// A run that takes minutes.
+fn thorough(name: &str, args: &[&str]) -> Command {
     let mut command = Command::new(binary("weft"));
-    command.args(["bench", "--smoke", "--name", name]).args(args).env("WEFT_BIN_DIR", binaries());
+    command.args(["bench", "--name", name]).args(args).env("WEFT_BIN_DIR", binaries());
     command
 }
 
@@ -167,7 +174,7 @@ fn a_path_that_cannot_be_built_says_what_to_install() {
 
 /// A run that is under way, with all its labs built.
 fn under_way(name: &str) -> Background {
-    let run = Background::start(bench(name, &["--paths", "weft", "kernel", "--only", "tcp"]));
+    let run = Background::start(thorough(name, &["--paths", "weft", "kernel", "--only", "tcp"]));
     let last = format!("weft-{name}-kernel-n2-p2");
     eventually("the last lab is being built", Duration::from_secs(30), || Path::new("/run/netns").join(&last).exists());
     std::thread::sleep(Duration::from_millis(1500));

@@ -323,8 +323,10 @@ fn the_way_to_a_node_is_followed_when_its_mac_its_route_and_the_mtu_change() {
     one.netns.ip("route add 10.200.0.2/32 via 10.200.0.9");
     by("xdp");
     let seen = || router.exec("nstat -az IpForwDatagrams").out;
-    let before = seen();
-    assert!(answers() && seen() != before, "it goes by the router");
+    eventually("it goes by the router", Duration::from_secs(5), || {
+        let before = seen();
+        answers() && seen() != before
+    });
     one.netns.ip("route del 10.200.0.2/32");
     // By another device, which leads to the same place.
     one.netns.ip(&format!("link add second type veth peer name second netns {}", cluster.underlay().0));

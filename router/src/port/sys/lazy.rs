@@ -19,6 +19,8 @@ pub struct Lazy<T> {
 // SAFETY: it owns its memory as a `Vec` does, so it may go wherever its elements may. A raw pointer hides that from the
 // compiler.
 unsafe impl<T: Send> Send for Lazy<T> {}
+// SAFETY: a `&Lazy` gives `&T` alone, as a shared slice does.
+unsafe impl<T: Sync> Sync for Lazy<T> {}
 
 impl<T: FromZeros> Lazy<T> {
     /// `len` elements of zeros.
