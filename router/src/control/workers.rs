@@ -42,6 +42,8 @@ struct Owner {
     worker: usize,
     /// Whether another worker can receive instead.
     is_movable: bool,
+    /// Whether it counts when work is shared out: a format that few peers use does not.
+    counts: bool,
 }
 
 /// What keeps the workers' memory registered, and the pods' program in the kernel's table of programs.
@@ -136,12 +138,12 @@ impl Workers {
         let count = self.count();
         match device {
             Device::Tap(tap) => {
-                let (tap, owner) = (Arc::new(tap), self.place(id, true)?);
+                let (tap, owner) = (Arc::new(tap), self.place(id, true, true)?);
                 let half = |worker| Half::Tap { tap: Arc::clone(&tap), receives: worker == owner };
                 Ok((0..count).map(|worker| (worker, port(half(worker), 1))).collect())
             }
             Device::Veth(interface) => {
-                let halves = self.open_veth(interface, self.place(id, false)?).map_err(RouterError::Device)?;
+                let halves = self.open_veth(interface, self.place(id, false, true)?).map_err(RouterError::Device)?;
                 Ok(halves.into_iter().map(|(worker, half)| (worker, port(half, 1))).collect())
             }
             Device::Outlet(outlet) => {
@@ -155,7 +157,7 @@ impl Workers {
             }
             Device::Raw(tunnel) => {
                 self.check_workers(tunnel.workers())?;
-                let owner = self.place(id, true)?;
+                let owner = self.place(id, true, false)?;
                 let half = |(worker, half)| (worker, port(Half::Raw { half, receives: worker == owner }, 1));
                 Ok(tunnel.into_halves().enumerate().map(half).collect())
             }
@@ -225,19 +227,19 @@ impl Workers {
     }
 
     /// Chooses who receives from a port.
-    fn place(&self, id: PortId, is_movable: bool) -> Result<usize, RouterError> {
+    fn place(&self, id: PortId, is_movable: bool, counts: bool) -> Result<usize, RouterError> {
         let mut owners = self.owners();
         if let Some(owner) = owners.get(&id).filter(|owner| self.runs(owner.worker)) {
             // It is in use, as the workers will say.
             return Ok(owner.worker);
         }
         let worker = self.least_loaded(&owners).ok_or(RouterError::Stopped)?;
-        owners.insert(id, Owner { worker, is_movable });
+        owners.insert(id, Owner { worker, is_movable, counts });
         Ok(worker)
     }
 
     fn least_loaded(&self, owners: &BTreeMap<PortId, Owner>) -> Option<usize> {
-        let load = |worker: &usize| owners.values().filter(|owner| owner.worker == *worker).count();
+        let load = |worker: &usize| owners.values().filter(|owner| owner.counts && owner.worker == *worker).count();
         (0..self.count()).filter(|worker| self.all[*worker].runs()).min_by_key(load)
     }
 
@@ -478,7 +480,7 @@ mod tests {
         let router = router(2);
         let others: Vec<OwnedFd> = (1..=PODS).map(|id| plug(&router, id)).collect();
         assert_eq!(router.take_over(0), TakenOver::default(), "it runs");
-        assert_eq!(router.workers.place(PortId(9), false).unwrap(), 0);
+        assert_eq!(router.workers.place(PortId(9), false, true).unwrap(), 0);
         assert!(router.workers.all[0].tell(Command::Panic));
         assert_eq!(router.events().recv().unwrap(), Event::WorkerEnded(0));
         passes(&others[1], &others[0], &packets().1);
