@@ -66,6 +66,8 @@ struct Way {
     peer: Peer,
     /// What questions are wrapped in and pods' packets are not.
     beside: u32,
+    /// What the underlay's device takes.
+    device: u32,
     /// When it is to be looked at again.
     due: Option<Instant>,
 }
@@ -137,10 +139,15 @@ impl Probing {
         round.again
     }
 
-    /// What each way carries that was measured, by the node's underlay address, the outer IP header included.
+    /// What each way carries that was measured, by the node's underlay address, the outer IP header included. One that carries all that
+    /// pods use counts as wide as the device: they may soon be wrapped in something else.
     pub fn measured(&self) -> BTreeMap<IpAddr, u32> {
         let ways = self.lock();
-        ways.ways.values().filter_map(|way| Some((way.underlay, way.peer.measured()? + way.peer.overhead()))).collect()
+        let outer = |way: &Way| {
+            let measured = way.peer.measured()? + way.peer.overhead();
+            Some(if way.peer.narrow().is_none() { measured.max(way.device) } else { measured })
+        };
+        ways.ways.values().filter_map(|way| Some((way.underlay, outer(way)?))).collect()
     }
 
     /// Something changed here, so that ways may carry more than they did.
@@ -216,11 +223,12 @@ impl Ways {
                     underlay,
                     peer: Peer::new(least, most, overhead, is_foreign, now),
                     beside,
+                    device: config.underlay.mtu,
                     due: None,
                 }
             });
             let way = self.ways.entry(id).or_insert(way);
-            way.beside = beside;
+            (way.beside, way.device) = (beside, config.underlay.mtu);
             way.peer.set_most(most, overhead, now);
         }
     }

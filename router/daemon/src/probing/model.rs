@@ -183,6 +183,19 @@ fn a_path_that_becomes_wider_is_noticed_by_itself_and_at_once_if_something_chang
 }
 
 #[test]
+fn another_encapsulation_alone_makes_no_way_narrow() {
+    let mut bed = Bed::up(Path::good());
+    for overhead in [20, 58, 50] {
+        bed.peer.set_most(MOST, overhead, bed.now);
+        assert_eq!(bed.carries(), MOST, "{overhead}");
+    }
+    let mut bed = Bed::up(Path { mtu: 1300, ..Path::good() });
+    bed.run(30_000);
+    bed.peer.set_most(MOST, 58, bed.now);
+    assert_eq!(bed.carries(), 1292, "eight bytes less are left of what was measured");
+}
+
+#[test]
 fn a_node_that_goes_away_is_noticed_within_three_hundred_milliseconds_and_when_it_comes_back() {
     for offset in (0..100).step_by(9) {
         let mut bed = Bed::up(Path::good());

@@ -182,8 +182,11 @@ impl Peer {
         if (most, overhead) == (self.most, self.overhead) {
             return;
         }
-        // What was measured is the length of the whole packet.
+        // What was measured is the length of the whole packet. A way that carries all that was asked for may carry more: another
+        // encapsulation alone does not make it narrow.
+        let rewrapped = overhead != self.overhead && most <= self.most && self.narrow().is_none();
         let carried = (self.mtu + self.overhead).saturating_sub(overhead).max(self.least);
+        let carried = if rewrapped { most } else { carried };
         (self.most, self.overhead, self.search) = (most, overhead, None);
         self.mtu = if self.is_known() { carried.min(most) } else { most };
         self.try_rise(now);
