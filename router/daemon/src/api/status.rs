@@ -76,6 +76,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     problems.extend(node.uplink.tunnel_problems(config));
     problems.extend(node.egress.problems(config));
     problems.extend(node.answers.problems());
+    problems.extend(node.wrapping.problem());
     problems.extend(node.outlets.problems());
     problems.extend(kernel.problems.iter().cloned());
     let tunnels = config.peers.iter().any(|peer| !state.desired.leads.peers.contains_key(&peer.underlay));
