@@ -245,6 +245,8 @@ pub(crate) struct Removed {
 
 pub(crate) enum Command {
     AddPort(NewPort, Sender<Result<(), RouterError>>),
+    /// Put this in the place of the port with its number, whose counters go on.
+    ReplacePort(NewPort, Sender<Result<Option<OwnedFd>, RouterError>>),
     RemovePort(PortId, Sender<Option<Removed>>),
     /// Receive from this port, too.
     Receive(PortId),
@@ -329,6 +331,15 @@ impl Router {
     /// worker runs.
     pub fn add_port(&self, id: PortId, device: Device) -> Result<(), RouterError> {
         self.workers.add_port(id, device)
+    }
+
+    /// Gives the workers another device for a port that they have, whose counters go on, and closes the one before. What waits for the port
+    /// leaves by the new one. If that cannot be used the old one stays, for those workers that could not take it.
+    ///
+    /// # Errors
+    /// Those of [`Router::add_port`].
+    pub fn replace_port(&self, id: PortId, device: Device) -> Result<(), RouterError> {
+        self.workers.replace_port(id, device)
     }
 
     /// Opens a veth that is nobody's port, by its number in the calling thread's network namespace, and keeps it open: it has a queue for

@@ -83,6 +83,8 @@ pub struct Node {
     pub turns: Turns,
     /// Where the source takes orders, if it is not the file.
     pub orders: Option<tokio::sync::mpsc::Sender<Order>>,
+    /// Where the source hears what this node is, if it is not the file.
+    pub facts: Option<tokio::sync::watch::Sender<Arc<Config>>>,
     /// This node's own interface in the pod network.
     pub host: HostPort,
     /// Counts of the runtime's requests.
@@ -191,6 +193,7 @@ impl Node {
             watch: Watch::new(),
             turns: Turns::default(),
             orders: None,
+            facts: None,
             host: HostPort::new(kicks),
             requests: Requests::default(),
             log_level,

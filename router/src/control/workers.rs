@@ -129,6 +129,21 @@ impl Workers {
         if added.is_empty() { Err(RouterError::Stopped) } else { Ok(()) }
     }
 
+    /// Gives all that run another device for a port. The first error is told after all were asked.
+    pub(super) fn replace_port(&self, id: PortId, device: Device) -> Result<(), RouterError> {
+        let halves = self.halves(id, device)?;
+        let asked: Vec<_> = halves
+            .into_iter()
+            .filter_map(|(worker, port)| self.all[worker].ask(|answer| Command::ReplacePort(port, answer)))
+            .collect();
+        // What was before is closed here, for that takes the kernel long.
+        let answers: Vec<_> = asked.into_iter().filter_map(|reply| reply.recv().ok()).collect();
+        if answers.is_empty() {
+            return Err(RouterError::Stopped);
+        }
+        answers.into_iter().try_for_each(|answer| answer.map(drop))
+    }
+
     /// Takes a port from those that had it already, for another could not take it.
     fn undo(&self, id: PortId, added: Vec<usize>, error: RouterError) -> RouterError {
         for worker in added {

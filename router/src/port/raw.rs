@@ -26,7 +26,7 @@ use weft_encap::ip;
 
 use crate::pool::Pool;
 use crate::port::sys::message;
-use crate::port::udp::{SOCKET_BUFFER, force_receive_buffer, transmit};
+use crate::port::udp::{SOCKET_BUFFER, bind_early, force_receive_buffer, transmit};
 use crate::port::{Batch, Capabilities, Port, PortId, Queue, Received, is_broken};
 use crate::stats::Stats;
 
@@ -62,8 +62,7 @@ impl RawTunnel {
     /// Opens, in the current namespace, the sockets for packets to and from this address. GRE's two formats have the same ones.
     ///
     /// # Errors
-    /// `InvalidInput` for a format that lies in UDP; the kernel's: `EPERM` without `CAP_NET_RAW`, `EADDRNOTAVAIL` if the address is not
-    /// this node's.
+    /// `InvalidInput` for a format that lies in UDP; the kernel's: `EPERM` without `CAP_NET_RAW`.
     pub fn open(format: Format, workers: usize, local: IpAddr) -> io::Result<RawTunnel> {
         let protocols = protocols(format).ok_or(io::ErrorKind::InvalidInput)?;
         let sockets = protocols.iter().map(|protocol| open_receiving(local, *protocol).map(OwnedFd::from));
@@ -133,6 +132,7 @@ fn open(local: IpAddr, protocol: u8) -> io::Result<Socket> {
         IpAddr::V4(_) => sockopt::set_ip_mtu_discover(&socket, sockopt::Ipv4PathMtuDiscovery::PROBE)?,
         IpAddr::V6(_) => sockopt::set_ipv6_mtu_discover(&socket, sockopt::Ipv6PathMtuDiscovery::PROBE)?,
     }
+    bind_early(&socket, address)?;
     socket.bind(&SockAddr::from(address))?;
     Ok(socket)
 }

@@ -27,7 +27,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::cluster::{Cluster, Record, admit, mode_name};
 use super::config::Config;
 use super::config::source::EtcdConfig;
-use super::source::{Backoff, Order, Pace, Source, Views};
+use super::source::{Backoff, Facts, Order, Pace, Source, Views};
 use client::Client;
 use messages::{
     Compare, DeleteRangeRequest, KeyValue, PutRequest, RangeRequest, Request, RequestOp, Response, TxnRequest,
@@ -53,6 +53,8 @@ pub struct Etcd {
     missed: BTreeMap<u32, Holder>,
     mercy_ends: Option<Instant>,
     held: Held,
+    /// The address by which etcd knows this node since it runs.
+    announced: Option<String>,
     /// Why this node has no slot.
     waits: Option<String>,
     left: bool,
@@ -81,6 +83,7 @@ impl Etcd {
             missed: BTreeMap::new(),
             mercy_ends: None,
             held,
+            announced: None,
             waits: None,
             left: false,
             backoff,
@@ -89,10 +92,10 @@ impl Etcd {
 }
 
 impl Source for Etcd {
-    async fn follow(mut self, views: Views, mut orders: mpsc::Receiver<Order>) {
+    async fn follow(mut self, views: Views, mut orders: mpsc::Receiver<Order>, mut facts: Facts) {
         let mut server = number_of(&self.local.node) as usize;
         loop {
-            let Err(error) = self.session(server, &views, &mut orders).await;
+            let Err(error) = self.session(server, &views, &mut orders, &mut facts).await;
             let why = format!("etcd: {error:#}");
             if views.last().trouble.as_ref() != Some(&why) {
                 tracing::warn!("{why}; what was known of the cluster stays in force");
@@ -123,8 +126,10 @@ impl Etcd {
         server: usize,
         views: &Views,
         orders: &mut mpsc::Receiver<Order>,
+        facts: &mut Facts,
     ) -> Result<std::convert::Infallible> {
         let identity = own::identity(&self.folder)?;
+        self.local = facts.borrow_and_update().as_ref().clone();
         let mut client = Client::connect(&self.config, server).await?;
         self.catch_up(&mut client).await?;
         let from = self.mirror().revision + 1;
@@ -151,6 +156,10 @@ impl Etcd {
                 }
                 () = sleep_until(publish.unwrap_or_else(Instant::now)), if publish.is_some() => {
                     self.settle(&mut client, &identity, views, &mut timers).await?;
+                }
+                Ok(()) = facts.changed() => {
+                    self.local = facts.borrow_and_update().as_ref().clone();
+                    timers.publish = Some(Instant::now());
                 }
                 Some(order) = orders.recv() => {
                     if let Order::Leave(answer) = order {
@@ -240,6 +249,7 @@ impl Etcd {
             let step = self.mirror().next(&me);
             match step {
                 Step::Done => {
+                    self.announced = Some(me.holder.record.underlay);
                     let slot = self.mirror().own_slot(identity);
                     self.hold(|held| held.slot = slot)?;
                     return Ok(true);
@@ -286,6 +296,8 @@ impl Etcd {
         let failure: Vec<RequestOp> = compare.iter().map(|compare| Request::Range(look(&compare.key)).into()).collect();
         let success = puts.iter().map(|put| Request::Put(put.clone()).into()).collect();
         let looked: Vec<Vec<u8>> = compare.iter().map(|compare| compare.key.clone()).collect();
+        // Also if no answer comes: then this may be what etcd says of this node.
+        self.announced = Some(me.holder.record.underlay.clone());
         let answer = client.transact(TxnRequest { compare, success, failure }).await?;
         self.learn(&answer, puts, &looked);
         Ok(())
@@ -433,7 +445,8 @@ impl Etcd {
             accepts: Some(local.underlay.accepted()),
         };
         let holder = Holder { identity: identity.to_owned(), record, left: false };
-        Me { holder, leases: self.held.leases, had: self.held.slot, network: self.config.network.clone() }
+        let network = self.config.network.clone();
+        Me { holder, leases: self.held.leases, had: self.held.slot, was_at: self.announced.clone(), network }
     }
 
     /// Changes what this node holds, on disk first.

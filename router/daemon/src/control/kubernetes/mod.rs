@@ -36,7 +36,7 @@ use super::cluster::Cluster;
 use super::config::Config;
 use super::config::kubernetes::KubernetesConfig;
 use super::etcd::own;
-use super::source::{Backoff, Order, Pace, Source, Views};
+use super::source::{Backoff, Facts, Order, Pace, Source, Views};
 use claim::{Claim, GRACE, Step};
 use client::{Client, Doing, Failure, Patch};
 use mirror::{Kind, Mirror, escaped};
@@ -64,6 +64,8 @@ pub struct Kubernetes {
     nodes: Arc<Mirror<Node>>,
     pods: Arc<Mirror<Pod>>,
     claim: Claim,
+    /// The address by which this Node's annotation knows this machine since weftd runs.
+    announced: Option<String>,
     /// Whether another weftd has spoken for this Node, and may object.
     is_contested: bool,
     /// When the claim is settled, if nobody objects.
@@ -93,6 +95,7 @@ impl Kubernetes {
             pods: Arc::new(Mirror::new(Arc::clone(&changed))),
             changed,
             claim: Claim::default(),
+            announced: None,
             is_contested: false,
             settled: None,
             serves: false,
@@ -116,7 +119,7 @@ fn seed_of(node: &str) -> u64 {
 }
 
 impl Source for Kubernetes {
-    async fn follow(mut self, views: Views, mut orders: mpsc::Receiver<Order>) {
+    async fn follow(mut self, views: Views, mut orders: mpsc::Receiver<Order>, mut facts: Facts) {
         let identity = match own::identity(&self.local.state_dir) {
             Ok(identity) => identity,
             Err(error) => {
@@ -158,6 +161,10 @@ impl Source for Kubernetes {
                 }
                 Some(order) = orders.recv() => {
                     self.obey(order);
+                    due = Some(Instant::now());
+                }
+                Ok(()) = facts.changed() => {
+                    self.local = facts.borrow_and_update().as_ref().clone();
                     due = Some(Instant::now());
                 }
             }
@@ -251,6 +258,7 @@ impl Kubernetes {
             self.claim.is_settled();
         }
         let (mut write, mut again) = (None, self.settled);
+        views.address(own.as_ref().and_then(|own| members::address_said(&self.local, own)));
         if let Some(own) = own.filter(|_| !identity.is_empty()) {
             write = self.missing(identity, &own);
             if write.is_none() {
@@ -287,7 +295,7 @@ impl Kubernetes {
     /// What should stand in this machine's Node, and is missing there.
     fn missing(&mut self, identity: &str, node: &Node) -> Option<Write> {
         let ours = members::announcement(&self.local, identity, &self.former);
-        let (claim, step) = self.claim.next(node, &ours);
+        let (claim, step) = self.claim.next(node, &ours, self.announced.as_deref());
         self.is_contested = claim == Claim::Contested;
         let (what, media, body, claim) = match step {
             Step::Announce | Step::Insist => {
@@ -297,6 +305,8 @@ impl Kubernetes {
                         "another machine says that it is the Node {name:?}: one of them must get another name"
                     );
                 }
+                // Also if no answer comes: then this may be what stands there.
+                self.announced = Some(ours.underlay.clone());
                 let text = serde_json::to_string(&ours).expect("strings and numbers become JSON");
                 let body = json!({"metadata": {"uid": node.uid, "annotations": {ANNOUNCED: text}}});
                 ("nodes", "application/merge-patch+json", body, Some(claim))

@@ -52,7 +52,7 @@ impl Sources {
 
     fn follow_with(&self, config: &Config) -> Followed {
         let _inside = self.runtime.enter();
-        let source::Following { views, orders } = source::follow(config, None).unwrap();
+        let source::Following { views, orders, facts: _facts } = source::follow(config, None).unwrap();
         Followed { views, orders }
     }
 
