@@ -115,6 +115,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
             evicted: snapshot.returns.evicted,
         }),
         masquerade: show::masquerade(node, &state.desired),
+        encapsulation: usual(config),
         vni: config.vni.get(),
         mtu: config.mtu,
         underlay_mtu: device.map_or(config.underlay.mtu, |device| device.mtu),
@@ -157,6 +158,13 @@ fn host() -> Option<Host> {
 
 fn underlay_device<'h>(config: &Config, host: &'h Host) -> Option<&'h Interface> {
     host.holder_of(config.underlay.address)
+}
+
+/// What other nodes are sent by, in the words of the configuration.
+fn usual(config: &Config) -> String {
+    let underlay = &config.underlay;
+    let plain = if underlay.cross_subnet { "host-gw within the subnet, else " } else { "" };
+    format!("{plain}{}", underlay.encapsulation.name())
 }
 
 /// Everything that is wrong, the gravest first, but for losses.
