@@ -201,6 +201,12 @@ impl Forwarder {
         }
         let entrance = self.entrance(packet, tables, now);
 
+        // What another node says in its own name to a pod goes by this node's kernel, which may have brought the two together.
+        if let Some(path) = returning::by_kernel(packet, tables) {
+            let open = |(signature, hash)| FlowCommit::Open(signature, hash, verdict(path, None, entrance));
+            return Ok((path, Commit { entrance, ..remember(0, flow.map_or(FlowCommit::None, open)) }));
+        }
+
         // 6. Known flow: take the path that its first packet was given, if the tables and the MAC still hold.
         let begins = tables.host.is_some() && packet.ip().is_some_and(returning::begins);
         if let Some((signature, hash)) = &flow

@@ -231,6 +231,8 @@ pub struct Peer {
     pub name: String,
     /// Its underlay address.
     pub underlay: IpAddr,
+    /// Its other addresses, as far as they are known: its kernel may answer pods from them.
+    pub addresses: Vec<IpAddr>,
     /// What it gives to its pods.
     pub ranges: Vec<IpNet>,
     /// Its inner MAC.
