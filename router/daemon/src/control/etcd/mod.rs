@@ -437,6 +437,7 @@ impl Etcd {
         let record = Record {
             name: local.node.clone(),
             underlay: local.underlay.address.to_string(),
+            addresses: Vec::new(),
             ranges: Vec::new(),
             vtep_mac: Some(local.vtep_mac.to_string()),
             mode: Some(mode_name(local.mode).into()),
