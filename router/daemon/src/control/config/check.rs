@@ -61,6 +61,8 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
         let (node, mode, (mtu, underlay_mtu), source) = (node?, mode?, mtus?, source?);
         let subnet = encapsulation::subnet(host, underlay?);
         let underlay = build_underlay(draft.underlay.as_ref(), underlay?, underlay_mtu, (mode, subnet));
+        let overhead = encapsulation::most_overhead(&draft, Some(mode), underlay.address.is_ipv4());
+        let underlay = Underlay { overhead, ..underlay };
         let vtep_mac = || derive::vtep_mac(&node.value, underlay.address);
         Some(Config {
             node: node.value.clone(),
@@ -113,6 +115,7 @@ fn build_underlay(
         subnet,
         formats: encapsulation::formats_of(mode),
         mtu,
+        overhead: 0,
     }
 }
 
