@@ -16,7 +16,7 @@ export KUBERNETES_BIN_DIR ?= $(CARGO_TARGET_DIR)/kubernetes
 # Seconds for each target of `make fuzz`.
 FUZZ_SECONDS ?= 60
 
-.PHONY: help demo test test-kubernetes check bench fuzz build image install uninstall clean
+.PHONY: help demo test test-container test-kubernetes check bench fuzz build image install uninstall clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -36,6 +36,11 @@ test: ## Every test: units, models, a real kernel (root)
 	@.ci/setup root lab test bench
 	@.ci/build
 	@.ci/test
+
+test-container: ## The tests with real daemons again, with weftd in containers as the DaemonSet has it (root)
+	@.ci/setup root lab test bench
+	@.ci/build
+	@.ci/test container
 
 # Kubernetes is built from Debian's source package at the first time, unless KUBERNETES_BIN_DIR has its programs already.
 test-kubernetes: ## Weft in a real Kubernetes cluster of three nodes; not part of `make test` (root)

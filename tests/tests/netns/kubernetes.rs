@@ -19,6 +19,8 @@ const ADDRESS: &str = "10.200.0.250";
 /// Seconds of silence after which a stream of changes is taken to hang.
 const IDLE: u64 = 2;
 const PATIENCE: Duration = Duration::from_secs(30);
+/// For how long the API server is away.
+const AWAY: Duration = Duration::from_secs(60);
 
 /// A cluster whose nodes know each other by the Kubernetes API only.
 struct Formed {
@@ -181,6 +183,7 @@ fn while_the_api_is_away_traffic_flows_and_nodes_restart() {
     formed.await_spoken();
     let pings = Pings::start(&formed.pods[0].0, formed.pods[1].1[0]);
     formed.api.stop();
+    let away = Instant::now();
     eventually("it is missed", PATIENCE, || {
         formed.daemon(1).status().problems.iter().any(|problem| problem.contains("cannot reach"))
     });
@@ -193,7 +196,10 @@ fn while_the_api_is_away_traffic_flows_and_nodes_restart() {
     let (restarted, addresses) = formed.pod(&formed.nodes[2], "cold");
     assert!(addresses[0].to_string().starts_with("10.244.3."), "{addresses:?}");
     await_answer(&restarted, formed.pods[0].1[1]);
-    std::thread::sleep(Duration::from_secs(8));
+    let memory = formed.daemon(1).resident_kib();
+    std::thread::sleep(AWAY.saturating_sub(away.elapsed()));
+    let grown = formed.daemon(1).resident_kib().saturating_sub(memory);
+    assert!(grown < 4096, "{grown} KiB more for waiting");
     formed.api.add_node(4);
     let patches = formed.api.count("patch nodes");
     formed.api.start_again();
@@ -204,9 +210,12 @@ fn while_the_api_is_away_traffic_flows_and_nodes_restart() {
             status.peers == 3 && !status.problems.iter().any(|problem| problem.starts_with("kubernetes"))
         })
     });
-    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+    let back = started.elapsed();
+    eprintln!("in step {back:?} after the API is back");
+    // Five seconds, and what a machine that is busy with something else adds.
+    assert!(back < Duration::from_secs(8), "{back:?}");
     assert_eq!(formed.api.count("patch nodes"), patches, "what is right is not written again");
-    pings.assert_none_lost(400);
+    pings.assert_none_lost(2000);
 }
 
 #[test]
@@ -233,6 +242,8 @@ fn what_a_node_lacks_is_said_to_the_runtime_and_may_come_late() {
     let refused = formed.nodes[1].runtime.call("ADD", "early", Some(&early.path()), &json!({"wait": 0}));
     let failure: Failure = serde_json::from_value(refused.json).unwrap();
     assert_eq!(failure.code, code::TRY_AGAIN, "{failure:?}");
+    let status = formed.nodes[1].runtime.call("STATUS", "", None, &json!({"wait": 0})).refused(50);
+    assert!(status.contains("--allocate-node-cidrs"), "{status}");
     // A pod of before whose lease is lost, and one that has ended.
     formed.api.put("pods", pod("lost", "n2", "10.244.2.2"));
     let mut ended = pod("ended", "n2", "10.244.2.3");

@@ -23,7 +23,7 @@ use super::kubernetes::tests::certificates;
 use super::source::{self, Following, View};
 
 /// The clock's step, and how often sockets are looked at in each.
-const STEP: Duration = Duration::from_millis(100);
+const STEP: Duration = Duration::from_millis(250);
 const LOOKS: usize = 8;
 /// How long each way of being away lasts; there are six, and each comes twice.
 const PHASE: Duration = Duration::from_secs(6 * 60);
@@ -190,7 +190,7 @@ async fn until(views: &watch::Receiver<View>, what: &str, is_so: impl Fn(&View) 
         assert!(waited < Duration::from_secs(60), "{what}: not after {waited:?}: {:?}", views.borrow());
         // This machine's part of the work takes the time that it takes, by another clock.
         for _ in 0..4 {
-            pass(STEP / 4).await;
+            pass(STEP / 10).await;
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -255,6 +255,67 @@ fn after_an_hour_without_the_kubernetes_api_a_node_is_in_step_within_seconds() {
 }
 
 #[test]
+fn what_was_renewed_while_the_kubernetes_api_was_away_is_used() {
+    let folder = tempfile::tempdir().unwrap();
+    certificates(folder.path());
+    let file = |name: &str| folder.path().join(name);
+    fs::write(file("token"), "first").unwrap();
+    by_hand(async {
+        let api = Arc::new(Api::start());
+        api.add_node(1);
+        let good = |token: &str| api.spoil(|faults| faults.token = Some(token.into()));
+        good("first");
+        let doors = [0, 1].map(|_| Door::open(Some(Arc::clone(&api)), folder.path().to_owned()));
+        let kubeconfig = |door: &Door| {
+            let text = format!(
+                "current-context: it\ncontexts:\n- name: it\n  context: {{cluster: it, user: me}}\nclusters:\n- name: it\n  cluster:\n    \
+                 server: {}\n    certificate-authority: ca.pem\nusers:\n- name: me\n  user: {{tokenFile: token}}\n",
+                door.url
+            );
+            fs::write(file("kubeconfig"), text).unwrap();
+        };
+        kubeconfig(&doors[0]);
+        let table = format!("[kubernetes]\nkubeconfig = \"{}\"\n", file("kubeconfig").display());
+        let Following { views, orders: _orders, facts: _facts } = follow(&table, folder.path());
+        let is_in_step = |view: &View| view.cluster.is_some() && view.trouble.is_none();
+        until(&views, "it is in step", is_in_step).await;
+        let away = async |door: &Door| {
+            door.way.send_replace(Way::Closed);
+            pass(PHASE / 6).await;
+            assert!(!is_in_step(&views.borrow()));
+        };
+        let back = async |what: &str| {
+            let back = until(&views, what, is_in_step).await;
+            assert!(back < BACK, "{what}: {back:?}");
+        };
+
+        away(&doors[0]).await;
+        fs::write(file("token"), "second").unwrap();
+        good("second");
+        doors[0].way.send_replace(Way::Serves);
+        back("another token").await;
+
+        away(&doors[0]).await;
+        good("third");
+        doors[0].way.send_replace(Way::Serves);
+        pass(PHASE / 6).await;
+        assert!(views.borrow().trouble.as_ref().is_some_and(|why| why.contains("(401")), "{:?}", views.borrow());
+        fs::write(file("token"), "third").unwrap();
+        back("a token that came later than the API").await;
+
+        away(&doors[0]).await;
+        fs::copy(file("other.pem"), file("ca.pem")).unwrap();
+        doors[0].way.send_replace(Way::Stranger);
+        back("another authority").await;
+
+        away(&doors[0]).await;
+        doors[1].way.send_replace(Way::Stranger);
+        kubeconfig(&doors[1]);
+        back("another kubeconfig").await;
+    });
+}
+
+#[test]
 fn after_an_hour_without_etcd_it_is_asked_within_seconds() {
     if !is_alone("control::outage::after_an_hour_without_etcd_it_is_asked_within_seconds") {
         return;
@@ -281,7 +342,7 @@ fn after_an_hour_without_etcd_it_is_asked_within_seconds() {
                 let since = Instant::now();
                 while door.came.lock().unwrap().is_empty() {
                     assert!(since.elapsed() < BACK, "{way:?}: nobody comes");
-                    pass(STEP).await;
+                    pass(STEP / 2).await;
                 }
             }
             *half = resident();
