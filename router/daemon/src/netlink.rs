@@ -5,14 +5,14 @@
 
 pub mod paths;
 
-use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use ipnet::IpNet;
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
@@ -36,11 +36,14 @@ pub mod table;
 
 /// A netlink message of one dump is at most this long; the kernel sizes its own by what the reader offers, up to 32 KiB.
 const BUFFER: usize = 32 * 1024;
+/// So often a list is asked for that changes while it is read. Then it is taken as it is: whoever follows changes hears of these, too.
+const LISTS: usize = 5;
 
 /// <https://elixir.bootlin.com/linux/v6.18/A/ident/RTNLGRP_LINK>.
 const RTNLGRP_LINK: u32 = 1;
 
 /// A netlink socket of the thread's network namespace.
+#[derive(Debug)]
 pub struct Netlink {
     socket: Socket,
     sequence: u32,
@@ -327,14 +330,31 @@ impl Netlink {
         Ok(answers.into_iter().find_map(namespace_number_of))
     }
 
-    /// The numbers of all namespaces that have one here.
-    pub fn namespaces(&mut self) -> io::Result<HashSet<i32>> {
-        let answers = self.ask(RouteNetlinkMessage::GetNsId(NsidMessage::default()), NLM_F_DUMP)?;
-        Ok(answers.into_iter().filter_map(namespace_number_of).collect())
+    /// Whether a living namespace has this number here. Of one number: a list of all would lack some while namespaces come and go.
+    pub fn has_namespace(&mut self, number: i32) -> io::Result<bool> {
+        let mut message = NsidMessage::default();
+        message.attributes.push(NsidAttribute::Id(number));
+        match self.ask(RouteNetlinkMessage::GetNsId(message), NLM_F_ACK) {
+            Ok(answers) => Ok(answers.into_iter().find_map(namespace_number_of) == Some(number)),
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
-    /// Sends one request and collects what comes back until the kernel says that it is all.
+    /// Sends one request and collects what comes back until the kernel says that it is all. Of a list that changed while it was read,
+    /// another one is asked for.
     fn ask(&mut self, request: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
+        for _ in 1..LISTS {
+            let (answers, is_torn) = self.ask_once(request.clone(), flags)?;
+            if !is_torn {
+                return Ok(answers);
+            }
+        }
+        Ok(self.ask_once(request, flags)?.0)
+    }
+
+    /// What the kernel answers, and whether that is a list that changed meanwhile.
+    fn ask_once(&mut self, request: RouteNetlinkMessage, flags: u16) -> io::Result<(Vec<RouteNetlinkMessage>, bool)> {
         self.sequence = self.sequence.wrapping_add(1);
         let mut message = NetlinkMessage::from(request);
         message.header.flags = NLM_F_REQUEST | flags;
@@ -343,7 +363,7 @@ impl Netlink {
         let mut bytes = vec![0; message.buffer_len()];
         message.serialize(&mut bytes);
         self.socket.send(&bytes, 0)?;
-        let mut answers = Vec::new();
+        let (mut answers, mut is_torn) = (Vec::new(), false);
         loop {
             let mut buffer = Vec::with_capacity(BUFFER);
             self.socket.recv(&mut buffer, 0)?;
@@ -357,11 +377,12 @@ impl Netlink {
                 if answer.header.sequence_number != self.sequence {
                     continue;
                 }
+                is_torn |= answer.header.flags & NLM_F_DUMP_INTR != 0;
                 match answer.payload {
                     NetlinkPayload::InnerMessage(inner) => answers.push(inner),
                     NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
-                    NetlinkPayload::Error(_) => return Ok(answers),
-                    NetlinkPayload::Done(_) => return Ok(answers),
+                    NetlinkPayload::Error(_) => return Ok((answers, false)),
+                    NetlinkPayload::Done(_) => return Ok((answers, is_torn)),
                     _ => {}
                 }
             }

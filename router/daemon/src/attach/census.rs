@@ -12,7 +12,6 @@
 //!
 //! Where neither works (before 5.14 there are no cookies), only a boot makes a lease stale, and DEL and GC free the others.
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -53,8 +52,8 @@ pub enum Fate {
 pub struct Look<'a> {
     census: &'a Census,
     by_handle: bool,
-    /// The numbers that are in use; asked for by the first who needs them.
-    numbers: Option<HashSet<i32>>,
+    /// Who is asked about numbers; opened by the first who needs it.
+    netlink: Option<Netlink>,
 }
 
 impl Census {
@@ -93,7 +92,7 @@ impl Census {
 
     /// A look at what is there now.
     pub fn look(&self) -> Look<'_> {
-        Look { census: self, by_handle: self.finds_by_handle(), numbers: None }
+        Look { census: self, by_handle: self.finds_by_handle(), netlink: None }
     }
 
     /// Whether namespaces can be found by their cookies: the one that is there for sure is.
@@ -123,13 +122,13 @@ impl Look<'_> {
     }
 
     fn fate_of_number(&mut self, id: i32) -> Fate {
-        if self.numbers.is_none() {
-            self.numbers = Netlink::open().and_then(|mut netlink| netlink.namespaces()).ok();
+        if self.netlink.is_none() {
+            self.netlink = Netlink::open().ok();
         }
-        match &self.numbers {
-            Some(all) if all.contains(&id) => Fate::Lives,
-            Some(_) => Fate::Gone,
-            None => Fate::Unknown,
+        match self.netlink.as_mut().map(|netlink| netlink.has_namespace(id)) {
+            Some(Ok(true)) => Fate::Lives,
+            Some(Ok(false)) => Fate::Gone,
+            Some(Err(_)) | None => Fate::Unknown,
         }
     }
 }
@@ -197,7 +196,7 @@ mod tests {
     fn a_namespace_is_there_until_it_is_not() {
         let census = census();
         let (fd, [facts, numbered]) = pod(&census);
-        let by_number = |facts: &Facts| Look { census: &census, by_handle: false, numbers: None }.fate(facts);
+        let by_number = |facts: &Facts| Look { census: &census, by_handle: false, netlink: None }.fate(facts);
         assert_eq!(census.look().fate(&facts), Fate::Lives);
         assert_eq!(by_number(&numbered), Fate::Lives);
         assert_eq!(number(fd.as_fd()).unwrap(), numbered.netns.unwrap().number.unwrap().id, "it keeps its number");
@@ -207,6 +206,24 @@ mod tests {
             std::thread::sleep(Duration::from_millis(10));
             gone()
         }));
+    }
+
+    #[test]
+    fn who_lives_does_so_whoever_else_comes_and_goes() {
+        let census = census();
+        let pods: Vec<(OwnedFd, [Facts; 2])> = (0..60).map(|_| pod(&census)).collect();
+        let until = std::time::Instant::now() + Duration::from_secs(2);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while std::time::Instant::now() < until {
+                    drop(pod(&census));
+                }
+            });
+            while std::time::Instant::now() < until {
+                let mut look = Look { census: &census, by_handle: false, netlink: None };
+                assert!(pods.iter().all(|(_, [_, numbered])| look.fate(numbered) == Fate::Lives));
+            }
+        });
     }
 
     #[test]
@@ -222,7 +239,7 @@ mod tests {
         // A number counts in the namespace in which it was given, and there only.
         let mut elsewhere = numbered;
         elsewhere.netns.as_mut().unwrap().number.as_mut().unwrap().home ^= 1;
-        assert_eq!(Look { census: &census, by_handle: false, numbers: None }.fate(&elsewhere), Fate::Unknown);
+        assert_eq!(Look { census: &census, by_handle: false, netlink: None }.fate(&elsewhere), Fate::Unknown);
         let blind = Census { boot: String::new(), own: None };
         assert_eq!(blind.look().fate(&facts), Fate::Unknown);
     }
