@@ -10,6 +10,7 @@
 //! Tests with real daemons take a [`machine::turn`] first: they are serialised over the whole machine, whatever
 //! `--test-threads` says.
 
+pub mod beacon;
 pub mod cluster;
 pub mod command;
 pub mod container;

@@ -1,0 +1,191 @@
+//! The underlay changes under a node: another address, none for a while, an uplink that comes and goes. Pods' connections go on, the other
+//! nodes follow, and nothing is left behind however often it happens.
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use weft_api::{Empty, Request};
+use weft_tests::beacon::{Beacon, Talk};
+use weft_tests::cluster::{Cluster, WeftNode};
+use weft_tests::command::eventually;
+use weft_tests::machine::turn;
+use weft_tests::netns::OwnNetns;
+use weft_tests::{plugin, traffic};
+
+use super::uplink::pod;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// After both nodes know.
+const BACK: Duration = Duration::from_secs(1);
+/// A machine that is busy otherwise takes longer.
+const ATTEMPTS: u8 = 4;
+
+/// Two nodes, a pod on each.
+struct Bed {
+    nodes: [WeftNode; 2],
+    pods: [(OwnNetns, Vec<IpAddr>); 2],
+    keys: &'static str,
+    cluster: Cluster,
+}
+
+impl Bed {
+    /// With these keys of the underlay.
+    fn new(cluster: Cluster, keys: &'static str) -> Bed {
+        let node = |number: u8| {
+            let text = config(&cluster, number, keys, [1, 2]);
+            cluster.weft_node_of(number, &text, "")
+        };
+        let nodes = [node(1), node(2)];
+        let pods = [pod(&cluster, &nodes[0]), pod(&cluster, &nodes[1])];
+        pods[1].1.iter().for_each(|address| traffic::await_answer(&pods[0].0, *address));
+        Bed { nodes, pods, keys, cluster }
+    }
+
+    /// The first node gets the address of another number, by its file, and the second node is told.
+    fn move_first(&self, from: u8, to: u8) -> Instant {
+        let v6 = if self.cluster.address(1).is_ipv6() { ("64", " nodad") } else { ("24", "") };
+        let change = |what: &str, number: u8, end: &str| {
+            self.nodes[0].netns.ip(&format!("address {what} {}/{} dev uplink{end}", self.cluster.address(number), v6.0));
+        };
+        change("del", from, "");
+        change("add", to, v6.1);
+        for (node, number) in self.nodes.iter().zip([1, 2]) {
+            node.reload(&config(&self.cluster, number, self.keys, [to, 2])).unwrap();
+        }
+        Instant::now()
+    }
+}
+
+/// The configuration of one of two nodes whose underlay addresses have these numbers.
+fn config(cluster: &Cluster, number: u8, keys: &str, at: [u8; 2]) -> String {
+    let other = 3 - number;
+    let text = cluster.config(number, "routed", &cluster.peer(other, None));
+    let text = text.replace("[underlay]\n", &format!("[underlay]\n{keys}\n"));
+    // A peer's comes after this node's own.
+    let both = [1, 2].map(|number| format!("\"{}\"", cluster.address(number)));
+    let text = text.replace(&both[0], "\"first\"").replace(&both[1], "\"second\"");
+    let now = at.map(|number| format!("\"{}\"", cluster.address(number)));
+    text.replace("\"first\"", &now[0]).replace("\"second\"", &now[1])
+}
+
+#[test]
+fn a_node_with_another_address_is_back_at_once_by_every_encapsulation() {
+    let _turn = turn();
+    let cases = [
+        (Cluster::new("ma").by("udp"), "encapsulation = \"vxlan\""),
+        (Cluster::new("mb").by("xdp"), "encapsulation = \"vxlan\""),
+        (Cluster::new("mc").by("udp"), "encapsulation = \"geneve\""),
+        (Cluster::new("md").by("udp").over_v6(), "encapsulation = \"gre\""),
+        (Cluster::new("me").by("udp"), "encapsulation = \"ipip\""),
+        (Cluster::new("mf").by("udp"), "encapsulation = \"host-gw\""),
+    ];
+    for (cluster, keys) in cases {
+        let bed = Bed::new(cluster, keys);
+        let [(here, _), (there, addresses)] = &bed.pods;
+        let ports = || bed.nodes[0].daemon().port_of(bed.pods[0].1[0]).id;
+        let port = ports();
+        let beacon = Beacon::start(here, there, addresses[0]);
+        let mut talks: Vec<Talk> = addresses.iter().map(|address| Talk::start(here, there, *address)).collect();
+        talks.iter_mut().for_each(Talk::goes_on);
+        let back: Vec<Duration> = (0..ATTEMPTS)
+            .map(|step| {
+                let known = bed.move_first(if step == 0 { 1 } else { 20 + step }, 21 + step);
+                beacon.await_back(known, PATIENCE)
+            })
+            .take_while_inclusive(|back| *back >= BACK);
+        assert!(back.iter().any(|back| *back < BACK), "{keys}: {back:?}\n{}", bed.nodes[0].log());
+        talks.iter_mut().for_each(Talk::goes_on);
+        assert_eq!(ports(), port, "the pod's port is untouched");
+        let status = bed.nodes[0].daemon().status();
+        let now = bed.cluster.address(20 + back.len() as u8);
+        assert!(status.underlay.contains(&now.to_string()), "{}", status.underlay);
+        bed.nodes.iter().for_each(nothing_is_wrong);
+        if status.underlay_kind.contains("xdp") {
+            eventually("by AF_XDP again", PATIENCE, || super::uplink::way(&bed.nodes[0], "n2") == "xdp");
+        }
+        eprintln!("{keys}: back after {back:?}");
+        drop(beacon);
+        bed.nodes.iter().for_each(|node| node.daemon().assert_conserved());
+    }
+}
+
+trait TakeWhileInclusive: Iterator + Sized {
+    /// All up to the first for which it does not hold, and that one.
+    fn take_while_inclusive(self, mut holds: impl FnMut(&Self::Item) -> bool) -> Vec<Self::Item> {
+        let mut all = Vec::new();
+        for item in self {
+            let goes_on = holds(&item);
+            all.push(item);
+            if !goes_on {
+                break;
+            }
+        }
+        all
+    }
+}
+
+impl<I: Iterator> TakeWhileInclusive for I {}
+
+/// Nothing is wrong, or soon not any more.
+#[track_caller]
+fn nothing_is_wrong(node: &WeftNode) {
+    let started = Instant::now();
+    loop {
+        let mut problems = node.daemon().status().problems;
+        // What was lost before the other node knew is told for a while.
+        problems.retain(|problem| !problem.starts_with("in the last "));
+        if problems.is_empty() {
+            return;
+        }
+        assert!(started.elapsed() < PATIENCE, "{problems:?}\n{}", node.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Whether its daemon says that pods can be attached, and otherwise why not.
+fn readiness(node: &WeftNode) -> Result<(), String> {
+    node.daemon().try_ask::<Empty>(&Request::Ready).map(drop).map_err(|error| error.to_string())
+}
+
+#[test]
+fn an_address_that_is_late_or_away_is_waited_for_and_said() {
+    let _turn = turn();
+    for kind in ["udp", "xdp"] {
+        let cluster = Cluster::new("mw").by(kind);
+        // The MTU follows the device, which is not known at first.
+        let text = config(&cluster, 1, "", [31, 2]).replace("mtu = 1450\n", "");
+        let late = cluster.weft_node_unready(1, &text, "");
+        let other = cluster.weft_node_of(2, &config(&cluster, 2, "", [31, 2]), "");
+        let why = "no interface has the underlay address 10.200.0.31";
+        let waits = || readiness(&late).is_err_and(|said| said.contains(why));
+        eventually("it starts and says what it waits for", PATIENCE, waits);
+        let [one, two] = ["one", "two"].map(|name| cluster.sandbox(name));
+        let near = plugin::addresses(&late.attach("one", &one));
+        plugin::addresses(&late.attach("two", &two));
+        traffic::await_answer(&two, near[0]);
+        let (far, addresses) = pod(&cluster, &other);
+        late.netns.ip("address add 10.200.0.31/24 dev uplink");
+        late.await_ready();
+        traffic::await_answer(&one, addresses[0]);
+        let mut talk = Talk::start(&one, &far, addresses[0]);
+        talk.goes_on();
+        nothing_is_wrong(&late);
+        if kind == "xdp" {
+            eventually("by AF_XDP", PATIENCE, || super::uplink::way(&late, "n2") == "xdp");
+        }
+        // It goes, and comes back.
+        late.netns.ip("address del 10.200.0.31/24 dev uplink");
+        eventually("it says what it waits for", PATIENCE, waits);
+        let said = format!("{:?}", late.daemon().status().problems);
+        assert!(said.contains(why), "{said}");
+        traffic::await_answer(&two, near[0]);
+        let beacon = Beacon::start(&one, &far, addresses[0]);
+        late.netns.ip("address add 10.200.0.31/24 dev uplink");
+        let back = beacon.await_back(Instant::now(), PATIENCE);
+        assert!(back < Duration::from_secs(5), "{back:?}");
+        talk.goes_on();
+        nothing_is_wrong(&late);
+        drop(beacon);
+        late.daemon().assert_conserved();
+    }
+}
