@@ -23,6 +23,7 @@ use crate::bridge::FdbEntry;
 use crate::conntrack::FlowEntry;
 use crate::forward::Memory;
 use crate::port::packet::Outlet;
+use crate::port::raw::wrapper::Wrapper;
 use crate::port::raw::{RawHalf, RawTunnel};
 use crate::port::tap::Tap;
 use crate::port::udp::{Sockets, Underlay};
@@ -303,6 +304,11 @@ impl Router {
     /// The tables in force.
     pub fn tables(&self) -> Arc<Tables> {
         self.tables.load_full()
+    }
+
+    /// By what superframes leave whole in formats that lie directly in IP. Without, they are cut here.
+    pub fn set_wrapper(&self, wrapper: Option<Wrapper>) {
+        self.workers.set_wrapper(wrapper.map(Arc::new));
     }
 
     /// How many workers were started.

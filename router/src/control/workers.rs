@@ -16,6 +16,7 @@ use super::{
     Command, Device, Half, NewPort, Removed, RouterConfig, RouterError, Shared, Snapshot, TakenOver, UplinkHalf, merge,
 };
 use crate::port::PortId;
+use crate::port::raw::wrapper::{Wrapper, WrapperPlace};
 use crate::port::sys::xsk::Umem;
 use crate::port::udp::{Sockets, Underlay};
 use crate::port::xdp::{KeptProgram, OpenUplink, PodProgram, XdpDevice};
@@ -32,6 +33,8 @@ pub(super) struct Workers {
     pods: Mutex<Option<Arc<PodProgram>>>,
     /// A veth that is always open.
     kept: Mutex<Option<KeptVeth>>,
+    /// By what superframes leave in formats that lie directly in IP.
+    wrapper: WrapperPlace,
     /// Whose turn it is to ask.
     turn: AtomicUsize,
 }
@@ -79,12 +82,17 @@ impl Workers {
             owners: Mutex::default(),
             pods: Mutex::default(),
             kept: Mutex::default(),
+            wrapper: WrapperPlace::default(),
             turn: AtomicUsize::new(0),
         })
     }
 
     pub(super) fn count(&self) -> usize {
         self.all.len()
+    }
+
+    pub(super) fn set_wrapper(&self, wrapper: Option<Arc<Wrapper>>) {
+        self.wrapper.store(wrapper);
     }
 
     /// Has all of them look at the tables.
@@ -174,6 +182,7 @@ impl Workers {
                 self.check_workers(tunnel.workers())?;
                 let owner = self.place(id, true, false)?;
                 let half = |(worker, half)| (worker, port(Half::Raw { half, receives: worker == owner }, 1));
+                let tunnel = tunnel.with_wrapper(Arc::clone(&self.wrapper));
                 Ok(tunnel.into_halves().enumerate().map(half).collect())
             }
             Device::Uplink { underlay, uplink, hops } => {

@@ -187,16 +187,10 @@ pub struct Backoff {
 
 impl Backoff {
     const FIRST: Duration = Duration::from_millis(200);
-    const LAST: Duration = Duration::from_secs(5);
     /// A limit for those who must be back in step within five seconds.
     pub const SOON: Duration = Duration::from_secs(3);
 
-    /// For a node that differs from others by `seed`.
-    pub fn new(seed: u64) -> Backoff {
-        Backoff::until(seed, Backoff::LAST)
-    }
-
-    /// The same, waiting for `last` at most.
+    /// For a node that differs from others by `seed`, waiting for `last` at most.
     pub fn until(seed: u64, last: Duration) -> Backoff {
         Backoff { next: Backoff::FIRST, last, random: seed | 1 }
     }
@@ -229,10 +223,10 @@ mod tests {
 
     #[test]
     fn waiting_grows_to_its_limit_and_is_spread() {
-        let mut backoff = Backoff::new(7);
+        let mut backoff = Backoff::until(7, Backoff::SOON);
         let steps: Vec<Duration> = (0..12).map(|_| backoff.step()).collect();
         assert!(steps[0] >= Backoff::FIRST / 2 && steps[0] <= Backoff::FIRST);
-        assert!(steps[6..].iter().all(|step| *step >= Backoff::LAST / 2 && *step <= Backoff::LAST), "{steps:?}");
+        assert!(steps[6..].iter().all(|step| *step >= Backoff::SOON / 2 && *step <= Backoff::SOON), "{steps:?}");
         assert!(steps[6..].windows(2).any(|two| two[0].abs_diff(two[1]) > Duration::from_millis(50)), "{steps:?}");
         backoff.reset();
         assert!(backoff.step() <= Backoff::FIRST);

@@ -40,8 +40,8 @@ impl Node {
         if is_settled && index.is_some_and(|index| index != known) {
             return;
         }
-        let looked =
-            Netlink::open().and_then(|mut netlink| Ok(Host { defaults: netlink.default_devices()?, ..netlink.host()? }));
+        let looked = Netlink::open()
+            .and_then(|mut netlink| Ok(Host { defaults: netlink.default_devices()?, ..netlink.host()? }));
         let Ok(host) = looked else { return };
         let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
         self.follow_host(&host);

@@ -13,6 +13,7 @@
 mod follow;
 mod hops;
 mod tunnels;
+mod wrapping;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -38,6 +39,7 @@ use crate::netlink::Netlink;
 use crate::netlink::paths::Detailed;
 use crate::node;
 pub use tunnels::Tunnels;
+pub use wrapping::Wrapping;
 
 use follow::{Followed, Follower};
 use hops::Way;

@@ -120,7 +120,15 @@ fn build_peer(draft: &DraftPeer, mode: Mode) -> Option<Peer> {
     let (name, underlay) = (draft.name.as_ref()?.value.clone(), draft.underlay.as_ref()?.value.to_canonical());
     let vtep_mac = draft.vtep_mac.as_ref().map_or_else(|| derive::vtep_mac(&name, underlay), |mac| mac.value);
     let encapsulation = encapsulation::chosen(draft.encapsulation.as_ref(), mode);
-    Some(Peer { name, underlay, ranges: values(&draft.ranges), vtep_mac, encapsulation, accepts: None })
+    Some(Peer {
+        name,
+        underlay,
+        addresses: Vec::new(),
+        ranges: values(&draft.ranges),
+        vtep_mac,
+        encapsulation,
+        accepts: None,
+    })
 }
 
 fn check_name(reader: &mut Reader<'_>, name: &At<String>) {

@@ -232,6 +232,8 @@ pub struct Peer {
     pub name: String,
     /// Its underlay address.
     pub underlay: IpAddr,
+    /// Its other addresses, as far as they are known: its kernel may answer pods from them.
+    pub addresses: Vec<IpAddr>,
     /// What it gives to its pods.
     pub ranges: Vec<IpNet>,
     /// Its inner MAC.
@@ -323,10 +325,7 @@ impl Config {
             ("gateway", (self.gateway.ipv4, self.gateway.ipv6) != (new.gateway.ipv4, new.gateway.ipv6)),
             ("gateway_mac", self.gateway.mac != new.gateway.mac),
             ("vtep_mac", self.vtep_mac != new.vtep_mac && self.underlay.address == new.underlay.address),
-            (
-                "the family of underlay.address",
-                self.underlay.address.is_ipv4() != new.underlay.address.is_ipv4(),
-            ),
+            ("the family of underlay.address", self.underlay.address.is_ipv4() != new.underlay.address.is_ipv4()),
             ("underlay.port", self.underlay.port != new.underlay.port),
             ("underlay.geneve_port", self.underlay.geneve_port != new.underlay.geneve_port),
             ("underlay.kind", self.underlay.kind != new.underlay.kind),

@@ -351,7 +351,13 @@ mod tests {
     fn me(number: u8) -> Me {
         let record = Record { name: format!("n{number}"), underlay: format!("10.200.0.{number}"), ..Record::default() };
         let holder = Holder { identity: format!("id{number}"), record, left: false };
-        Me { holder, leases: [i64::from(number) * 2, i64::from(number) * 2 + 1], had: None, was_at: None, network: network() }
+        Me {
+            holder,
+            leases: [i64::from(number) * 2, i64::from(number) * 2 + 1],
+            had: None,
+            was_at: None,
+            network: network(),
+        }
     }
 
     /// etcd's keys and their revision: what a transaction does to them.

@@ -40,6 +40,8 @@ use own::Held;
 const MERCY: Duration = Duration::from_secs(30);
 /// How long to wait before trying again to get a slot that somebody else was faster to claim, at most.
 const CONTENDED: Duration = Duration::from_millis(100);
+/// How long to wait about at least before the next attempt.
+const SHORTLY: Duration = Duration::from_millis(400);
 /// Claims in a row.
 const MAX_CLAIMS: usize = 16;
 
@@ -74,7 +76,8 @@ impl Etcd {
     pub fn new(local: Config, config: EtcdConfig) -> Etcd {
         let folder = local.state_dir.clone();
         let held = own::load(&folder);
-        let backoff = Backoff::new(u64::from(number_of(&local.node)) << 16 | u64::from(std::process::id()));
+        let backoff =
+            Backoff::until(u64::from(number_of(&local.node)) << 16 | u64::from(std::process::id()), Backoff::SOON);
         Etcd {
             local,
             config,
@@ -95,6 +98,7 @@ impl Source for Etcd {
     async fn follow(mut self, views: Views, mut orders: mpsc::Receiver<Order>, mut facts: Facts) {
         let mut server = number_of(&self.local.node) as usize;
         loop {
+            let started = Instant::now();
             let Err(error) = self.session(server, &views, &mut orders, &mut facts).await;
             let why = format!("etcd: {error:#}");
             if views.last().trouble.as_ref() != Some(&why) {
@@ -102,7 +106,9 @@ impl Source for Etcd {
             }
             views.trouble(why);
             server = server.wrapping_add(1);
-            let pause = sleep(self.backoff.step());
+            // Attempts that wait long for nothing follow each other at once, for the next one may be answered.
+            let pause = self.backoff.step();
+            let pause = sleep(pause.saturating_sub(started.elapsed()).max(self.backoff.spread(SHORTLY)));
             tokio::pin!(pause);
             loop {
                 tokio::select! {
@@ -437,6 +443,7 @@ impl Etcd {
         let record = Record {
             name: local.node.clone(),
             underlay: local.underlay.address.to_string(),
+            addresses: Vec::new(),
             ranges: Vec::new(),
             vtep_mac: Some(local.vtep_mac.to_string()),
             mode: Some(mode_name(local.mode).into()),

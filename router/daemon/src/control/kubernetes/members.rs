@@ -86,7 +86,8 @@ fn record(node: &Node, v4: bool) -> Option<Record> {
     if node.ranges.is_empty() {
         return None;
     }
-    let record = Record { name: node.name.clone(), ranges: node.ranges.clone(), ..Record::default() };
+    let (name, ranges, addresses) = (node.name.clone(), node.ranges.clone(), node.addresses.clone());
+    let record = Record { name, ranges, addresses, ..Record::default() };
     match &node.announced {
         Some(Err(_)) => None,
         Some(Ok(announced)) => Some(Record {

@@ -48,6 +48,8 @@ const FIELD_MANAGER: &str = "weftd";
 /// they are. The others know its address until then by its Node alone.
 const PER_NODE: Duration = Duration::from_millis(20);
 const MAX_SCATTERED: Duration = Duration::from_secs(60);
+/// The same after the API was away, for those that have something to write.
+const BACK: Duration = Duration::from_secs(2);
 /// How long the first list of pods may take before it is done without.
 const AWAITING_PODS: Duration = Duration::from_secs(2);
 /// Addresses of pods that are remembered: more than a node has pods.
@@ -80,6 +82,8 @@ pub struct Kubernetes {
     unwritten: Option<String>,
     /// Before that, nothing is written; `None` until it is known how many nodes there are.
     write_from: Option<Instant>,
+    /// Whether the Nodes are not in step.
+    is_away: bool,
     server: usize,
     backoff: Backoff,
 }
@@ -103,6 +107,7 @@ impl Kubernetes {
             former: Vec::new(),
             unwritten: None,
             write_from: None,
+            is_away: false,
             server: seed as usize,
             backoff: Backoff::until(seed, Backoff::SOON * 10),
             local,
@@ -242,11 +247,17 @@ impl Kubernetes {
                 }
                 return (None, None);
             }
-            if self.write_from.is_none() {
-                let all = u32::try_from(known.objects.len()).unwrap_or(u32::MAX);
-                let within = PER_NODE.saturating_mul(all).min(MAX_SCATTERED);
-                self.write_from = Some(Instant::now() + within.mul_f64(self.seed as f64 / u64::MAX as f64));
-            }
+            let is_back = std::mem::replace(&mut self.is_away, known.trouble.is_some()) && !self.is_away;
+            let until = self.scattered(known.objects.len(), if is_back { BACK } else { MAX_SCATTERED });
+            self.write_from = match self.write_from {
+                None => Some(until),
+                // It was put off for a server that did not answer.
+                Some(from) if is_back => {
+                    self.backoff.reset();
+                    Some(from.min(until))
+                }
+                from => from,
+            };
             if let Some(until) = self.await_pods(views) {
                 return (None, Some(until));
             }
@@ -271,6 +282,12 @@ impl Kubernetes {
         }
         self.publish(cluster, wrong, views);
         (write, again)
+    }
+
+    /// When this node writes, if all of them have something to write.
+    fn scattered(&self, nodes: usize, most: Duration) -> Instant {
+        let within = PER_NODE.saturating_mul(u32::try_from(nodes).unwrap_or(u32::MAX)).min(most);
+        Instant::now() + within.mul_f64(self.seed as f64 / u64::MAX as f64)
     }
 
     /// Publishes the pods' addresses. Before the first address is given those that pods have should be known: until when to wait for that.
@@ -409,4 +426,4 @@ fn ready_condition(uid: &str, now: SystemTime) -> Value {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
