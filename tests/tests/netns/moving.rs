@@ -1,7 +1,10 @@
 //! The underlay changes under a node: another address, none for a while, an uplink that comes and goes. Pods' connections go on, the other
 //! nodes follow, and nothing is left behind however often it happens.
 
+use std::fmt::Write;
+use std::io::Write as _;
 use std::net::IpAddr;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use weft_api::{Empty, Request};
@@ -9,7 +12,7 @@ use weft_tests::beacon::{Beacon, Talk};
 use weft_tests::cluster::{Cluster, WeftNode};
 use weft_tests::command::eventually;
 use weft_tests::machine::turn;
-use weft_tests::netns::OwnNetns;
+use weft_tests::netns::{Netns, OwnNetns};
 use weft_tests::{plugin, traffic};
 
 use super::uplink::pod;
@@ -188,4 +191,108 @@ fn an_address_that_is_late_or_away_is_waited_for_and_said() {
         drop(beacon);
         late.daemon().assert_conserved();
     }
+}
+
+/// Runs these lines of `ip` in a namespace, by one process.
+fn batch(netns: &Netns, lines: &str) {
+    let mut command = netns.command("ip");
+    command.args(["-force", "-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut ip = command.spawn().expect("ip is installed");
+    ip.stdin.take().expect("it is piped").write_all(lines.as_bytes()).expect("it reads");
+    let said = ip.wait_with_output().expect("it ends");
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+}
+
+/// What a process holds: descriptors, threads, and memory in KiB.
+fn held(node: &WeftNode) -> (usize, usize, u64) {
+    let daemon = node.daemon();
+    let threads = std::fs::read_dir(format!("/proc/{}/task", daemon.pid)).expect("it runs").count();
+    (daemon.descriptors(), threads, daemon.resident_kib())
+}
+
+/// A node without an address in its configuration: it has that of its uplink. Its source never answers; what it knows of the cluster it
+/// knew before.
+fn drifting(cluster: &Cluster) -> WeftNode {
+    let config = cluster.config_by(1, "routed", "[etcd]\nendpoints = [\"http://127.0.0.1:1\"]\nnetwork = [\"10.244.0.0/21\"]\n");
+    let config = config.replace("address = \"10.200.0.1\"\n", "");
+    let saved = r#"{"node":"n1","ranges":["10.244.1.0/24"],"nodes":[{"name":"n2","underlay":"10.200.0.2","ranges":["10.244.2.0/24"]}]}"#;
+    let state = cluster.folder.path().join("n1.state");
+    std::fs::create_dir_all(&state).unwrap();
+    let text = format!("weft cluster 1 {:08x}\n{saved}", crc32(saved.as_bytes()));
+    std::fs::write(state.join("cluster"), text).unwrap();
+    cluster.weft_node_of(1, &config, "")
+}
+
+/// CRC-32 as zlib has it.
+fn crc32(bytes: &[u8]) -> u32 {
+    let step = |crc: u32, byte: &u8| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 })
+    };
+    !bytes.iter().fold(!0, step)
+}
+
+#[test]
+fn a_thousand_changes_leave_no_descriptor_no_thread_and_no_memory_behind() {
+    let _turn = turn();
+    for (kind, moves, flaps) in [("udp", 200, 450), ("xdp", 10, 20)] {
+        let cluster = Cluster::new("mt").by(kind);
+        let node = drifting(&cluster);
+        let (other, others) = {
+            let node = cluster.weft_node(2, "routed", &cluster.peer(1, None));
+            let pod = pod(&cluster, &node);
+            (node, pod)
+        };
+        let sandbox = cluster.sandbox("here");
+        node.attach("here", &sandbox);
+        let router = cluster.machine(9);
+        node.netns.ip("route add 10.99.0.0/24 via 10.200.0.9 dev uplink");
+        let at = |number: u32| format!("10.200.0.{number}/24 dev uplink");
+        let mut here = 1;
+        let mut drift = |count: u32| {
+            for _ in 0..count {
+                let there = if here == 100 { 50 } else { here.max(50) + 1 };
+                batch(&node.netns, &format!("address del {}\naddress add {}\n", at(here), at(there)));
+                here = there;
+                let now = format!("10.200.0.{there}:8472");
+                eventually("it has the other address", PATIENCE, || node.daemon().status().underlay == now);
+            }
+        };
+        // The first ones take memory that the next ones use again.
+        drift(moves / 4);
+        traffic_of(&sandbox);
+        let before = held(&node);
+        drift(moves);
+        let own = at(here);
+        let lines: String = (0..flaps).fold(String::new(), |mut lines, number| {
+            let via = if number % 2 == 0 { "10.200.0.8" } else { "10.200.0.9" };
+            let _ = writeln!(lines, "link set uplink down\nlink set uplink up\naddress del {own}\naddress add {own}");
+            let _ = writeln!(lines, "route replace 10.99.0.0/24 via {via} dev uplink");
+            lines
+        });
+        batch(&node.netns, &lines);
+        traffic_of(&sandbox);
+        let settled = || {
+            let after = held(&node);
+            after.0 <= before.0 && after.1 <= before.1
+        };
+        let started = Instant::now();
+        while !settled() {
+            assert!(started.elapsed() < PATIENCE, "{kind}: {before:?}, then {:?}\n{}", held(&node), node.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let after = held(&node);
+        eprintln!("{kind}: {before:?} {after:?}");
+        assert!(after.2 < before.2 + 6 * 1024, "{kind}: {before:?}, then {after:?}");
+        // And it works.
+        let peers = cluster.peer(1, None).replace("10.200.0.1", &format!("10.200.0.{here}"));
+        other.reload(&cluster.config(2, "routed", &peers)).unwrap();
+        traffic::await_answer(&sandbox, others.1[0]);
+        drop(router);
+        node.daemon().assert_conserved();
+    }
+}
+
+/// Something for the tunnel to send.
+fn traffic_of(pod: &Netns) {
+    pod.exec("ping -n -q -c 3 -i 0.01 -W 1 10.244.2.2");
 }
