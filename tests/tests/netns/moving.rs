@@ -2,9 +2,7 @@
 //! nodes follow, and nothing is left behind however often it happens.
 
 use std::fmt::Write;
-use std::io::Write as _;
 use std::net::IpAddr;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use weft_api::{Empty, Request};
@@ -13,6 +11,7 @@ use weft_tests::cluster::{Cluster, WeftNode};
 use weft_tests::command::eventually;
 use weft_tests::machine::turn;
 use weft_tests::netns::{Netns, OwnNetns};
+use weft_tests::relay::{Relay, Weather};
 use weft_tests::{plugin, traffic};
 
 use super::uplink::pod;
@@ -193,16 +192,6 @@ fn an_address_that_is_late_or_away_is_waited_for_and_said() {
     }
 }
 
-/// Runs these lines of `ip` in a namespace, by one process.
-fn batch(netns: &Netns, lines: &str) {
-    let mut command = netns.command("ip");
-    command.args(["-force", "-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut ip = command.spawn().expect("ip is installed");
-    ip.stdin.take().expect("it is piped").write_all(lines.as_bytes()).expect("it reads");
-    let said = ip.wait_with_output().expect("it ends");
-    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
-}
-
 /// What a process holds: descriptors, threads, and memory in KiB.
 fn held(node: &WeftNode) -> (usize, usize, u64) {
     let daemon = node.daemon();
@@ -234,7 +223,7 @@ fn crc32(bytes: &[u8]) -> u32 {
 #[test]
 fn a_thousand_changes_leave_no_descriptor_no_thread_and_no_memory_behind() {
     let _turn = turn();
-    for (kind, moves, flaps) in [("udp", 200, 450), ("xdp", 10, 20)] {
+    for (kind, moves, flaps) in [("udp", 100, 350), ("xdp", 8, 20)] {
         let cluster = Cluster::new("mt").by(kind);
         let node = drifting(&cluster);
         let (other, others) = {
@@ -251,7 +240,7 @@ fn a_thousand_changes_leave_no_descriptor_no_thread_and_no_memory_behind() {
         let mut drift = |count: u32| {
             for _ in 0..count {
                 let there = if here == 100 { 50 } else { here.max(50) + 1 };
-                batch(&node.netns, &format!("address del {}\naddress add {}\n", at(here), at(there)));
+                node.netns.ip_batch(&format!("address del {}\naddress add {}\n", at(here), at(there)));
                 here = there;
                 let now = format!("10.200.0.{there}:8472");
                 eventually("it has the other address", PATIENCE, || node.daemon().status().underlay == now);
@@ -269,7 +258,7 @@ fn a_thousand_changes_leave_no_descriptor_no_thread_and_no_memory_behind() {
             let _ = writeln!(lines, "route replace 10.99.0.0/24 via {via} dev uplink");
             lines
         });
-        batch(&node.netns, &lines);
+        node.netns.ip_batch(&lines);
         traffic_of(&sandbox);
         let settled = || {
             let after = held(&node);
@@ -295,4 +284,87 @@ fn a_thousand_changes_leave_no_descriptor_no_thread_and_no_memory_behind() {
 /// Something for the tunnel to send.
 fn traffic_of(pod: &Netns) {
     pod.exec("ping -n -q -c 3 -i 0.01 -W 1 10.244.2.2");
+}
+
+/// What is said about the way to the other node.
+fn way(node: &WeftNode) -> weft_api::WayInfo {
+    let nodes: Vec<weft_api::NodeInfo> = node.daemon().ask(&Request::Nodes);
+    nodes.into_iter().find(|node| !node.local).and_then(|node| node.asked).expect("it is asked")
+}
+
+/// Has the network between be bad for a while, with traffic, and then good again: how long that traffic was away after that. Says what was told
+/// about the way meanwhile.
+fn bad(relay: &Relay, beacon: &Beacon, node: &WeftNode, weather: Weather, time: Duration) -> (Duration, weft_api::WayInfo) {
+    relay.set(weather);
+    std::thread::sleep(time);
+    let said = way(node);
+    relay.set(Weather::default());
+    (beacon.await_back(Instant::now(), PATIENCE), said)
+}
+
+#[test]
+fn a_bad_network_between_nodes_is_shown_stops_nothing_and_is_forgotten_at_once_when_it_is_good_again() {
+    let _turn = turn();
+    let bed = Bed::new(Cluster::new("mr").by("udp"), "");
+    let relay = Relay::between(&bed.cluster, [1, 2]);
+    let [(here, _), (there, addresses)] = &bed.pods;
+    let node = &bed.nodes[0];
+    let beside = bed.cluster.sandbox("beside");
+    let near = plugin::addresses(&node.attach("beside", &beside));
+    addresses.iter().for_each(|address| traffic::await_answer(here, *address));
+    traffic::await_answer(here, near[0]);
+    let mut talk = Talk::start(here, there, addresses[0]);
+    talk.goes_on();
+    let [local, far] = [(&beside, near[0]), (there, addresses[0])].map(|(to, address)| Beacon::start(here, to, address));
+    far.await_back(Instant::now(), PATIENCE);
+    eventually("its way is known", PATIENCE, || way(node).state == "up" && way(node).rtt.is_some());
+    let begun = Instant::now();
+    let seconds = Duration::from_secs;
+
+    let parted = Weather { is_parted: true, ..Weather::default() };
+    let tries = (0..ATTEMPTS).map(|_| {
+        let (back, said) = bad(&relay, &far, node, parted, seconds(2));
+        assert_eq!(said.state, "away", "{said:?}");
+        back
+    });
+    let tries = tries.take_while_inclusive(|back| *back >= BACK);
+    assert!(tries.iter().any(|back| *back < BACK), "{tries:?}");
+    eventually("it is there again", PATIENCE, || way(node).state == "up");
+    talk.goes_on();
+
+    let (before, from) = (way(node).changes, Instant::now());
+    let lossy = Weather { loss: 30, jitter: Duration::from_millis(20), ..Weather::default() };
+    let (back, said) = bad(&relay, &far, node, lossy, seconds(4));
+    let (asked, answered) = far.count(from + Duration::from_millis(100), from + seconds(4));
+    eprintln!("{said:?} {back:?} {answered} of {asked}");
+    let part = answered as f64 / asked as f64;
+    assert!((0.3..0.7).contains(&part), "{answered} of {asked}");
+    let loss = said.loss.expect("it is known");
+    assert!((0.25..0.75).contains(&loss) && said.state == "up", "{said:?}");
+    assert!(back < BACK, "{back:?}");
+    assert!(way(node).changes <= before + 2, "{:?}", way(node));
+
+    let (before, from) = (way(node).changes, Instant::now());
+    let slow = Weather { delay: seconds(2), ..Weather::default() };
+    let (back, said) = bad(&relay, &far, node, slow, seconds(7));
+    eprintln!("{said:?} {back:?}");
+    assert!(said.rtt.expect("it is known") > 3e6, "{said:?}");
+    assert!(back < BACK, "{back:?}");
+    std::thread::sleep(seconds(5));
+    let (asked, answered) = far.count(from, from + seconds(7));
+    assert!(answered * 100 >= asked * 99, "what is slow arrives, whatever is thought of the way: {answered} of {asked}");
+    assert!(way(node).changes <= before + 4, "{:?}", way(node));
+    talk.goes_on();
+
+    // It comes and goes: that is told a few times only.
+    for _ in 0..8 {
+        bad(&relay, &far, node, parted, Duration::from_millis(400));
+    }
+    let told = node.log().matches("no answer for ").count();
+    assert!(told <= 6, "{told} times\n{}", node.log());
+    talk.goes_on();
+    let (asked, answered) = local.count(begun, Instant::now() - seconds(1));
+    assert!(asked > 2000 && answered == asked, "{answered} of {asked} on the node itself");
+    drop((local, far, relay));
+    bed.nodes.iter().for_each(|node| node.daemon().assert_conserved());
 }
