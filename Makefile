@@ -10,17 +10,20 @@ export WEFT_BIN_DIR ?= $(CARGO_TARGET_DIR)/weft
 # How thorough `make bench` is: `full` or `short`.
 BENCH ?= full
 
+# Where Kubernetes' own programs are, or are built to.
+export KUBERNETES_BIN_DIR ?= $(CARGO_TARGET_DIR)/kubernetes
+
 # Seconds for each target of `make fuzz`.
 FUZZ_SECONDS ?= 60
 
-.PHONY: help demo test check bench fuzz build image install uninstall clean
+.PHONY: help demo test test-kubernetes check bench fuzz build image install uninstall clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
 	@echo "Weft: the pod network of a bare-metal cluster as one userspace program per node."
 	@echo
-	@sed -n 's/^\([a-z]*\):.* ## \(.*\)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r target text; do \
-	    printf '  make %-10s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r target text; do \
+	    printf '  make %-15s %s\n' "$$target" "$$text"; done
 	@echo
 	@echo "Programs are built into $(WEFT_BIN_DIR). Missing Debian packages are installed if you are root."
 
@@ -33,6 +36,13 @@ test: ## Every test: units, models, a real kernel (root)
 	@.ci/setup root lab test bench
 	@.ci/build
 	@.ci/test
+
+# Kubernetes is built from Debian's source package at the first time, unless KUBERNETES_BIN_DIR has its programs already.
+test-kubernetes: ## Weft in a real Kubernetes cluster of three nodes; not part of `make test` (root)
+	@.ci/setup root lab kubernetes
+	@.ci/build
+	@tests/cluster/build "$(KUBERNETES_BIN_DIR)"
+	@tests/cluster/run.py "$(KUBERNETES_BIN_DIR)" "$(WEFT_BIN_DIR)"
 
 check: ## Format, lints, documentation, dependencies, sizes, counts
 	@.ci/setup build counts manifests

@@ -143,7 +143,7 @@ fn check_discovery(pod: &Pod, message: &Discovery, is_probe: bool, known: Known<
 pub fn check_node(node: &Node, mode: Mode, packet: &Packet, known: Known<'_>) -> Result<(), DropReason> {
     match (mode, &packet.network) {
         (Mode::Routed, Network::Ip(ip)) => {
-            let theirs = ip.src == node.underlay || node.ranges.iter().any(|range| range.contains(&ip.src));
+            let theirs = node.is_itself(ip.src) || node.ranges.iter().any(|range| range.contains(&ip.src));
             if theirs { Ok(()) } else { Err(DropReason::TunnelSource) }
         }
         (Mode::Routed, _) => Err(DropReason::UnsupportedType),

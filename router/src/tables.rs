@@ -128,6 +128,8 @@ pub enum Role {
 pub struct Node {
     /// Its underlay address.
     pub underlay: IpAddr,
+    /// Other addresses of the node itself, which its kernel may answer pods from.
+    pub addresses: Vec<IpAddr>,
     /// The inner destination MAC for routed packets to it.
     pub vtep_mac: Mac,
     /// The ranges whose addresses live there: inner sources that it may use, and routes to it.
@@ -141,7 +143,12 @@ pub struct Node {
 impl Node {
     /// A node to which packets go by VXLAN.
     pub fn new(underlay: IpAddr, vtep_mac: Mac, ranges: Vec<IpNet>) -> Node {
-        Node { underlay, vtep_mac, ranges, encap: Format::Vxlan, mtu: u32::MAX }
+        Node { underlay, addresses: Vec::new(), vtep_mac, ranges, encap: Format::Vxlan, mtu: u32::MAX }
+    }
+
+    /// Whether an address is the node's own, not one of its ranges'.
+    pub fn is_itself(&self, address: IpAddr) -> bool {
+        address == self.underlay || self.addresses.contains(&address)
     }
 }
 

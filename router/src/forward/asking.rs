@@ -74,7 +74,7 @@ impl Forwarder {
         holds.then(|| (self.conntrack.path(slot, hash), FlowCommit::Seen(slot)))
     }
 
-    /// The way of a first packet: out of the cluster in the node's name, else by the FDB if it is addressed to a MAC of its segment, by the
+    /// The way of a first packet: by the kernel if another node says it in its own name, out of the cluster in the node's name, else by the FDB if it is addressed to a MAC of its segment, by the
     /// routes if to the router.
     pub(super) fn first(
         &self,
@@ -83,6 +83,9 @@ impl Forwarder {
         asking: &Asking<'_>,
     ) -> Result<(Path, Commit), crate::drop_reason::DropReason> {
         let Asking { packet, tables, now, .. } = *asking;
+        if let Some(path) = returning::by_kernel(packet, tables) {
+            return Ok((path, Commit { flow: asking.opens(path, None, entrance), ..Commit::default() }));
+        }
         let ((hop, rewrite, learned), masquerade) = match self.leaving(to, asking)? {
             Some(leaving) => leaving,
             None => (self.find_hop(packet, to, tables, asking.hash(), now)?, Default::default()),

@@ -1,6 +1,10 @@
 //! The way back of what came by the host port: see [`crate::returns`].
-
-use std::net::IpAddr;
+//!
+//! A node's own address never comes by the host port of the node that is to hear it: a pod calls a service, its node's kernel leads that to
+//! another node itself (the API server, say), and *that* node answers the pod by the tunnel, as itself. The pod has never heard of it; only
+//! the kernel that translated can translate back. So whatever a node says in its own name to a pod takes the way by the kernel
+//! ([`by_kernel`]), and needs no memory for it: a pod's packets to nodes go by the kernel as well, or leave in this node's name, and are
+//! then answered to this node.
 
 use weft_encap::ip;
 
@@ -41,10 +45,26 @@ impl Forwarder {
             let begins = begins(ip) && self.returns.holds(&opening, now);
             return if begins { Entrance::Elsewhere(opening) } else { Entrance::Unknown };
         }
-        if ip.is_icmp_error() || !strays(ip.src, host, tables) {
+        if ip.is_icmp_error() || !self.strays(ip, host, tables) {
             return Entrance::Unknown;
         }
         Entrance::Host { opening, first: ip.syn || ip.protocol == ip::UDP }
+    }
+
+    /// Whether replies to this packet would not come to the host port by themselves: they would go to a pod, to another node, or out of
+    /// the cluster in this node's name. What a pod has asked for in the node's name may come by the kernel too, in pieces.
+    fn strays(&self, ip: &Ip, host: Neighbour, tables: &Tables) -> bool {
+        if let Some(neighbour) = tables.neighbours.get(&ip.src) {
+            return neighbour.port != host.port;
+        }
+        match route::find(ip.src, &tables.routes4, &tables.routes6) {
+            Ok(via) => matches!(via, Via::Node(_)),
+            Err(_) if tables.masquerade.as_ref().is_some_and(|masquerade| masquerade.covers(ip.src)) => {
+                let asked = |flow: FlowKey| self.snat.leaving(&flow.reversed()).is_some();
+                ip.fragment.is_none() && FlowKey::of_named(ip).is_some_and(|flow| !asked(flow))
+            }
+            Err(_) => false,
+        }
     }
 
     /// Remembers what [`Forwarder::entrance`] found.
@@ -107,12 +127,12 @@ fn brought(returns: &Returns, opening: &FlowKey, first: bool, now: Instant) {
     }
 }
 
-/// Whether replies to this source would not come to the host port by themselves.
-fn strays(source: IpAddr, host: Neighbour, tables: &Tables) -> bool {
-    match tables.neighbours.get(&source) {
-        Some(neighbour) => neighbour.port != host.port,
-        None => matches!(route::find(source, &tables.routes4, &tables.routes6), Ok(Via::Node(_))),
-    }
+/// The path of what another node says in its own name to one of this node's pods.
+pub(super) fn by_kernel(packet: &Packet, tables: &Tables) -> Option<Path> {
+    let (Sender::Node(id), Some(host), Some(ip)) = (packet.sender, tables.host, packet.ip()) else { return None };
+    let is_its_own = tables.node(id).is_some_and(|node| node.is_itself(ip.src));
+    let to_pod = is_its_own && tables.neighbours.get(&ip.dst).is_some_and(|pod| pod.port != host.port);
+    to_pod.then(|| to_host(host, tables))
 }
 
 /// The path to this node's kernel.

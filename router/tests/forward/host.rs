@@ -1,6 +1,7 @@
 //! The host port: what leaves by it, what may enter by it, and what goes back by it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use etherparse::PacketBuilder;
 use weft_encap::mac::Mac;
@@ -128,18 +129,44 @@ fn the_host_port_gets_nothing_back_that_it_sent_and_nothing_that_other_nodes_rou
 }
 
 #[test]
+fn what_another_node_says_in_its_own_name_goes_by_this_nodes_kernel() {
+    for mode in [Mode::Routed, Mode::Bridged] {
+        let mut bed = bed(mode);
+        let IpAddr::V4(peer) = PEER else { panic!("{PEER}") };
+        let mut node = bed.tables.nodes[0].clone().expect("there is a peer");
+        node.addresses.push(BEYOND6.into());
+        Arc::make_mut(&mut bed.tables.nodes)[0] = Some(node);
+        // In routed mode nobody looks at the inner MACs, in bridged mode it is the pod's.
+        let to = if mode == Mode::Routed { VTEP } else { pod_mac(1) };
+        for _ in 0..2 {
+            let said = udp4(PEER_VTEP, to, peer, pod_v4(1), 63, 10);
+            assert_eq!(bed.node_sends(PEER, 1, &said), [(HOST, udp4(GATEWAY, HOST_MAC, peer, pod_v4(1), 62, 10))]);
+            let said = udp6(PEER_VTEP, to, BEYOND6, pod_v6(1), 63, 10);
+            assert_eq!(bed.node_sends(PEER, 1, &said), [(HOST, udp6(GATEWAY, HOST_MAC, BEYOND6, pod_v6(1), 62, 10))]);
+        }
+        // The kernel has it from there, translated or not, and the node's own addresses are reached at once.
+        let back = udp4(HOST_MAC, GATEWAY, peer, pod_v4(1), 61, 10);
+        assert_eq!(bed.pod_sends(HOST, &back), [(1, udp4(GATEWAY, pod_mac(1), peer, pod_v4(1), 60, 10))]);
+        let to = if mode == Mode::Routed { VTEP } else { HOST_MAC };
+        assert_eq!(bed.node_sends(PEER, 1, &udp4(PEER_VTEP, to, peer, HOST_V4, 63, 10))[0].0, HOST);
+        bed.assert_conserved();
+    }
+}
+
+#[test]
 fn another_node_may_speak_as_itself() {
     let mut bed = bed(Mode::Routed);
     let IpAddr::V4(peer) = PEER else { panic!("{PEER}") };
     let out = bed.node_sends(PEER, 1, &udp4(PEER_VTEP, VTEP, peer, pod_v4(1), 63, 10));
-    assert_eq!(out[0].0, 1);
-    let out = bed.node_sends(PEER, 1, &udp4(PEER_VTEP, VTEP, Ipv4Addr::new(10, 200, 0, 3), pod_v4(1), 63, 10));
-    assert_eq!(out.len(), 0);
-    assert_eq!(bed.dropped(UNDERLAY.0, DropReason::TunnelSource), 1);
+    assert_eq!(out[0].0, HOST);
+    for stranger in [Ipv4Addr::new(10, 200, 0, 3), BEYOND] {
+        let out = bed.node_sends(PEER, 1, &udp4(PEER_VTEP, VTEP, stranger, pod_v4(1), 63, 10));
+        assert_eq!(out.len(), 0);
+    }
+    assert_eq!(bed.dropped(UNDERLAY.0, DropReason::TunnelSource), 2);
     bed.assert_conserved();
 }
 
-/// A connection of pod 1 to a service's address, which the kernel leads to pod 2: each direction is translated.
 #[test]
 fn a_reply_to_what_the_host_port_brought_goes_back_by_it() {
     for (mode, v4) in [(Mode::Routed, true), (Mode::Routed, false), (Mode::Bridged, true), (Mode::Bridged, false)] {

@@ -302,6 +302,32 @@ fn what_is_too_long_for_a_pod_is_answered_by_the_uplink_it_came_by() {
 }
 
 #[test]
+fn who_comes_by_the_kernel_is_answered_by_the_kernel() {
+    let mut bed = bed();
+    // A published port: the kernel has translated the destination, and is to translate the answer.
+    for (client, pod) in
+        [(IpAddr::from(SERVER), IpAddr::from(pod_v4(1))), (SERVER6.into(), pod_v6(1).into()), (PEER, pod_v4(1).into())]
+    {
+        let asked = udp((HOST_MAC, GATEWAY), (client, 40_000), (pod, 80), b"asked");
+        let answer = udp((pod_mac(1), GATEWAY), (pod, 80), (client, 40_000), b"answer");
+        for _ in 0..2 {
+            assert_eq!(bed.pod_sends(HOST, &asked)[0].0, 1);
+            let out = bed.pod_sends(1, &answer);
+            assert_eq!(out[0].0, HOST);
+            assert_eq!(source_port(&out[0].1), 80);
+        }
+        // What the pod begins itself leaves in the node's name all the same, to wherever.
+        let own = udp((pod_mac(1), GATEWAY), (pod, 81), (client, 40_000), b"own");
+        assert_eq!(bed.pod_sends(1, &own)[0].0, UPLINK);
+        // And what came back for it by way of the kernel takes nothing away from it.
+        let around = udp((HOST_MAC, GATEWAY), (client, 40_000), (pod, 81), b"around");
+        assert_eq!(bed.pod_sends(HOST, &around)[0].0, 1);
+        assert_eq!(bed.pod_sends(1, &own)[0].0, UPLINK);
+    }
+    bed.assert_conserved();
+}
+
+#[test]
 fn a_protocol_without_ports_does_not_leave() {
     let mut bed = bed();
     let mut bytes = Vec::new();

@@ -28,6 +28,8 @@ pub const MAX_PROBLEMS: usize = 20;
 pub const MAX_PEERS: usize = 60_000;
 /// Ranges of one node: more than any has.
 const MAX_RANGES: usize = 64;
+/// Further addresses of one node that are looked at.
+const MAX_ADDRESSES: usize = 8;
 
 /// What a source says about a node, word by word.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +38,9 @@ pub struct Record {
     pub name: String,
     /// Its underlay address.
     pub underlay: String,
+    /// What else it is known to be reached at. What is of no use of it is left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<String>,
     /// What it gives to its pods.
     pub ranges: Vec<String>,
     /// Its inner MAC, if it is not made of name and address.
@@ -72,6 +77,7 @@ impl Cluster {
         self.peers.iter().map(|peer| Record {
             name: peer.name.clone(),
             underlay: peer.underlay.to_string(),
+            addresses: peer.addresses.iter().map(ToString::to_string).collect(),
             ranges: peer.ranges.iter().map(ToString::to_string).collect(),
             vtep_mac: Some(peer.vtep_mac.to_string()),
             accepts: peer.accepts.clone(),
@@ -114,6 +120,7 @@ pub fn admit(local: &Config, ranges: Vec<IpNet>, others: impl IntoIterator<Item 
     if more > 0 {
         problems.push(format!("{more} more nodes are left out"));
     }
+    peers.iter_mut().for_each(|peer| door.admit_addresses(peer));
     peers.sort_by(|one: &Peer, other| one.name.cmp(&other.name));
     Cluster { ranges, peers, problems }
 }
@@ -196,9 +203,23 @@ impl<'a> Door<'a> {
             None => derive::vtep_mac(&record.name, underlay),
             Some(text) => read_mac(local, text)?,
         };
+        let addresses = record.addresses.iter().take(MAX_ADDRESSES).filter_map(|text| text.parse::<IpAddr>().ok());
+        let addresses = addresses.map(|address| address.to_canonical()).collect();
         let accepts = record.accepts.clone().or(record.port.map(|_| vec![Format::Vxlan.to_string()]));
         let accepts = accepts.map(|words| words.iter().take(MAX_ACCEPTED).map(|word| shortened(word)).collect());
-        Ok(Peer { name: record.name.clone(), underlay, ranges, vtep_mac, encapsulation: None, accepts })
+        Ok(Peer { name: record.name.clone(), underlay, addresses, ranges, vtep_mac, encapsulation: None, accepts })
+    }
+
+    /// Leaves a node those of its further addresses that nobody else has, when all have passed.
+    fn admit_addresses(&mut self, peer: &mut Peer) {
+        peer.addresses.retain(|address| {
+            let free = special(*address).is_none() && self.overlapped(&IpNet::from(*address)).is_none();
+            let free = free && !self.addresses.contains_key(address);
+            if free {
+                self.addresses.insert(*address, peer.name.clone());
+            }
+            free
+        });
     }
 
     fn enter_ranges(&mut self, ranges: &[IpNet], owner: &str) {

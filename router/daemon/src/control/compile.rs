@@ -44,6 +44,7 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
         let overhead = if plainly.is_some() { 0 } else { config.tunnel_to(peer).overhead(peer.underlay.is_ipv4()) };
         let node = Node {
             underlay: peer.underlay,
+            addresses: peer.addresses.clone(),
             vtep_mac: peer.vtep_mac,
             ranges: peer.ranges.clone(),
             encap: config.tunnel_to(peer),
@@ -89,7 +90,8 @@ fn plainly(state: &DesiredState, peer: &Peer) -> Option<GroupId> {
 /// As whom packets of pods leave the cluster. Without a way out nothing leaves.
 fn masquerade(state: &DesiredState) -> Option<Masquerade> {
     let config = state.config.masquerade.as_ref().filter(|_| state.config.host_port.is_some())?;
-    let nodes = state.config.peers.iter().map(|peer| peer.underlay).collect();
+    let nodes =
+        state.config.peers.iter().flat_map(|peer| peer.addresses.iter().copied().chain([peer.underlay])).collect();
     Some(Masquerade::new(state.ways_out.clone(), &config.kept(), nodes, state.leads.own.clone()))
 }
 

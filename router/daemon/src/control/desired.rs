@@ -190,6 +190,7 @@ mod tests {
             name: (*name).to_owned(),
             underlay: "192.0.2.1".parse().unwrap(),
             ranges: Vec::new(),
+            addresses: Vec::new(),
             vtep_mac: weft_encap::mac::Mac::ZERO,
             encapsulation: None,
             accepts: None,
