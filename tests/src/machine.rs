@@ -53,10 +53,9 @@ pub fn raise_descriptor_limit(count: u64) {
     if limit.current.is_none_or(|current| current >= count) {
         return;
     }
-    // Root may have more than its limit, unless the container that it is in forbids that.
-    let maximum = limit.maximum.map(|most| most.max(count));
-    let raised = setrlimit(Resource::Nofile, Rlimit { current: Some(count), maximum });
-    assert!(raised.is_ok(), "{count} descriptors are needed: raise `ulimit -Hn`");
+    assert!(limit.maximum.is_none_or(|most| most >= count), "{count} descriptors are needed: raise `ulimit -Hn`");
+    setrlimit(Resource::Nofile, Rlimit { current: Some(count), ..limit })
+        .expect("a limit under the hard one can be set");
 }
 
 /// Fails unless these programs are there; with each comes its Debian package.

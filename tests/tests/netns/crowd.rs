@@ -1,13 +1,13 @@
 //! Masquerade when it is crowded: tens of thousands of connections, a pod that opens them without end, and messages that lie about them.
 
 use std::collections::HashSet;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Lines, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::{Child, ChildStdout, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::net::sockopt;
 use weft_encap::mac::Mac;
 use weft_tests::command::eventually;
 use weft_tests::frames::{L2, L3, internet_checksum, tcp};
@@ -20,67 +20,72 @@ use super::masquerade::{Outside, SERVER, SERVER6, echo, is_echoed};
 const PATIENCE: Duration = Duration::from_secs(10);
 const PODS: usize = 20;
 const PER_POD: usize = 3000;
-const PORTS: u16 = 16;
+const PORTS: usize = 16;
 
-/// Connections that a server accepted at a port, in their order, until so many are there or none comes any more.
-fn accept(listener: &TcpListener, count: usize) -> Vec<(TcpStream, SocketAddr)> {
-    sockopt::set_socket_timeout(listener, sockopt::Timeout::Recv, Some(PATIENCE)).expect("a timeout can be set");
-    (0..count).map_while(|_| listener.accept().ok()).collect()
+/// One end of many connections, a process of its own: see the program `crowd`.
+struct End {
+    process: Child,
+    said: Lines<BufReader<ChildStdout>>,
 }
 
-/// Opens a pod's connections, to the server's ports in turn.
-fn connect(pod: &Netns) -> Vec<TcpStream> {
-    let server: IpAddr = SERVER.parse().expect("an address");
-    let to = |number: usize| SocketAddr::new(server, 8000 + number as u16 % PORTS);
-    let open = |number| TcpStream::connect_timeout(&to(number), PATIENCE).expect("there are ports for all of them");
-    pod.inside(|| (0..PER_POD).map(open).collect())
+impl End {
+    fn start(netns: &Netns, arguments: &str) -> End {
+        let mut command = netns.command(env!("CARGO_BIN_EXE_crowd"));
+        command.args(arguments.split(' ')).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut process = command.spawn().expect("it is built with the tests");
+        let said = BufReader::new(process.stdout.take().expect("it is piped")).lines();
+        End { process, said }
+    }
+
+    fn hear(&mut self) -> String {
+        self.said.next().expect("it says something").expect("it can be read")
+    }
+
+    fn go_on(&mut self) {
+        let input = self.process.stdin.as_mut().expect("it is piped");
+        input.write_all(b"go on\n").expect("it is waiting");
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
 }
 
 #[test]
 fn sixty_thousand_connections_of_twenty_pods_to_sixteen_ports_share_ten_thousand() {
     let _turn = turn();
-    raise_descriptor_limit(2 * (PODS * PER_POD) as u64 + 1000);
+    raise_descriptor_limit(5000);
     let outside = Outside::new("cs", "first_port = 50000\nlast_port = 59999\n", PODS);
-    let bind = |port| TcpListener::bind(("0.0.0.0", port)).expect("nobody else listens there");
-    let listeners: Vec<TcpListener> = outside.server.inside(|| (8000..8000 + PORTS).map(bind).collect());
-    let (accepted, mut pods) = thread::scope(|scope| {
-        let accepting: Vec<_> = listeners
-            .iter()
-            .map(|listener| scope.spawn(move || accept(listener, PODS * PER_POD / usize::from(PORTS))))
-            .collect();
-        let opening: Vec<_> = outside.pods.iter().map(|pod| scope.spawn(|| connect(pod))).collect();
-        let opened: Vec<Vec<TcpStream>> = opening.into_iter().map(|thread| thread.join().unwrap()).collect();
-        (accepting.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>(), opened)
+    let each = PODS * PER_POD / PORTS;
+    let mut servers: Vec<End> =
+        (0..PORTS).map(|port| End::start(&outside.server, &format!("listen {} {each}", 8000 + port))).collect();
+    servers.iter_mut().for_each(|server| assert_eq!(server.hear(), "ready"));
+    let begun = Instant::now();
+    let connect =
+        |(pod, netns): (usize, &OwnNetns)| End::start(netns, &format!("connect {SERVER} 8000 {PORTS} {PER_POD} {pod}"));
+    let mut clients: Vec<End> = outside.pods.iter().enumerate().map(connect).collect();
+    let seen = thread::scope(|scope| {
+        let listen = |server: &mut End| (0..each).map(|_| server.hear().parse().unwrap()).collect::<Vec<SocketAddr>>();
+        let heard: Vec<_> = servers.iter_mut().map(|server| scope.spawn(move || listen(server))).collect();
+        clients.iter_mut().for_each(|client| assert_eq!(client.hear(), "ready"));
+        heard.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
     });
+    println!("{} connections in {:?}", PODS * PER_POD, begun.elapsed());
     // Each is another one to the server, and all of them are the node's.
     let node = IpAddr::from(outside.node.underlay());
-    let seen: HashSet<(usize, SocketAddr)> = accepted
-        .iter()
-        .enumerate()
-        .flat_map(|(port, streams)| streams.iter().map(move |(_, from)| (port, *from)))
-        .collect();
-    assert_eq!(seen.len(), PODS * PER_POD);
-    assert!(seen.iter().all(|(_, from)| from.ip() == node && (50_000..60_000).contains(&from.port())));
+    for from in &seen {
+        assert_eq!(from.iter().collect::<HashSet<_>>().len(), each);
+        assert!(from.iter().all(|from| from.ip() == node && (50_000..60_000).contains(&from.port())));
+    }
     let told = outside.node.daemon().status().masquerade.expect("it is on");
     assert!(told.sessions >= PODS * PER_POD && told.pods >= PODS && told.taken_back == 0, "{told:?}");
     // What the server says to each arrives at the one that it speaks with.
-    for (pod, streams) in pods.iter_mut().enumerate() {
-        for (number, stream) in streams.iter_mut().enumerate() {
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
-            stream.write_all(&((pod * PER_POD + number) as u32).to_be_bytes()).expect("it is open");
-        }
-    }
-    let mut word = [0; 4];
-    for (mut stream, _) in accepted.iter().flatten().map(|(stream, from)| (stream, from)) {
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.read_exact(&mut word).expect("it said who it is");
-        stream.write_all(&word).expect("it is open");
-    }
-    for (pod, streams) in pods.iter_mut().enumerate() {
-        for (number, stream) in streams.iter_mut().enumerate() {
-            stream.read_exact(&mut word).expect("it is answered");
-            assert_eq!(u32::from_be_bytes(word), (pod * PER_POD + number) as u32, "another one's answer");
-        }
+    clients.iter_mut().for_each(End::go_on);
+    for client in &mut clients {
+        assert_eq!(client.hear(), "right");
     }
     assert_eq!(outside.node.daemon().drops("MasqueradePorts"), 0);
     outside.assert_well();

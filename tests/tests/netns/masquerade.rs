@@ -259,9 +259,11 @@ fn it_is_gone_with_weftd_and_there_again_with_it() {
     assert!(is_echoed(&mut stream));
     outside.node.netns.ip("address add 10.200.0.77/25 dev uplink");
     outside.node.netns.ip("address del 10.200.0.1/24 dev uplink");
+    outside.node.netns.ip("route replace default via 10.200.0.9");
     eventually("pods leave as the node's new address", PATIENCE, || {
-        let routed = outside.node.netns.exec("ip route replace default via 10.200.0.9").success;
-        routed && pod.exec(&format!("ping -4 -n -q -c 1 -W 1 {SERVER}")).success
+        let pinged = pod.exec(&format!("ping -4 -n -q -c 1 -W 1 {SERVER}")).success;
+        let known: Vec<weft_api::NatInfo> = outside.node.daemon().ask(&weft_api::Request::Nat);
+        pinged && known.iter().all(|session| session.outside == IpAddr::from([10, 200, 0, 77]))
     });
     let ended = stream.write_all(b"hello").and_then(|()| stream.read(&mut [0; 5]));
     assert_eq!(ended.map_err(|error| error.kind()), Err(std::io::ErrorKind::ConnectionReset));
