@@ -2,6 +2,8 @@
 //!
 //! A port's frames enter by one worker, which has the whole budget; those of the underlay enter by all of them, and each has an
 //! equal part.
+//!
+//! And how often each flow is told the same: [`Told`].
 
 use crate::port::PortId;
 use crate::time::Instant;
@@ -61,6 +63,31 @@ impl Budgets {
 }
 
 const SECOND: u64 = 1_000_000_000;
+
+/// What flows were told lately, so that none is told the same twice within a second. It is a table of fixed size: two that meet in it are told
+/// in turns, the oftener the less.
+pub struct Told {
+    cells: Vec<(u64, Instant)>,
+}
+
+impl Default for Told {
+    fn default() -> Told {
+        Told { cells: vec![(0, Instant(0)); 1024] }
+    }
+}
+
+impl Told {
+    /// Whether this is news; `what` is a hash of the flow and of what it is told.
+    pub fn is_news(&mut self, what: u64, now: Instant) -> bool {
+        let at = what as usize % self.cells.len();
+        let (known, since) = self.cells[at];
+        let news = known != what || now.0 >= since.0 + SECOND;
+        if news {
+            self.cells[at] = (what, now);
+        }
+        news
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -220,11 +220,7 @@ impl Entry {
             To::Port(port) => Hop::Port(port),
             To::Node(node) => Hop::Node(node),
         };
-        Path {
-            hop,
-            rewrite: Rewrite { routed: self.routed(), mtu: self.mtu, translation: None },
-            entropy: entropy(hash),
-        }
+        Path { hop, rewrite: Rewrite { routed: self.routed(), ..Rewrite::bridged(self.mtu) }, entropy: entropy(hash) }
     }
 
     fn is_empty(&self) -> bool {

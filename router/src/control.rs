@@ -23,6 +23,7 @@ use crate::bridge::FdbEntry;
 use crate::conntrack::FlowEntry;
 use crate::forward::Memory;
 use crate::port::packet::Outlet;
+use crate::port::raw::wrapper::Wrapper;
 use crate::port::raw::{RawHalf, RawTunnel};
 use crate::port::tap::Tap;
 use crate::port::udp::{Sockets, Underlay};
@@ -244,6 +245,8 @@ pub(crate) struct Removed {
 
 pub(crate) enum Command {
     AddPort(NewPort, Sender<Result<(), RouterError>>),
+    /// Put this in the place of the port with its number, whose counters go on.
+    ReplacePort(NewPort, Sender<Result<Option<OwnedFd>, RouterError>>),
     RemovePort(PortId, Sender<Option<Removed>>),
     /// Receive from this port, too.
     Receive(PortId),
@@ -303,6 +306,11 @@ impl Router {
         self.tables.load_full()
     }
 
+    /// By what superframes leave whole in formats that lie directly in IP. Without, they are cut here.
+    pub fn set_wrapper(&self, wrapper: Option<Wrapper>) {
+        self.workers.set_wrapper(wrapper.map(Arc::new));
+    }
+
     /// How many workers were started.
     pub fn workers(&self) -> usize {
         self.workers.count()
@@ -323,6 +331,15 @@ impl Router {
     /// worker runs.
     pub fn add_port(&self, id: PortId, device: Device) -> Result<(), RouterError> {
         self.workers.add_port(id, device)
+    }
+
+    /// Gives the workers another device for a port that they have, whose counters go on, and closes the one before. What waits for the port
+    /// leaves by the new one. If that cannot be used the old one stays, for those workers that could not take it.
+    ///
+    /// # Errors
+    /// Those of [`Router::add_port`].
+    pub fn replace_port(&self, id: PortId, device: Device) -> Result<(), RouterError> {
+        self.workers.replace_port(id, device)
     }
 
     /// Opens a veth that is nobody's port, by its number in the calling thread's network namespace, and keeps it open: it has a queue for

@@ -88,6 +88,7 @@ reasons! {
     MasqueradePorts = "all reserved ports towards that destination are taken (masquerade.ports; weft nat)",
     MasqueradeQuota = "the pod has as many translated conversations as it may (masquerade.per_pod; weft nat)",
     MasqueradeFull = "the node has as many translated conversations as it may (masquerade.sessions; weft nat)",
+    Uninvited = "for the outer port of another pod of this node, which has not sent to that of the sender (masquerade; weft nat)",
     UnknownPiece = "a later fragment whose first one did not pass here, or of which there are too many at once",
 
     // On the way.

@@ -16,16 +16,16 @@ use std::vec::Drain;
 use weft_encap::mac::Mac;
 
 use crate::bridge::{Fdb, FdbEntry};
-use crate::budget::Budgets;
+use crate::budget::{Budgets, Told};
 use crate::conntrack::{ConnTrack, FlowEntry};
 use crate::control::RouterConfig;
 use crate::drop_reason::DropReason;
-use crate::flow::Signature;
+use crate::flow::FlowKey;
 use crate::frame::Frame;
 use crate::gateway::Stack;
 use crate::glimpse::Glimpse;
 use crate::packet::{Ip, Packet};
-use crate::path::{Commit, Entrance, FlowCommit, Hop, Macs, Path, Reply, Rewrite, Sender, Verdict};
+use crate::path::{Commit, FlowCommit, Hop, Macs, Path, Reply, Rewrite, Sender, Translation};
 use crate::policy::Known;
 use crate::pool::Pool;
 use crate::port::{BATCH, Outbox, PortId};
@@ -35,8 +35,9 @@ use crate::snat::pieces::Pieces;
 use crate::stats::Stats;
 use crate::tables::{Mode, NodeId, Role, Tables};
 use crate::time::Instant;
-use crate::{conntrack, icmp, nat, neigh, policy, tunnel};
+use crate::{icmp, nat, neigh, policy, tunnel};
 
+mod asking;
 mod hop;
 mod known;
 mod leaving;
@@ -54,6 +55,7 @@ pub struct Forwarder {
     probing: probing::Probing,
     flood_budget: Budgets,
     icmp_budget: Budgets,
+    told: Told,
     stats: Stats,
     /// The node that a frame came from last, and by which tables.
     last_member: (IpAddr, u64, NodeId),
@@ -141,12 +143,12 @@ impl Forwarder {
             Err(reason) => return self.stats.drop(frame, reason),
         };
         let mut mtu = u32::MAX;
-        let outcome = self.decide(&packet, tables, now).and_then(|(mut path, mut commit)| {
+        let outcome = self.decide(&packet, tables, now).and_then(|(path, commit)| {
             mtu = path.rewrite.mtu;
-            self.open_session((&mut path, &mut commit), &packet, now)?;
-            nat::rewrite(&mut frame, &packet, &path)?; // refuses (TTL, MTU) before it changes a byte
+            nat::may_pass(&frame, &packet, &path.rewrite)?; // TTL, MTU
+            let (path, turned) = self.commit(path, commit, &packet, &frame, now)?; // session, flow, learned MAC, budget
+            nat::rewrite(&mut frame, &packet, &path.rewrite, turned.as_ref());
             nat::mss::clamp(&mut frame, &packet, hop::mtu_both_ways(&path, &packet, tables));
-            self.commit(commit, packet.sender, &frame, now); // flow, learned MAC, budget
             Ok(path)
         });
         match outcome {
@@ -163,79 +165,49 @@ impl Forwarder {
     pub fn decide(&self, packet: &Packet, tables: &Tables, now: Instant) -> Result<(Path, Commit), DropReason> {
         // 1. Who sent it? What a node sent teaches where its MACs are.
         let learn = check_source(packet, tables)?;
-        let remember = |copies, flow| Commit { learn, copies, flow, ..Commit::default() };
 
         // 2. Is it for us? ARP, neighbour solicitations and pings to the gateway end here.
         let addressed_to = addressed_to(packet, tables)?;
         if let Some(hop) = for_us(packet, &addressed_to, tables) {
-            return Ok((Path::unchanged(hop), remember(0, FlowCommit::None)));
+            return Ok((Path::unchanged(hop), Commit { learn, ..Commit::default() }));
         }
 
         // 3. For everybody: broadcast and multicast are bridged, within the port's budget.
         if let AddressedTo::Group = addressed_to {
             let (path, copies) = self.to_everybody(packet, tables, now)?;
-            return Ok((path, remember(copies, FlowCommit::None)));
+            return Ok((path, Commit { learn, copies, ..Commit::default() }));
         }
 
-        let flow = Signature::of(packet).map(|signature| (signature, self.conntrack.hash(&signature)));
-        let (fdb_version, returns_version) = (self.fdb.version(), self.returns.version());
-        let verdict = |path, learned, entrance| {
-            let tie = returning::tie(entrance, packet, tables);
-            let (teaches, epoch) = (learn.is_some(), tables.epoch);
-            Verdict { path, learned, teaches, epoch, fdb_version, tie, returns_version }
-        };
-        // 4. What an uplink brought back goes to the pod whose session it is, or back to the kernel.
-        if leaving::came_back(packet, tables).is_some() {
-            let open =
-                |path| flow.map(|(key, hash)| FlowCommit::Open(key, hash, verdict(path, None, Entrance::Unknown)));
-            return Ok(self.back_to_pod(packet, tables, open, now));
+        // 4. Does it go back? What an uplink brought to the pod whose session it is, a reply to what the host port brought by that port,
+        //    whoever it is addressed to.
+        let asking = self.asking(packet, learn.is_some(), tables, now);
+        if let Some((path, commit)) = self.goes_back(&asking) {
+            return Ok((path, Commit { learn, ..commit }));
         }
 
-        // 5. A reply to what the host port brought goes back by it, whoever it is addressed to.
-        if let Some((path, opening)) = self.way_back(packet, tables, now) {
-            let entrance = Entrance::Reply(opening);
-            // What has no ports is asked about each time: its flow may hold several conversations.
-            let known = flow.filter(|_| packet.ip().is_some_and(|ip| ip.ports.is_some()));
-            let open = |(signature, hash)| FlowCommit::Open(signature, hash, verdict(path, None, entrance));
-            return Ok((path, Commit { entrance, ..remember(0, known.map_or(FlowCommit::None, open)) }));
-        }
+        // 5. Known flow: take the path that its first packet was given, if the tables and the MAC still hold.
         let entrance = self.entrance(packet, tables, now);
-
-        // What another node says in its own name to a pod goes by this node's kernel, which may have brought the two together.
-        if let Some(path) = returning::by_kernel(packet, tables) {
-            let open = |(signature, hash)| FlowCommit::Open(signature, hash, verdict(path, None, entrance));
-            return Ok((path, Commit { entrance, ..remember(0, flow.map_or(FlowCommit::None, open)) }));
+        if let Some((path, flow)) = self.known(&asking) {
+            return Ok((path, Commit { learn, entrance, flow, ..Commit::default() }));
         }
 
-        // 6. Known flow: take the path that its first packet was given, if the tables and the MAC still hold.
-        let begins = tables.host.is_some() && packet.ip().is_some_and(returning::begins);
-        if let Some((signature, hash)) = &flow
-            && !begins
-            && let Some(slot) = self.conntrack.find(signature, *hash)
-            && self.holds(slot, tables, now)
-        {
-            return Ok((self.conntrack.path(slot, *hash), Commit { entrance, ..remember(0, FlowCommit::Seen(slot)) }));
-        }
-
-        // 7. First packet, or not IP and hence no flow: out of the cluster in the node's name, else find the hop, by the FDB if it is
+        // 6. First packet, or not IP and hence no flow: out of the cluster in the node's name, else find the hop, by the FDB if it is
         //    addressed to a MAC of its segment, by the routes if to the router.
-        let hash = flow.map_or(0, |(_, hash)| hash);
-        let ((hop, rewrite, learned), leaves) = match self.leaving(packet, &addressed_to, tables, hash, now)? {
-            Some(leaving) => leaving,
-            None => (self.find_hop(packet, &addressed_to, tables, hash, now)?, None),
-        };
-        let path = Path { hop, rewrite, entropy: conntrack::entropy(hash) };
-        if let Hop::Flood { .. } = hop {
-            self.within_budget(packet, tables, now)?;
-            return Ok((path, remember(receivers(hop, packet, tables), FlowCommit::None)));
-        }
-        let open = |(signature, hash)| FlowCommit::Open(signature, hash, verdict(path, learned, entrance));
-        Ok((path, Commit { entrance, leaves, ..remember(0, flow.map_or(FlowCommit::None, open)) }))
+        let (path, commit) = self.first(&addressed_to, entrance, &asking)?;
+        Ok((path, Commit { learn, entrance, ..commit }))
     }
 
-    /// Remembers what a decision rested on and what it opened.
-    fn commit(&mut self, commit: Commit, sender: Sender, frame: &Frame, now: Instant) {
-        if let Sender::Node(id) = sender {
+    /// Remembers what a decision rested on and what it opened. What there is no room for is refused before anything is remembered.
+    fn commit(
+        &mut self,
+        path: Path,
+        mut commit: Commit,
+        packet: &Packet,
+        frame: &Frame,
+        now: Instant,
+    ) -> Result<(Path, Option<Translation>), DropReason> {
+        let (path, turned) = self.in_session(path, &mut commit, packet, now)?;
+        if let Sender::Node(id) = packet.sender {
             self.stats.node(id).heard(now);
         }
         if let Some((mac, node)) = commit.learn {
@@ -254,6 +226,7 @@ impl Forwarder {
                 self.conntrack.open(signature, hash, &verdict, frame.len(), now);
             }
         }
+        Ok((path, turned))
     }
 
     /// Puts the rewritten frame where its path ends.
@@ -281,7 +254,8 @@ impl Forwarder {
         let ingress = frame.ingress();
         // In bridged mode each node has the same gateway, and believes nobody who speaks as its own: other nodes are told nothing.
         let heard = matches!(packet.sender, Sender::Port(_)) || round.tables.mode == Mode::Routed;
-        if heard && icmp::is_due(reason, packet) && self.icmp_budget.allows(ingress, round.now) {
+        let is_due = heard && icmp::is_due(reason, packet) && self.icmp_budget.allows(ingress, round.now);
+        if is_due && (reason != DropReason::MtuExceeded || self.is_news(packet, mtu, round.now)) {
             let gateway = &leaving::speaker(packet, round.tables);
             let (hop, macs) = back(packet, round.tables);
             if let Some(error) = icmp::error(reason, packet, &frame, mtu, gateway, macs, round.pool) {
@@ -294,8 +268,14 @@ impl Forwarder {
     }
 }
 
-// The questions that `decide` asks.
+// The questions that `decide` and `refuse` ask.
 impl Forwarder {
+    /// Whether a flow was not told of this MTU a moment ago: one that fills the way sends many such packets before it hears of it.
+    fn is_news(&mut self, packet: &Packet, mtu: u32, now: Instant) -> bool {
+        let flow = packet.ip().map_or(0, |ip| FlowKey::of(ip).hash(self.conntrack.seed()));
+        self.told.is_news(flow ^ u64::from(mtu), now)
+    }
+
     fn to_everybody(&self, packet: &Packet, tables: &Tables, now: Instant) -> Result<(Path, u32), DropReason> {
         if is_link_control(packet.dst) {
             return Err(DropReason::NotForwardable);
@@ -315,7 +295,7 @@ impl Forwarder {
         }
         self.within_budget(packet, tables, now)?;
         let mtu = if let Hop::Flood { nodes: true, .. } = hop { tables.tunnel_mtu } else { u32::MAX };
-        Ok((Path { hop, rewrite: Rewrite { routed: None, mtu, translation: None }, entropy: 0 }, copies))
+        Ok((Path { hop, rewrite: Rewrite::bridged(mtu), entropy: 0 }, copies))
     }
 
     fn within_budget(&self, packet: &Packet, tables: &Tables, now: Instant) -> Result<(), DropReason> {
@@ -453,6 +433,7 @@ impl Forwarder {
             probing: probing::Probing::new(config.probe_secret),
             flood_budget: Budgets::new(config.flood_rate),
             icmp_budget: Budgets::new(config.icmp_rate),
+            told: Told::default(),
             stats: Stats::default(),
             last_member: (IpAddr::V4(Ipv4Addr::UNSPECIFIED), u64::MAX, NodeId(0)),
             current: PortId(0),
@@ -578,8 +559,9 @@ fn back(packet: &Packet, tables: &Tables) -> (Hop, Macs) {
     }
 }
 
+/// How many copies are made; none of what is not for several.
 fn receivers(hop: Hop, packet: &Packet, tables: &Tables) -> u32 {
-    let Hop::Flood { ports, nodes } = hop else { return 1 };
+    let Hop::Flood { ports, nodes } = hop else { return 0 };
     let own = usize::from(matches!(packet.sender, Sender::Port(_)));
     let ports = if ports { tables.flood.len().saturating_sub(own) } else { 0 };
     let nodes = if nodes { tables.members.len() } else { 0 };

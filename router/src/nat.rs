@@ -1,6 +1,6 @@
 //! The one place where a forwarded packet's headers change.
 //!
-//! [`rewrite`] refuses what cannot go this way before it changes a byte, so that an ICMP error can quote the packet as it
+//! [`may_pass`] refuses what cannot go this way before a byte changes, so that an ICMP error can quote the packet as it
 //! came. A bridged packet is not changed, but for what a TCP SYN between nodes announces ([`mss`]); a routed one gets new MACs and a TTL less by one, with the IPv4 header
 //! checksum adjusted by the difference (RFC 1624), never computed anew: a wrong checksum stays wrong.
 
@@ -19,38 +19,35 @@ use weft_encap::{tcp, udp};
 use crate::drop_reason::DropReason;
 use crate::frame::Frame;
 use crate::packet::{Fragment, L3, Packet};
-use crate::path::{Macs, Path, Side, Translation};
+use crate::path::{Macs, Rewrite, Side, Translation};
 
 pub mod mss;
 
-/// Rewrites a frame as its path says.
+/// Whether a packet may take this way; to be asked before anything is remembered of it, and before a byte changes.
 ///
 /// # Errors
-/// `MtuExceeded` or `TtlExceeded`, with the frame unchanged.
-pub fn rewrite(frame: &mut Frame, packet: &Packet, path: &Path) -> Result<(), DropReason> {
-    if let Some(ip) = packet.ip() {
-        if ip.wire_size(&frame.offload) > path.rewrite.mtu {
-            return Err(DropReason::MtuExceeded);
-        }
-        // RFC 1812, section 5.3.1: a router must not forward a packet whose TTL would become zero.
-        if path.rewrite.routed.is_some() && ip.ttl <= 1 {
-            return Err(DropReason::TtlExceeded);
-        }
+/// `MtuExceeded` or `TtlExceeded`.
+pub fn may_pass(frame: &Frame, packet: &Packet, rewrite: &Rewrite) -> Result<(), DropReason> {
+    let Some(ip) = packet.ip() else { return Ok(()) };
+    if ip.wire_size(&frame.offload) > rewrite.mtu {
+        return Err(DropReason::MtuExceeded);
     }
-    if let Some(macs) = path.rewrite.routed
-        && let Some(ip) = packet.ip()
-    {
-        route(frame.head_mut(), macs, ip.src.is_ipv4());
-        if let Some(translation) = &path.rewrite.translation {
-            let later = ip.fragment == Some(Fragment::Later);
-            // A later fragment has no ports, whatever stands there.
-            let protocol = if later { ip::NO_NEXT } else { ip.protocol };
-            let place = Place { l3: L3, l4: ip.l4.into(), protocol };
-            let partial = frame.offload.partial.is_some();
-            translate(frame.head_mut(), place, translation, partial);
-        }
+    // RFC 1812, section 5.3.1: a router must not forward a packet whose TTL would become zero.
+    if rewrite.routed.is_some() && ip.ttl <= 1 { Err(DropReason::TtlExceeded) } else { Ok(()) }
+}
+
+/// Rewrites a frame that may pass; its destination, too, if it turns round: it was sent to the outer port of another pod of this node.
+pub fn rewrite(frame: &mut Frame, packet: &Packet, rewrite: &Rewrite, turned: Option<&Translation>) {
+    let (Some(macs), Some(ip)) = (rewrite.routed, packet.ip()) else { return };
+    route(frame.head_mut(), macs, ip.src.is_ipv4());
+    for translation in [rewrite.translation.as_ref(), turned].into_iter().flatten() {
+        let later = ip.fragment == Some(Fragment::Later);
+        // A later fragment has no ports, whatever stands there.
+        let protocol = if later { ip::NO_NEXT } else { ip.protocol };
+        let place = Place { l3: L3, l4: ip.l4.into(), protocol };
+        let partial = frame.offload.partial.is_some();
+        translate(frame.head_mut(), place, translation, partial);
     }
-    Ok(())
 }
 
 /// Where a packet's headers are.

@@ -69,6 +69,18 @@ pub struct Rewrite {
     pub translation: Option<Translation>,
 }
 
+impl Rewrite {
+    /// Nothing is rewritten.
+    pub fn bridged(mtu: u32) -> Rewrite {
+        Rewrite { routed: None, mtu, translation: None }
+    }
+
+    /// New MACs, and a TTL less one.
+    pub fn routed(macs: Macs, mtu: u32) -> Rewrite {
+        Rewrite { routed: Some(macs), ..Rewrite::bridged(mtu) }
+    }
+}
+
 /// Which address and port of a packet are replaced.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Side {
@@ -123,7 +135,7 @@ pub struct Path {
 impl Path {
     /// A path on which the frame is not changed and of which no MTU is known.
     pub fn unchanged(hop: Hop) -> Path {
-        Path { hop, rewrite: Rewrite { routed: None, mtu: u32::MAX, translation: None }, entropy: 0 }
+        Path { hop, rewrite: Rewrite::bridged(u32::MAX), entropy: 0 }
     }
 }
 
@@ -138,17 +150,29 @@ pub struct Commit {
     pub flow: FlowCommit,
     /// What it says about where its conversation began.
     pub entrance: Entrance,
-    /// It leaves the cluster as this address of the node's, in a conversation that has to be opened.
-    pub leaves: Option<Leaving>,
+    /// What becomes of the sessions of those that leave the cluster.
+    pub masquerade: MasqueradeCommit,
 }
 
-/// A conversation that leaves the cluster.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub struct Leaving {
-    /// As the pod sends it.
-    pub inside: FlowKey,
-    /// The node's address.
-    pub outside: IpAddr,
+/// What becomes of the sessions of those that leave the cluster.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub enum MasqueradeCommit {
+    /// Nothing.
+    #[default]
+    None,
+    /// One is opened, unless there is one by then.
+    Open {
+        /// As the pod sends it.
+        inside: FlowKey,
+        /// The node's address that it leaves as.
+        outside: IpAddr,
+        /// It does not leave, but goes to the outer port of another pod of this node.
+        turns: bool,
+    },
+    /// A known one goes to the outer port of another pod of this node.
+    Turn,
+    /// Somebody else has this conversation, which is seen from the node: the kernel, or whoever it translates.
+    Stranger(FlowKey),
 }
 
 /// Where a conversation began, as far as a packet of it says: by the host port, whose replies have to go back by it, or elsewhere. The

@@ -33,9 +33,11 @@ use crate::time::Instant;
 pub mod pieces;
 mod session;
 mod shard;
+mod strangers;
 
 use session::{ANSWERED, Ends, Slot, is_ping};
-use shard::{Pool, Shard, is_shared, pool_of};
+use shard::{Barren, Shard, is_shared, owner_of, pool_of};
+use strangers::Strangers;
 
 /// Parts of the table: for TCP, and one each for UDP and pings.
 const TCP_SHARDS: usize = 14;
@@ -45,6 +47,8 @@ const SWEEP_EACH: Duration = Duration::from_secs(4);
 const SWEEP_PARTS: usize = 4;
 /// Ports that are tried at random before they are tried in turn.
 const GUESSES: usize = 12;
+/// Ports towards one destination that are believed to be the kernel's. With more of them somebody is lying.
+const BELIEVED: usize = 64;
 
 /// How much there is to be given.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -122,6 +126,7 @@ pub struct Snat {
     taken_back: AtomicU32,
     count: AtomicUsize,
     sweep: Mutex<Sweep>,
+    strangers: Strangers,
 }
 
 /// What is counted over all parts of the table.
@@ -153,6 +158,7 @@ impl Snat {
             taken_back: AtomicU32::new(0),
             count: AtomicUsize::new(0),
             sweep: Mutex::default(),
+            strangers: Strangers::new(),
         }
     }
 
@@ -166,6 +172,22 @@ impl Snat {
     pub fn entering(&self, outside: &FlowKey) -> Option<Translation> {
         let slot = *self.shard(outside.protocol(), outside.dst(), outside.ports().1).outside.get(outside)?;
         self.translation(slot, Side::Destination)
+    }
+
+    /// The session that a packet of this one goes on in, which was sent to the outer port of that one's pod, if that has sent to this one's.
+    pub fn turned(&self, handle: Handle) -> Option<Translation> {
+        let ends = self.slots.get(handle.slot as usize)?.ends(handle.version)?;
+        self.entering(&FlowKey::between(ends.protocol, ends.remote, ends.outside))
+    }
+
+    /// The pod that has this port for all destinations.
+    pub fn owner(&self, protocol: u8, outside: IpAddr, port: u16) -> Option<IpAddr> {
+        self.shard(protocol, outside, port).owners.get(&owner_of(protocol, (outside, port))).copied()
+    }
+
+    /// This flow from the node, of which something came back, is the kernel's: no session shall look like it.
+    pub fn is_strangers(&self, outside: &FlowKey, now: Instant) {
+        self.strangers.note(outside, &self.seed, now);
     }
 
     /// Opens a session for a pod's flow, as this address of the node's; or gives the one that another worker has opened meanwhile.
@@ -272,18 +294,30 @@ impl Snat {
 // Choosing ports, and taking them back.
 impl Snat {
     fn choose(&self, shard: &mut Shard, ends: &Ends, now: Instant) -> Result<u16, DropReason> {
+        if let Some(port) = self.free_port(shard, ends, now) {
+            return Ok(port);
+        }
+        let room = self.make_room(shard, &pool_of(ends), ends, now);
+        room.then(|| self.free_port(shard, ends, now)).flatten().ok_or(DropReason::MasqueradePorts)
+    }
+
+    fn free_port(&self, shard: &Shard, ends: &Ends, now: Instant) -> Option<u16> {
         let ports = self.limits.ports();
-        let pool = pool_of(ends);
-        if shard.pools.get(&pool).is_some_and(|pool| pool.taken >= ports) && !self.make_room(shard, &pool, ends, now) {
-            return Err(DropReason::MasqueradePorts);
+        if let Some(pool) = shard.pools.get(&pool_of(ends))
+            && (pool.taken >= ports || pool.is_barren(ends.inside.0, now))
+        {
+            return None;
         }
         let with =
             |offset: u32| Ends { outside: (ends.outside.0, self.limits.first + (offset % ports) as u16), ..*ends };
         let start = self.draw(ends);
         let guesses = (0..GUESSES).map(|guess| (start >> (guess * 4)) as u32);
-        let in_turn = (0..ports).map(|step| (start as u32 % ports) + step);
-        let free = guesses.chain(in_turn).map(with).find(|ends| shard.is_free(ends));
-        free.map(|ends| ends.outside.1).ok_or(DropReason::MasqueradePorts)
+        let in_turn = || (0..ports).map(|step| with((start as u32 % ports) + step)).filter(|ends| shard.is_free(ends));
+        let strange = |ends: &Ends| self.strangers.know(&ends.outside_key(), &self.seed, now);
+        let guessed = guesses.map(with).filter(|ends| shard.is_free(ends)).find(|ends| !strange(ends));
+        let free = guessed.or_else(|| in_turn().find(|ends| !strange(ends)));
+        let free = free.or_else(|| in_turn().next().filter(|_| in_turn().nth(BELIEVED).is_some()));
+        free.map(|ends| ends.outside.1)
     }
 
     /// A number that nobody can guess.
@@ -293,22 +327,17 @@ impl Snat {
         FlowKey::between(ends.protocol, ends.inside, salt).hash(&self.seed)
     }
 
-    /// Closes what is over in a pool without free ports, else some of what a pod has beyond its half. Returns whether anything was.
+    /// Closes what is over in a pool without ports to give, else some of what a pod has beyond its half. Returns whether anything was.
     fn make_room(&self, shard: &mut Shard, pool: &FlowKey, asking: &Ends, now: Instant) -> bool {
         let half = self.limits.ports() / 2;
-        let barren = shard.pools.get(pool).and_then(|pool| pool.barren);
-        if let Some((when, most)) = barren
-            && when == now.seconds()
-            && most.is_none_or(|pod| pod == asking.inside.0)
-        {
+        if shard.pools.get(pool).is_none_or(|pool| pool.is_barren(asking.inside.0, now)) {
             return false;
         }
         let (over, alive) = self.look_through(shard, pool, now);
         for slot in &over {
             self.close(shard, *slot);
         }
-        let Some(Pool { taken, .. }) = shard.pools.get(pool).copied() else { return true };
-        if taken < self.limits.ports() {
+        if !over.is_empty() {
             return true;
         }
         let mut per_pod: ExactMap<IpAddr, Vec<Worth>> = ExactMap::default();
@@ -322,12 +351,12 @@ impl Snat {
                     self.close(shard, worth.slot);
                 }
                 self.taken_back.fetch_add(beyond, Relaxed);
-                shard.pools.get(pool).is_none_or(|pool| pool.taken < self.limits.ports())
+                true
             }
             most => {
                 let most = most.filter(|(_, sessions)| sessions.len() as u32 > half).map(|(pod, _)| pod);
                 if let Some(pool) = shard.pools.get_mut(pool) {
-                    pool.barren = Some((now.seconds(), most));
+                    pool.barren = Some(Barren { when: now.seconds(), taken: pool.taken, most });
                 }
                 false
             }

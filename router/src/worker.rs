@@ -481,6 +481,7 @@ impl Worker {
             // An asker that is gone needs no answer.
             match inbox.try_recv() {
                 Ok(Command::AddPort(port, answer)) => drop(answer.send(self.add(port))),
+                Ok(Command::ReplacePort(port, answer)) => drop(answer.send(self.replace(port))),
                 Ok(Command::Receive(id)) => self.receive(id),
                 Ok(Command::Ask(questions)) => self.ask(&questions),
                 Ok(Command::RemovePort(id, answer)) => drop(answer.send(self.remove(id))),
@@ -494,17 +495,53 @@ impl Worker {
     }
 
     fn add(&mut self, new: NewPort) -> Result<(), RouterError> {
-        let NewPort { id, half, shared } = new;
+        let (id, shared) = (new.id, new.shared);
+        let port = self.make(id, new.half)?;
+        self.insert(id, port, shared).map_err(RouterError::Device)
+    }
+
+    fn make(&mut self, id: PortId, half: Half) -> Result<Box<dyn Port>, RouterError> {
         let tunnel_mtu = self.tables.load().tunnel_mtu;
-        let port: Box<dyn Port> = match half {
+        Ok(match half {
             Half::Tap { tap, receives } => Box::new(TapPort::new(tap, id, receives)),
             Half::Outlet(outlet) => Box::new(PacketPort::new(outlet, id)),
             Half::Xdp { device, .. } => Box::new(XdpPort::new(*device, &self.pool, id).map_err(RouterError::Device)?),
             Half::Underlay(sockets) => Box::new(UdpPort::new(sockets, id, tunnel_mtu)),
             Half::Raw { half, receives } => Box::new(RawPort::new(half, id, receives, tunnel_mtu)),
             Half::Uplink(half) => self.uplink(id, *half, tunnel_mtu).map_err(RouterError::Device)?,
+        })
+    }
+
+    fn replace(&mut self, new: NewPort) -> Result<Option<OwnedFd>, RouterError> {
+        let port = self.make(new.id, new.half)?;
+        self.put_in_place(new.id, port, new.shared).map_err(RouterError::Device)
+    }
+
+    /// Puts another device in the place of a port's. What waits for it leaves by the new one.
+    fn put_in_place(
+        &mut self,
+        id: PortId,
+        mut port: Box<dyn Port>,
+        shared: control::Shared,
+    ) -> io::Result<Option<OwnedFd>> {
+        let Some(Some(slot)) = self.ports.get_mut(id.index()) else {
+            return self.insert(id, port, shared).map(|()| None);
         };
-        self.insert(id, port, shared).map_err(RouterError::Device)
+        watch(&self.poll, id, &*port)?;
+        slot.can_peek = port.peek().is_some();
+        (slot.kind, slot.capabilities, slot.shared, slot.ready) = (port.kind(), port.capabilities(), shared, false);
+        let before = slot.port.replace(port);
+        self.attention.forget(id);
+        self.ready.retain(|ready| *ready != id);
+        let device = before.and_then(|mut before| {
+            before.count(self.forwarder.stats());
+            if let Some(fd) = before.readable() {
+                let _ = self.poll.registry().deregister(&mut SourceFd(&fd.as_raw_fd()));
+            }
+            before.retire()
+        });
+        self.mark_ready(id);
+        Ok(device)
     }
 
     /// A worker without a queue of the uplink has the sockets alone.
@@ -710,6 +747,39 @@ mod tests {
         assert!(worker.remove(B).is_some());
         assert!(worker.remove(B).is_none());
         assert!(events.is_empty());
+    }
+
+    #[test]
+    fn a_port_whose_device_is_replaced_keeps_its_counters_and_what_waits_for_it() {
+        let (mut worker, events) = worker();
+        let (inbox, _) = worker.plug(MemoryPort::new(A), A);
+        let (_, outbox) = worker.plug(MemoryPort::new(B).with_room(2), B);
+        inbox.borrow_mut().extend((0..5).map(|_| sample::udp4(100, 0).0));
+        worker.run_dry();
+        assert_eq!((outbox.borrow().len(), worker.in_flight()), (2, 3));
+        let other = MemoryPort::new(B);
+        let (theirs, sent) = (other.inbox(), other.outbox());
+        worker.put_in_place(B, Box::new(other), alone()).unwrap();
+        worker.round();
+        assert_eq!((sent.borrow().len(), worker.in_flight()), (3, 0));
+        theirs.borrow_mut().push_back(sample::udp4(100, 0).0);
+        worker.mark_ready(B);
+        worker.run_dry();
+        let counted = worker.forwarder.stats().of(B);
+        assert_eq!((counted.out, counted.received), (5, 1), "what the first one sent counts, too");
+        // One that broke is replaced as well.
+        let mut broken = MemoryPort::new(B);
+        broken.break_down();
+        worker.put_in_place(B, Box::new(broken), alone()).unwrap();
+        worker.run_dry();
+        assert_eq!(events.try_iter().count(), 1);
+        let last = MemoryPort::new(B);
+        let sent = last.outbox();
+        worker.put_in_place(B, Box::new(last), alone()).unwrap();
+        inbox.borrow_mut().push_back(sample::udp4(100, 0).0);
+        worker.mark_ready(A);
+        worker.run_dry();
+        assert_eq!(sent.borrow().len(), 1);
     }
 
     #[test]

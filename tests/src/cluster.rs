@@ -7,12 +7,14 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use weft_api::{Empty, Request};
 
 use crate::command::{Background, eventually};
+use crate::container::first_process;
 use crate::daemon::Daemon;
 use crate::machine::{binary, port, underlay_kind, unique};
 use crate::netns::OwnNetns;
@@ -41,7 +43,32 @@ pub struct WeftNode {
     pub runtime: Runtime,
     config: PathBuf,
     log: PathBuf,
-    process: Background,
+    process: Started,
+}
+
+/// A weftd that was started, maybe in a container; it is killed when this goes.
+struct Started(Background);
+
+impl Started {
+    fn has_ended(&mut self) -> bool {
+        self.0.has_ended()
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let (outside, mut is_over) = (self.0.pid(), self.has_ended());
+        // Killing what watches over a container would leave that alone.
+        let inside = if is_over { outside } else { first_process(outside) };
+        if inside != outside {
+            let _ = Pid::from_raw(inside as i32).map(|pid| kill_process(pid, Signal::KILL));
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while !is_over && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(5));
+                is_over = self.has_ended();
+            }
+        }
+    }
 }
 
 impl Cluster {
@@ -198,7 +225,7 @@ pub fn peer(number: u8, vtep_mac: Option<&str>) -> String {
     )
 }
 
-fn start(wrapper: &str, netns: &OwnNetns, config: &Path, log: &Path) -> Background {
+fn start(wrapper: &str, netns: &OwnNetns, config: &Path, log: &Path) -> Started {
     // `exec` all the way, so that the process id is weftd's.
     let script = format!(
         "exec {wrapper} ip netns exec {} {} --config {} >>{} 2>&1",
@@ -209,13 +236,13 @@ fn start(wrapper: &str, netns: &OwnNetns, config: &Path, log: &Path) -> Backgrou
     );
     let mut command = Command::new("sh");
     command.args(["-c", &script]);
-    Background::start(command)
+    Started(Background::start(command))
 }
 
 impl WeftNode {
     /// Its daemon.
     pub fn daemon(&self) -> Daemon {
-        Daemon { socket: self.runtime.socket.clone(), pid: self.process.pid() }
+        Daemon { socket: self.runtime.socket.clone(), pid: first_process(self.process.0.pid()) }
     }
 
     /// Its underlay address.
@@ -245,14 +272,14 @@ impl WeftNode {
 
     /// Ends the daemon with `kill -9`.
     pub fn kill(&mut self) {
-        self.daemon().signal(rustix::process::Signal::KILL);
+        self.daemon().signal(Signal::KILL);
         eventually("a killed weftd is gone", Duration::from_secs(5), || self.process.has_ended());
     }
 
     /// Asks the daemon to stop, and waits for it.
     #[track_caller]
     pub fn stop(&mut self) {
-        self.daemon().signal(rustix::process::Signal::TERM);
+        self.daemon().signal(Signal::TERM);
         eventually("weftd stops when it is asked to", Duration::from_secs(5), || self.process.has_ended());
     }
 
@@ -278,7 +305,7 @@ impl WeftNode {
     pub fn await_ready(&self) {
         let ready = || self.daemon().try_ask::<Empty>(&Request::Ready).is_ok();
         let patience = Duration::from_secs(10);
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         while !ready() {
             assert!(started.elapsed() < patience, "weftd of n{} is not ready:\n{}", self.number, self.log());
             std::thread::sleep(Duration::from_millis(10));

@@ -3,6 +3,9 @@
 //! [`wrap`] makes a folder of programs whose `weftd` is a script that runs the container, in the network namespace in which it
 //! was called itself. So a laboratory, or a test, that is given this folder uses containers without knowing. What the
 //! container may do is read from `deploy/kubernetes/daemonset.yaml`, not repeated here.
+//!
+//! Who started the script knows podman's process id, and means weftd's: podman writes that one down, and [`first_process`] is where
+//! the harness looks for it before it looks at weftd or sends it a signal.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -12,7 +15,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::command::{run, run_with};
+use crate::command::{eventually, run, run_with};
 use crate::machine::{binaries, need};
 
 /// What it takes, and the Debian packages.
@@ -22,6 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 const CONTAINERS: &str = "[containers]\ncgroups = \"disabled\"\n[network]\nnetwork_backend = \"cni\"\n[engine]\n\
     cgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\nruntime = \"crun\"\n";
+
+/// The folder, beside that of programs, with a file for each container: by the process id of the script that it was started by.
+const PIDS: &str = "pids";
 
 /// A folder with everything in it; removed when it is dropped.
 pub struct Wrapped {
@@ -72,7 +78,7 @@ pub fn wrap() -> Wrapped {
     run_with(image, &[], PATIENCE).must();
 
     let programs = wrapped.programs();
-    fs::create_dir(&programs).expect("the folder is writable");
+    fs::create_dir(&programs).and_then(|()| fs::create_dir(folder.join(PIDS))).expect("the folder is writable");
     for name in ["weft", "weft-cni"] {
         symlink(fs::canonicalize(binaries().join(name)).expect("it is there"), programs.join(name))
             .expect("the folder is writable");
@@ -80,11 +86,14 @@ pub fn wrap() -> Wrapped {
     // The network namespace is the caller's. `ip netns exec` has made a mount namespace, too, without cgroups; and of those the runtime
     // understands the unified hierarchy alone, whatever the machine has.
     let script = format!(
-        "#!/bin/sh\nexport CONTAINERS_CONF={}\nexec nsenter --mount=/proc/{}/ns/mnt -- unshare --mount sh -ec '\n\
-         mkdir -p /run/weft\nmount -t cgroup2 none /sys/fs/cgroup\nexec {} run --rm --quiet --network host --pull never \
+        "#!/bin/sh\nexport CONTAINERS_CONF={}\nexport PID_FILE={}/$$\nrm -f \"$PID_FILE\"\n\
+         exec nsenter --mount=/proc/{}/ns/mnt -- unshare --mount sh -ec '\n\
+         mkdir -p /run/weft\nmount -t cgroup2 none /sys/fs/cgroup\n\
+         exec {} run --rm --quiet --network host --pull never --pidfile \"$PID_FILE\" \
          --ulimit nofile=16384:16384 --ulimit nproc=4096:4096 {} \
          -v /run/weft:/run/weft -v /tmp:/tmp localhost/weft:test \"$@\"' weftd \"$@\"\n",
         folder.join("containers.conf").display(),
+        folder.join(PIDS).display(),
         std::process::id(),
         tool.join(" "),
         rights().join(" "),
@@ -93,6 +102,31 @@ pub fn wrap() -> Wrapped {
     fs::write(&path, script).expect("the folder is writable");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("it was just written");
     wrapped
+}
+
+/// The process id of the weftd that was started as `started`: this one, or that of its container's first process, once there is one.
+#[track_caller]
+pub fn first_process(started: u32) -> u32 {
+    let folder = binaries().join("..").join(PIDS);
+    if !folder.is_dir() {
+        return started;
+    }
+    let mut written = None;
+    eventually("a container says which process is its first", PATIENCE, || {
+        let text = fs::read_to_string(folder.join(started.to_string())).unwrap_or_default();
+        written = text.trim().parse().ok();
+        // One that has ended without, or that never was a container's, is itself.
+        written.is_some() || !is_script_or_podman(started)
+    });
+    written.unwrap_or(started)
+}
+
+/// Whether a process may yet become a container, or is that of one.
+fn is_script_or_podman(pid: u32) -> bool {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let has_ended = state.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('Z'));
+    !has_ended && ["sh", "ip", "nsenter", "unshare", "weftd", "podman"].contains(&name.trim())
 }
 
 /// What the manifest gives weftd, as options of podman.

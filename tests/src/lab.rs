@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::command::{Said, run_with};
+use crate::container::first_process;
 use crate::daemon::Daemon;
 use crate::machine::{binaries, binary, port, underlay_kind, unique};
 use crate::netns::Netns;
@@ -31,8 +32,8 @@ pub struct Node {
     pub underlay: IpAddr,
     /// weftd's socket.
     pub socket: std::path::PathBuf,
-    /// weftd's process id.
-    pub pid: u32,
+    /// The process id that the lab knows weftd by.
+    pid: u32,
     /// Its pods.
     pub pods: Vec<Pod>,
 }
@@ -64,7 +65,7 @@ impl Node {
 
     /// Its daemon.
     pub fn daemon(&self) -> Daemon {
-        Daemon { socket: self.socket.clone(), pid: self.pid }
+        Daemon { socket: self.socket.clone(), pid: first_process(self.pid) }
     }
 }
 

@@ -105,6 +105,12 @@ fn show_list<T: DeserializeOwned + Serialize>(
     if json { output::print_json(&answer) } else { output::print(&render(answer)) }
 }
 
+/// What other nodes are sent by. `weft nodes` has those that are sent something else.
+fn tunnel(status: &Status) -> String {
+    let format = if status.encapsulation.is_empty() { "vxlan" } else { &status.encapsulation };
+    format!("{format}, VNI {}, VTEP MAC {}", status.vni, status.vtep_mac)
+}
+
 fn status(status: &Status, style: Style) -> String {
     let mut text = String::new();
     if status.problems.is_empty() {
@@ -132,7 +138,7 @@ fn status(status: &Status, style: Style) -> String {
         ("itself", host_port(status.host_port.as_ref())),
         ("leaving", masquerade(status.masquerade.as_ref())),
         ("underlay", format!("{}, MTU {}, {}", status.underlay, status.underlay_mtu, status.underlay_kind)),
-        ("tunnel", format!("VXLAN, VNI {}, VTEP MAC {}", status.vni, status.vtep_mac)),
+        ("tunnel", tunnel(status)),
         ("tables", format!("epoch {}", status.epoch)),
         ("buffers", status.free.map_or_else(String::new, |free| buffers(free, status.workers))),
         ("in", format!("{} frames, {}", counters.received, bytes(counters.received_bytes))),
@@ -478,6 +484,7 @@ mod tests {
             source: "file".into(),
             host_port: None,
             masquerade: None,
+            encapsulation: "gre".into(),
             vni: 1,
             mtu: 1450,
             underlay_mtu: 1500,

@@ -217,6 +217,7 @@ async fn begin(mut signals: Signals, mut config: Config, path: PathBuf, level: L
     let (kicks, kicked) = std::sync::mpsc::channel();
     let (mut node, removals) = Node::start(config, tunnels, view, path, level, kicks)?;
     node.orders = following.as_ref().map(|following| following.orders.clone());
+    node.facts = following.as_ref().map(|following| following.facts.clone());
     let node = Arc::new(node);
     watch_veths(&node, removals)?;
     attach::watch::start(&node).context("cannot start a thread (ulimit -u)")?;
@@ -405,10 +406,11 @@ async fn put_in_force(node: Arc<Node>, mut views: watch::Receiver<View>) {
 }
 
 /// Releases that the disk did not take are tried again, what shims left while weftd did not answer and what pods left that are gone is
-/// freed, and the counters are remembered.
+/// freed, what could not be bound to this node's address is tried again, and the counters are remembered.
 fn keep_house(node: &Node) {
     node.write_pending_releases();
     node.review_former();
+    node.review_uplink();
     attach::tombstone::honour_all(node);
     attach::reconcile::reconcile(node);
     node.keep_sample();

@@ -61,6 +61,8 @@ pub struct Link {
     pub up: bool,
     /// Whether it has carrier.
     pub carrier: bool,
+    /// Segments that a superframe which leaves by it may stand for.
+    pub gso_max_segments: u32,
 }
 
 /// What to change of an interface; `None` and `false` leave it as it is.
@@ -456,6 +458,7 @@ fn link_of(answer: RouteNetlinkMessage) -> Option<Link> {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+            LinkAttribute::GsoMaxSegs(segments) => link.gso_max_segments = segments,
             LinkAttribute::Address(octets) => link.mac = <[u8; 6]>::try_from(octets).ok().map(Mac),
             _ => {}
         }

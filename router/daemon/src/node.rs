@@ -42,7 +42,7 @@ use crate::hostport::HostPort;
 use crate::log::LogLevel;
 use crate::metrics::Requests;
 use crate::probing::Probing;
-use crate::uplink::{Tunnels, Uplink};
+use crate::uplink::{Tunnels, Uplink, Wrapping};
 use told::{joined, rules};
 pub use told::{log_warnings, read_config};
 
@@ -65,6 +65,8 @@ pub struct Node {
     pub egress: Egress,
     /// What leads answers from outside to the host port.
     pub answers: AnswerLeads,
+    /// What sends superframes whole in formats that lie in IP.
+    pub wrapping: Wrapping,
     /// The interfaces by which it does.
     pub outlets: Outlets,
     /// The kinds of devices that pods can have here.
@@ -81,6 +83,8 @@ pub struct Node {
     pub turns: Turns,
     /// Where the source takes orders, if it is not the file.
     pub orders: Option<tokio::sync::mpsc::Sender<Order>>,
+    /// Where the source hears what this node is, if it is not the file.
+    pub facts: Option<tokio::sync::watch::Sender<Arc<Config>>>,
     /// This node's own interface in the pod network.
     pub host: HostPort,
     /// Counts of the runtime's requests.
@@ -180,6 +184,7 @@ impl Node {
             probing: Probing::default(),
             egress,
             answers: AnswerLeads::default(),
+            wrapping: Wrapping::default(),
             outlets: Outlets::default(),
             devices,
             store,
@@ -188,6 +193,7 @@ impl Node {
             watch: Watch::new(),
             turns: Turns::default(),
             orders: None,
+            facts: None,
             host: HostPort::new(kicks),
             requests: Requests::default(),
             log_level,
@@ -237,6 +243,7 @@ impl Node {
     /// The host port's interface is another one.
     pub fn host_made(&self) {
         let mut state = self.state();
+        self.wrapping.follow(&state.desired.config, self.host.interface(), &self.router);
         let ways_out = self.lead_answers(&state.desired.config, &state.desired.leads);
         let desired = DesiredState { ways_out, ..state.desired.clone() };
         self.put_in_force(&mut state, desired);
@@ -513,6 +520,7 @@ impl Node {
         let tables = compile(desired, epoch);
         self.uplink.set_nodes(tables.members.keys().copied());
         self.egress.follow(&desired.config);
+        self.wrapping.follow(&desired.config, self.host.interface(), &self.router);
         self.router.set_tables(tables);
     }
 }

@@ -16,6 +16,7 @@ use super::{
     Command, Device, Half, NewPort, Removed, RouterConfig, RouterError, Shared, Snapshot, TakenOver, UplinkHalf, merge,
 };
 use crate::port::PortId;
+use crate::port::raw::wrapper::{Wrapper, WrapperPlace};
 use crate::port::sys::xsk::Umem;
 use crate::port::udp::{Sockets, Underlay};
 use crate::port::xdp::{KeptProgram, OpenUplink, PodProgram, XdpDevice};
@@ -32,6 +33,8 @@ pub(super) struct Workers {
     pods: Mutex<Option<Arc<PodProgram>>>,
     /// A veth that is always open.
     kept: Mutex<Option<KeptVeth>>,
+    /// By what superframes leave in formats that lie directly in IP.
+    wrapper: WrapperPlace,
     /// Whose turn it is to ask.
     turn: AtomicUsize,
 }
@@ -79,12 +82,17 @@ impl Workers {
             owners: Mutex::default(),
             pods: Mutex::default(),
             kept: Mutex::default(),
+            wrapper: WrapperPlace::default(),
             turn: AtomicUsize::new(0),
         })
     }
 
     pub(super) fn count(&self) -> usize {
         self.all.len()
+    }
+
+    pub(super) fn set_wrapper(&self, wrapper: Option<Arc<Wrapper>>) {
+        self.wrapper.store(wrapper);
     }
 
     /// Has all of them look at the tables.
@@ -119,6 +127,21 @@ impl Workers {
             }
         }
         if added.is_empty() { Err(RouterError::Stopped) } else { Ok(()) }
+    }
+
+    /// Gives all that run another device for a port. The first error is told after all were asked.
+    pub(super) fn replace_port(&self, id: PortId, device: Device) -> Result<(), RouterError> {
+        let halves = self.halves(id, device)?;
+        let asked: Vec<_> = halves
+            .into_iter()
+            .filter_map(|(worker, port)| self.all[worker].ask(|answer| Command::ReplacePort(port, answer)))
+            .collect();
+        // What was before is closed here, for that takes the kernel long.
+        let answers: Vec<_> = asked.into_iter().filter_map(|reply| reply.recv().ok()).collect();
+        if answers.is_empty() {
+            return Err(RouterError::Stopped);
+        }
+        answers.into_iter().try_for_each(|answer| answer.map(drop))
     }
 
     /// Takes a port from those that had it already, for another could not take it.
@@ -159,6 +182,7 @@ impl Workers {
                 self.check_workers(tunnel.workers())?;
                 let owner = self.place(id, true, false)?;
                 let half = |(worker, half)| (worker, port(Half::Raw { half, receives: worker == owner }, 1));
+                let tunnel = tunnel.with_wrapper(Arc::clone(&self.wrapper));
                 Ok(tunnel.into_halves().enumerate().map(half).collect())
             }
             Device::Uplink { underlay, uplink, hops } => {

@@ -32,7 +32,7 @@ impl Forwarder {
 
     /// By MAC: a local pod's stands in the tables, others are learned; an unknown one may be anywhere among the other nodes.
     fn bridge_to(&self, mac: Mac, packet: &Packet, tables: &Tables, now: Instant) -> Result<Way, DropReason> {
-        let bridged = |mtu| Rewrite { routed: None, mtu, translation: None };
+        let bridged = Rewrite::bridged;
         if let Some(&port) = tables.macs.get(&mac) {
             if packet.sender == Sender::Port(port) {
                 return Err(DropReason::Hairpin);
@@ -58,7 +58,7 @@ impl Forwarder {
 
 /// By longest prefix, then by neighbour if the prefix is here.
 fn route_to(ip: &Ip, packet: &Packet, tables: &Tables, hash: u64) -> Result<Way, DropReason> {
-    let routed = |dst, src, mtu| Rewrite { routed: Some(Macs { dst, src }), mtu, translation: None };
+    let routed = |dst, src, mtu| Rewrite::routed(Macs { dst, src }, mtu);
     match route::find(ip.dst, &tables.routes4, &tables.routes6) {
         // What leads out of the pod network is this node's to route.
         Err(DropReason::NoRoute) if let Some(host) = host_for(packet, tables) => {
@@ -83,7 +83,7 @@ fn route_to(ip: &Ip, packet: &Packet, tables: &Tables, hash: u64) -> Result<Way,
 /// To the next hop that a flow with this hash has in a group. While none is known the node's kernel routes the packet, and looks for one.
 pub(super) fn by_uplink(group: GroupId, packet: &Packet, tables: &Tables, hash: u64) -> Result<Way, DropReason> {
     if let Some(next) = tables.group(group).choose(hash) {
-        return Ok((Hop::Port(next.port), Rewrite { routed: Some(next.macs), mtu: next.mtu, translation: None }, None));
+        return Ok((Hop::Port(next.port), Rewrite::routed(next.macs, next.mtu), None));
     }
     let host = host_for(packet, tables).ok_or(DropReason::NoNextHop)?;
     let Path { hop, rewrite, .. } = returning::to_host(host, tables);

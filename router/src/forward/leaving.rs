@@ -9,16 +9,22 @@
 //! ([`came_by`]). What belongs to no session goes back by the host port as it came, and on to the kernel. What is longer than the pod's
 //! MTU, which the tunnel makes narrower than the uplink's, goes to the kernel in the pod's name if it may be fragmented, or was: it comes
 //! back in pieces.
+//!
+//! A datagram to the outer port of another pod of this node does not leave: it turns round here, and its source is translated as if it
+//! had left (RFC 4787, REQ-9). Only UDP has such ports: one of TCP's is somebody else's for each destination.
 
 use weft_encap::{icmp, ip};
 
+use super::asking::Asking;
 use super::hop::{Way, port_mtu};
 use super::{AddressedTo, Forwarder, returning};
 use crate::drop_reason::DropReason;
 use crate::flow::FlowKey;
 use crate::frame::Frame;
 use crate::packet::{Fragment, Ip, Packet};
-use crate::path::{Commit, FlowCommit, Hop, Leaving, Macs, Path, Rewrite, Sender, Side, Translation};
+use crate::path::{
+    Commit, Entrance, FlowCommit, Hop, Macs, MasqueradeCommit, Path, Rewrite, Sender, Side, Translation,
+};
 use crate::route;
 use crate::tables::{Gateway, GroupId, Masquerade, Tables, WayOut, came_by};
 use crate::time::Instant;
@@ -42,15 +48,13 @@ pub(super) fn speaker(packet: &Packet, tables: &Tables) -> Gateway {
 }
 
 impl Forwarder {
-    /// The way of a packet that leaves in the node's name; none if it does not.
+    /// The way of a packet that leaves in the node's name, or turns round at the point of leaving; none if it does not.
     pub(super) fn leaving(
         &self,
-        packet: &Packet,
         to: &AddressedTo,
-        tables: &Tables,
-        hash: u64,
-        now: Instant,
-    ) -> Result<Option<(Way, Option<Leaving>)>, DropReason> {
+        asking: &Asking<'_>,
+    ) -> Result<Option<(Way, MasqueradeCommit)>, DropReason> {
+        let Asking { packet, tables, now, .. } = *asking;
         let (Some(masquerade), Some(host), AddressedTo::Router, Some(ip)) =
             (tables.masquerade.as_deref(), tables.host, to, packet.ip())
         else {
@@ -61,14 +65,16 @@ impl Forwarder {
             return Ok(None);
         }
         let leads = |group: &GroupId| *group != GroupId::NOT_OUTSIDE && masquerade.covers(ip.dst);
-        let Some(group) = tables.outside(ip.dst).filter(leads) else { return Ok(None) };
+        let Some(group) = tables.outside(ip.dst).filter(leads) else {
+            return self.turning(ip, masquerade, tables, now);
+        };
         let group = tables.group(group);
-        let next = group.choose(hash);
-        let (known, leaves) = match self.session_of(ip, masquerade, now)? {
-            (Some(known), _) => (Some(known), None),
+        let next = group.choose(asking.hash());
+        let (known, commit) = match self.session_of(ip, masquerade, now)? {
+            (Some(known), _) => (Some(known), MasqueradeCommit::None),
             (None, inside) => {
                 let outside = masquerade.source(ip.dst, next.map(|next| next.port)).ok_or(DropReason::NoSource)?;
-                (None, Some(Leaving { inside, outside }))
+                (None, MasqueradeCommit::Open { inside, outside, turns: false })
             }
         };
         // A session keeps its address, and the uplink that has it as long as that leads there.
@@ -79,13 +85,50 @@ impl Forwarder {
         };
         let next = group.all().iter().find(|next| known.is_some() && has(next.port)).or(next);
         let (hop, rewrite) = match next {
-            Some(next) => (Hop::Port(next.port), Rewrite { routed: Some(next.macs), mtu: next.mtu, translation: None }),
+            Some(next) => (Hop::Port(next.port), Rewrite::routed(next.macs, next.mtu)),
             None => {
                 let Path { hop, rewrite, .. } = returning::to_host(host, tables);
                 (hop, rewrite)
             }
         };
-        Ok(Some(((hop, Rewrite { translation: known, ..rewrite }, None), leaves)))
+        Ok(Some(((hop, Rewrite { translation: known, ..rewrite }, None), commit)))
+    }
+
+    /// The way of a packet to the outer port of another pod of this node; none if it is to none, and hence the kernel's.
+    fn turning(
+        &self,
+        ip: &Ip,
+        masquerade: &Masquerade,
+        tables: &Tables,
+        now: Instant,
+    ) -> Result<Option<(Way, MasqueradeCommit)>, DropReason> {
+        if !masquerade.is_own(ip.dst) {
+            return Ok(None);
+        }
+        let later = ip.fragment == Some(Fragment::Later);
+        // What names no ports belongs to what did.
+        let known = match &ip.quote {
+            _ if later => self.pieces.find(ip, now).filter(|known| known.side == Side::Source),
+            Some(quote) if ip.is_icmp_error() && quote.ports.is_some() => {
+                self.snat.leaving(&FlowKey::of_quote(quote).reversed())
+            }
+            _ => None,
+        };
+        let (pod, commit) = match (known, FlowKey::of_named(ip)) {
+            (Some(known), _) => {
+                let turned = self.snat.turned(known.handle).ok_or(DropReason::Uninvited)?;
+                (turned.address, MasqueradeCommit::Turn)
+            }
+            (None, Some(inside)) if ip.protocol == ip::UDP && !later => {
+                let Some(pod) = self.snat.owner(ip::UDP, inside.dst(), inside.ports().1) else { return Ok(None) };
+                let outside = masquerade.source(ip.dst, None).ok_or(DropReason::NoSource)?;
+                (pod, MasqueradeCommit::Open { inside, outside, turns: true })
+            }
+            _ => return Ok(None),
+        };
+        let Some(pod) = tables.neighbours.get(&pod) else { return Ok(None) };
+        let rewrite = Rewrite::routed(Macs { dst: pod.mac, src: tables.gateway.mac }, port_mtu(pod.port, tables));
+        Ok(Some(((Hop::Port(pod.port), Rewrite { translation: known, ..rewrite }, None), commit)))
     }
 
     /// The session that a pod's packet belongs to, or the flow for which one is to be opened.
@@ -127,7 +170,7 @@ impl Forwarder {
             let rewrite = Rewrite { mtu: u32::MAX, translation: Some(known), ..rewrite };
             return (Path { hop, rewrite, entropy: 0 }, None);
         }
-        let rewrite = Rewrite { routed: Some(macs), mtu, translation: Some(known) };
+        let rewrite = Rewrite { translation: Some(known), ..Rewrite::routed(macs, mtu) };
         (Path { hop: Hop::Port(pod.port), rewrite, entropy: 0 }, Some(known))
     }
 
@@ -146,36 +189,64 @@ impl Forwarder {
     }
 
     /// What [`Forwarder::decide`] says of a packet that came back.
-    pub(super) fn back_to_pod(
-        &self,
-        packet: &Packet,
-        tables: &Tables,
-        verdict: impl FnOnce(Path) -> Option<FlowCommit>,
-        now: Instant,
-    ) -> (Path, Commit) {
-        let (path, known) = self.coming_back(packet, tables, now);
-        let cached = known.filter(|_| packet.ip().is_some_and(|ip| ip.ports.is_some()));
-        let flow = cached.and_then(|_| verdict(path)).unwrap_or(FlowCommit::None);
-        (path, Commit { flow, ..Commit::default() })
+    pub(super) fn back_to_pod(&self, asking: &Asking<'_>) -> (Path, Commit) {
+        let (path, known) = self.coming_back(asking.packet, asking.tables, asking.now);
+        let whole = asking.packet.ip().filter(|ip| ip.ports.is_some());
+        match (known, whole) {
+            (Some(_), Some(_)) => {
+                let flow = asking.opens(path, None, Entrance::Unknown);
+                (path, Commit { flow, ..Commit::default() })
+            }
+            (None, Some(ip)) if path.rewrite.translation.is_none() => {
+                let masquerade = MasqueradeCommit::Stranger(FlowKey::of(ip).reversed());
+                (path, Commit { masquerade, ..Commit::default() })
+            }
+            _ => (path, Commit::default()),
+        }
     }
 
-    /// Opens the session that a decision asks for, and tells the one that it rests on.
-    pub(super) fn open_session(
+    /// Opens the session that a decision asks for, tells those that a packet belongs to, and says how it is translated: the path, and what
+    /// becomes of the destination of one that turns round.
+    pub(super) fn in_session(
         &mut self,
-        (path, commit): (&mut Path, &mut Commit),
+        mut path: Path,
+        commit: &mut Commit,
         packet: &Packet,
         now: Instant,
-    ) -> Result<(), DropReason> {
-        if let Some(Leaving { inside, outside }) = &commit.leaves {
-            path.rewrite.translation = Some(self.snat.open(inside, *outside, now)?);
-        }
-        let (Some(translation), Some(ip)) = (path.rewrite.translation, packet.ip()) else { return Ok(()) };
+    ) -> Result<(Path, Option<Translation>), DropReason> {
+        let turns = match &commit.masquerade {
+            MasqueradeCommit::None => false,
+            MasqueradeCommit::Open { inside, outside, turns } => {
+                path.rewrite.translation = Some(self.snat.open(inside, *outside, now)?);
+                *turns
+            }
+            MasqueradeCommit::Turn => true,
+            MasqueradeCommit::Stranger(flow) => {
+                self.snat.is_strangers(flow, now);
+                false
+            }
+        };
+        let (Some(translation), Some(ip)) = (path.rewrite.translation, packet.ip()) else { return Ok((path, None)) };
         match &mut commit.flow {
-            // What has no ports may be of several sessions.
-            FlowCommit::Open(..) if ip.ports.is_none() => commit.flow = FlowCommit::None,
-            FlowCommit::Open(_, _, verdict) => verdict.path = *path,
+            // What has no ports may be of several sessions, and what turns is of two.
+            FlowCommit::Open(..) if ip.ports.is_none() || turns => commit.flow = FlowCommit::None,
+            FlowCommit::Open(_, _, verdict) => verdict.path = path,
             FlowCommit::None | FlowCommit::Seen(_) => {}
         }
+        self.passes(ip, translation, now);
+        if !turns {
+            return Ok((path, None));
+        }
+        // Its own session stays: by it the other one is let in.
+        let turned = self.snat.turned(translation.handle).ok_or(DropReason::Uninvited)?;
+        if !ip.is_icmp_error() {
+            self.snat.pass(turned.handle, turned.side, 0, now);
+        }
+        Ok((path, Some(turned)))
+    }
+
+    /// A packet of a session passes.
+    fn passes(&mut self, ip: &Ip, translation: Translation, now: Instant) {
         if !ip.is_icmp_error() {
             let flags = if ip.protocol == ip::TCP { ip.flags } else { 0 };
             self.snat.pass(translation.handle, translation.side, flags, now);
@@ -186,7 +257,6 @@ impl Forwarder {
             Some(Fragment::Later) => self.pieces.pass(ip),
             None => {}
         }
-        Ok(())
     }
 }
 

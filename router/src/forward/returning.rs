@@ -138,6 +138,6 @@ pub(super) fn by_kernel(packet: &Packet, tables: &Tables) -> Option<Path> {
 /// The path to this node's kernel.
 pub(super) fn to_host(host: Neighbour, tables: &Tables) -> Path {
     let macs = Macs { dst: host.mac, src: tables.gateway.mac };
-    let rewrite = Rewrite { routed: Some(macs), mtu: port_mtu(host.port, tables), translation: None };
+    let rewrite = Rewrite::routed(macs, port_mtu(host.port, tables));
     Path { hop: Hop::Port(host.port), rewrite, entropy: 0 }
 }

@@ -43,8 +43,13 @@ impl Outlet {
         Ok(Outlet { fd, header, capabilities: Capabilities { partial_checksum: true, tcp4: true, tcp6: true, udp } })
     }
 
+    /// How much of virtio's header stands before each frame.
+    pub(in crate::port) fn header(&self) -> usize {
+        self.header
+    }
+
     /// Sends frames from the front of `frames`; how many were sent.
-    fn send(&self, frames: &[Range<usize>], slices: &[IoSlice<'_>]) -> Result<usize, Errno> {
+    pub(in crate::port) fn send(&self, frames: &[Range<usize>], slices: &[IoSlice<'_>]) -> Result<usize, Errno> {
         loop {
             match packet::send(&self.fd, frames, slices) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

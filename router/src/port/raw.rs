@@ -4,7 +4,8 @@
 //! every raw socket a copy of each packet of its protocol, so one worker receives; another one takes over should that one end. Beside
 //! our tunnel the node may have others of the same protocol: their packets come here too, and end as `NotMember`.
 //!
-//! The kernel cuts nothing for such sockets: superframes are cut here, and their segments sent by as few calls as possible, as over UDP.
+//! The kernel cuts nothing for such sockets. Superframes of TCP leave whole by a way beside them, where the kernel has what it takes
+//! ([`wrapper`]); others are cut here, and their segments sent by as few calls as possible, as over UDP.
 //! What comes in comes packet by packet, unless the device's receive offload has merged inner segments, which is recognised by their
 //! checksum, and is merged by [`crate::gather`]. Path MTUs that a router claims are not believed, and nothing is fragmented.
 //!
@@ -17,6 +18,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::event::epoll;
+use rustix::io::Errno;
 use rustix::net::sockopt;
 use socket2::{Domain, Protocol, SockAddr, SockFilter, Socket, Type};
 use weft_encap::format::Format;
@@ -24,21 +26,27 @@ use weft_encap::ip;
 
 use crate::pool::Pool;
 use crate::port::sys::message;
-use crate::port::udp::{SOCKET_BUFFER, force_receive_buffer, transmit};
-use crate::port::{Batch, Capabilities, Port, PortId, Queue, Received};
+use crate::port::udp::{SOCKET_BUFFER, bind_early, force_receive_buffer, transmit};
+use crate::port::{Batch, Capabilities, Port, PortId, Queue, Received, is_broken};
 use crate::stats::Stats;
 
 mod receive;
+mod whole;
+pub mod wrapper;
 
 pub use receive::dress;
+use whole::Whole;
+use wrapper::{Wrapper, WrapperPlace};
 
 /// The sockets of a format, for all workers.
 #[derive(Debug)]
 pub struct RawTunnel {
     format: Format,
+    local: IpAddr,
     receiving: Arc<Receiving>,
     /// For each worker those of each protocol.
     sending: Vec<Vec<OwnedFd>>,
+    wrapper: WrapperPlace,
 }
 
 /// The sockets that receive, one for each protocol.
@@ -54,8 +62,7 @@ impl RawTunnel {
     /// Opens, in the current namespace, the sockets for packets to and from this address. GRE's two formats have the same ones.
     ///
     /// # Errors
-    /// `InvalidInput` for a format that lies in UDP; the kernel's: `EPERM` without `CAP_NET_RAW`, `EADDRNOTAVAIL` if the address is not
-    /// this node's.
+    /// `InvalidInput` for a format that lies in UDP; the kernel's: `EPERM` without `CAP_NET_RAW`.
     pub fn open(format: Format, workers: usize, local: IpAddr) -> io::Result<RawTunnel> {
         let protocols = protocols(format).ok_or(io::ErrorKind::InvalidInput)?;
         let sockets = protocols.iter().map(|protocol| open_receiving(local, *protocol).map(OwnedFd::from));
@@ -68,7 +75,13 @@ impl RawTunnel {
             .map(|_| protocols.iter().map(|protocol| open_sending(local, *protocol).map(OwnedFd::from)).collect());
         let sending = sending.collect::<io::Result<_>>()?;
         let receiving = Arc::new(Receiving { sockets, readable, outer_is_v4: local.is_ipv4() });
-        Ok(RawTunnel { format, receiving, sending })
+        Ok(RawTunnel { format, local, receiving, sending, wrapper: WrapperPlace::default() })
+    }
+
+    /// Superframes leave by what is put there.
+    #[must_use]
+    pub fn with_wrapper(self, wrapper: WrapperPlace) -> RawTunnel {
+        RawTunnel { wrapper, ..self }
     }
 
     /// How many workers it is for.
@@ -78,16 +91,24 @@ impl RawTunnel {
 
     /// What each worker gets.
     pub(crate) fn into_halves(self) -> impl Iterator<Item = RawHalf> {
-        let (format, receiving) = (self.format, self.receiving);
-        self.sending.into_iter().map(move |sending| RawHalf { format, receiving: Arc::clone(&receiving), sending })
+        let RawTunnel { format, local, receiving, sending, wrapper } = self;
+        sending.into_iter().map(move |sending| RawHalf {
+            format,
+            local,
+            receiving: Arc::clone(&receiving),
+            sending,
+            wrapper: Arc::clone(&wrapper),
+        })
     }
 }
 
 /// What one worker gets of a [`RawTunnel`].
 pub(crate) struct RawHalf {
     format: Format,
+    local: IpAddr,
     receiving: Arc<Receiving>,
     sending: Vec<OwnedFd>,
+    wrapper: WrapperPlace,
 }
 
 /// The IP protocols of a format: that of packets with IPv4 inside, and, if it is another one, that of those with IPv6.
@@ -111,6 +132,7 @@ fn open(local: IpAddr, protocol: u8) -> io::Result<Socket> {
         IpAddr::V4(_) => sockopt::set_ip_mtu_discover(&socket, sockopt::Ipv4PathMtuDiscovery::PROBE)?,
         IpAddr::V6(_) => sockopt::set_ipv6_mtu_discover(&socket, sockopt::Ipv6PathMtuDiscovery::PROBE)?,
     }
+    bind_early(&socket, address)?;
     socket.bind(&SockAddr::from(address))?;
     Ok(socket)
 }
@@ -136,17 +158,42 @@ fn open_sending(local: IpAddr, protocol: u8) -> io::Result<Socket> {
 /// One worker's part of a [`RawTunnel`] as a port.
 pub struct RawPort {
     receiving: Arc<Receiving>,
+    id: PortId,
     receives: bool,
     receiver: receive::Receiver,
     sender: transmit::Sender,
+    whole: Whole,
 }
 
 impl RawPort {
     /// A port of that number. It sends; whether it also receives is up to the caller, who sees to it that one port of a tunnel does.
     pub(crate) fn new(half: RawHalf, id: PortId, receives: bool, tunnel_mtu: u32) -> RawPort {
-        let RawHalf { format, receiving, sending } = half;
+        let RawHalf { format, local, receiving, sending, wrapper } = half;
         let receiver = receive::Receiver::new(id, protocols(format).unwrap_or_default(), tunnel_mtu);
-        RawPort { receiving, receives, receiver, sender: transmit::Sender::raw(id, sending) }
+        let sender = transmit::Sender::raw(id, sending);
+        RawPort { receiving, id, receives, receiver, sender, whole: Whole::new(id, local, wrapper) }
+    }
+
+    /// Sends in the queue's order, superframes by the wrapper.
+    fn send_whole(&mut self, wrapper: &Wrapper, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
+        while let Some(front) = queue.front() {
+            let (sent, others) = match self.whole.takes(front) {
+                true => match self.whole.send(wrapper, queue) {
+                    Ok(sent) => (sent, 0),
+                    Err(Errno::AGAIN) => break,
+                    Err(error) if is_broken(error) => return Err(error.into()),
+                    // It is cut here, then.
+                    Err(_) => (0, 1),
+                },
+                false => (0, queue.iter().take_while(|frame| !self.whole.takes(frame)).count()),
+            };
+            queue.drain(..sent).for_each(|frame| stats.sent(frame, self.id, 1));
+            if others > 0 {
+                self.sender.transmit(&mut queue.drain(..others).collect(), stats)?;
+            }
+        }
+        self.whole.count(stats);
+        Ok(())
     }
 }
 
@@ -159,7 +206,14 @@ impl Port for RawPort {
     }
 
     fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
-        self.sender.transmit(queue, stats)
+        match self.whole.wrapper() {
+            Some(wrapper) => self.send_whole(&wrapper, queue, stats),
+            None => self.sender.transmit(queue, stats),
+        }
+    }
+
+    fn count(&mut self, stats: &mut Stats) {
+        self.whole.count(stats);
     }
 
     fn readable(&self) -> Option<BorrowedFd<'_>> {
@@ -170,7 +224,7 @@ impl Port for RawPort {
         self.receives = true;
     }
 
-    /// Everything is cut and summed by this port itself.
+    /// What does not leave whole by the wrapper is cut and summed by this port itself.
     fn capabilities(&self) -> Capabilities {
         Capabilities::default()
     }

@@ -58,8 +58,8 @@ impl Underlay {
     /// Opens, in the current namespace, the socket that receives at `local` and as many that send from its address, for one worker.
     ///
     /// # Errors
-    /// The kernel's: `EADDRINUSE` if the port is taken (by a VXLAN device, for example), `EADDRNOTAVAIL` if the address is not
-    /// this node's, `ENOPROTOOPT` if the kernel does not know `UDP_GRO`.
+    /// The kernel's: `EADDRINUSE` if the port is taken (by a VXLAN device, for example), `ENOPROTOOPT` if the kernel does not know
+    /// `UDP_GRO`. An address that this node does not have yet is none: the sockets work as soon as it has.
     pub fn open(local: SocketAddr, transmit_sockets: usize) -> io::Result<Underlay> {
         Underlay::open_for(1, local, transmit_sockets)
     }
@@ -71,12 +71,26 @@ impl Underlay {
     pub fn open_for(workers: usize, local: SocketAddr, transmit_sockets: usize) -> io::Result<Underlay> {
         let first = open_receive(local, false)?;
         let local = first.local_addr()?.as_socket().unwrap_or(local);
-        if workers > 1 {
-            // Only after the first has bound: among those that allow it from the beginning would also be another weftd's.
-            first.set_reuse_port(true)?;
-        }
+        // Only after the first has bound: among those that allow it from the beginning would also be another weftd's.
+        first.set_reuse_port(true)?;
         let others = (1..workers).map(|_| open_receive(local, true));
-        let sockets = std::iter::once(Ok(first)).chain(others).map(|receive| {
+        Underlay::of(local, std::iter::once(Ok(first)).chain(others), transmit_sockets)
+    }
+
+    /// The same beside sockets that this process has there already, to take their place.
+    ///
+    /// # Errors
+    /// As for [`Underlay::open`].
+    pub fn open_beside(workers: usize, local: SocketAddr, transmit_sockets: usize) -> io::Result<Underlay> {
+        Underlay::of(local, (0..workers).map(|_| open_receive(local, true)), transmit_sockets)
+    }
+
+    fn of(
+        local: SocketAddr,
+        receiving: impl Iterator<Item = io::Result<Socket>>,
+        transmit_sockets: usize,
+    ) -> io::Result<Underlay> {
+        let sockets = receiving.map(|receive| {
             let receive = receive?.into();
             let transmit = (0..transmit_sockets.max(1)).map(|_| open_transmit(local).map(OwnedFd::from));
             Ok(Sockets {
@@ -141,9 +155,18 @@ fn open(local: SocketAddr, shared: bool) -> io::Result<Socket> {
             sockopt::set_ipv6_mtu_discover(&socket, sockopt::Ipv6PathMtuDiscovery::PROBE)?;
         }
     }
+    bind_early(&socket, local)?;
     socket.set_reuse_port(shared)?;
     socket.bind(&SockAddr::from(local))?;
     Ok(socket)
+}
+
+/// Lets a socket be bound to an address that this machine does not have yet, or not at the moment: it works as soon as it has.
+pub(super) fn bind_early(socket: &Socket, local: SocketAddr) -> io::Result<()> {
+    match local {
+        SocketAddr::V4(_) => socket.set_freebind_v4(true),
+        SocketAddr::V6(_) => socket.set_freebind_v6(true),
+    }
 }
 
 /// A socket with a source port of the kernel's choice, that takes nothing in.
@@ -360,6 +383,14 @@ mod tests {
             let error = Underlay::open_for(second, underlay.local(), 1).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{first} {second}");
         }
+    }
+
+    #[test]
+    fn an_address_that_this_machine_does_not_have_yet_can_be_bound_and_one_in_use_be_taken_over() {
+        let early = Underlay::open("192.0.2.77:0".parse().unwrap(), 1).unwrap();
+        Underlay::open_beside(1, early.local(), 1).unwrap();
+        let v6 = Underlay::open("[2001:db8::77]:0".parse().unwrap(), 1).unwrap();
+        assert_eq!(Underlay::open(v6.local(), 1).unwrap_err().kind(), io::ErrorKind::AddrInUse);
     }
 
     #[test]

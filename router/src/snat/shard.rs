@@ -8,6 +8,7 @@ use weft_encap::ip;
 use crate::flow::FlowKey;
 use crate::snat::session::{Ends, is_ping};
 use crate::tables::ExactMap;
+use crate::time::Instant;
 
 /// A part of the table: all sessions whose ports exclude each other are in the same one.
 #[derive(Default)]
@@ -20,8 +21,8 @@ pub(super) struct Shard {
     pub(super) pools: ExactMap<FlowKey, Pool>,
     /// The port that a pod's socket has for all destinations, by socket and outer address.
     pub(super) endpoints: ExactMap<(FlowKey, FlowKey), Endpoint>,
-    /// Which of these ports are taken.
-    pub(super) owners: ExactMap<FlowKey, ()>,
+    /// Whose these ports are.
+    pub(super) owners: ExactMap<FlowKey, IpAddr>,
 }
 
 /// Ports that exclude each other: those of TCP towards one destination, all of UDP and of pings.
@@ -29,8 +30,27 @@ pub(super) struct Shard {
 pub(super) struct Pool {
     /// How many are taken.
     pub(super) taken: u32,
-    /// When it was last looked for any that could be taken back, in vain, and who had more than half of them.
-    pub(super) barren: Option<(u32, Option<IpAddr>)>,
+    /// That it was looked for any that could be taken back, in vain.
+    pub(super) barren: Option<Barren>,
+}
+
+/// A pool that had nothing to give.
+#[derive(Copy, Clone)]
+pub(super) struct Barren {
+    /// When, in seconds.
+    pub(super) when: u32,
+    /// How many were taken then.
+    pub(super) taken: u32,
+    /// Who had more than half of them: it does for others.
+    pub(super) most: Option<IpAddr>,
+}
+
+impl Pool {
+    /// Whether it has nothing for this pod, as it had nothing a moment ago.
+    pub(super) fn is_barren(&self, pod: IpAddr, now: Instant) -> bool {
+        let is_same = |barren: Barren| barren.when == now.seconds() && barren.taken == self.taken;
+        self.barren.is_some_and(|barren| is_same(barren) && barren.most.is_none_or(|most| most == pod))
+    }
 }
 
 #[derive(Copy, Clone)]
@@ -59,8 +79,8 @@ fn socket_of(ends: &Ends) -> (FlowKey, FlowKey) {
 }
 
 /// A reserved port of one address.
-fn owner_of(ends: &Ends) -> FlowKey {
-    FlowKey::between(ends.protocol, ends.outside, (ends.outside.0, 0))
+pub(super) fn owner_of(protocol: u8, outside: (IpAddr, u16)) -> FlowKey {
+    FlowKey::between(protocol, outside, (outside.0, 0))
 }
 
 impl Shard {
@@ -72,7 +92,7 @@ impl Shard {
     /// Whether nobody has this session's port.
     pub(super) fn is_free(&self, ends: &Ends) -> bool {
         match is_shared(ends.protocol) {
-            true => !self.owners.contains_key(&owner_of(ends)),
+            true => !self.owners.contains_key(&owner_of(ends.protocol, ends.outside)),
             false => !self.outside.contains_key(&ends.outside_key()),
         }
     }
@@ -88,7 +108,7 @@ impl Shard {
             if endpoint.sessions > 1 {
                 return;
             }
-            self.owners.insert(owner_of(ends), ());
+            self.owners.insert(owner_of(ends.protocol, ends.outside), ends.inside.0);
         }
         self.pools.entry(pool_of(ends)).or_default().taken += 1;
     }
@@ -107,7 +127,7 @@ impl Shard {
                 return;
             }
             self.endpoints.remove(&socket);
-            self.owners.remove(&owner_of(ends));
+            self.owners.remove(&owner_of(ends.protocol, ends.outside));
         }
         let pool = pool_of(ends);
         if let Some(found) = self.pools.get_mut(&pool) {

@@ -21,6 +21,43 @@ fn icmp_errors_are_limited_per_port() {
 }
 
 #[test]
+fn a_flow_is_told_once_a_second_how_long_its_packets_may_be_and_none_that_is_longer_passes() {
+    let mut bed = Bed::new(Mode::Routed, 2);
+    let long = |number: u8| udp4(pod_mac(1), GATEWAY, pod_v4(1), pod_v4(number), 64, 1500);
+    let mut told = 0;
+    for step in 0..3000 {
+        bed.now = bed.now + std::time::Duration::from_millis(1);
+        let sent = bed.pod_sends(1, &long(2));
+        assert!(sent.iter().all(|(port, bytes)| *port == 1 && bytes[34..36] == [3, 4] && bytes.len() <= 14 + 576));
+        told += sent.len();
+        // Another flow is told for itself.
+        assert_eq!(
+            bed.pod_sends(1, &udp6(pod_mac(1), GATEWAY, pod_v6(1), pod_v6(2), 64, 1500)).len(),
+            usize::from(step % 1000 == 0)
+        );
+    }
+    assert_eq!(told, 3);
+    // What is new is told at once: the way has become narrower still.
+    let sent = |bed: &mut Bed| bed.node_sends(PEER, 1, &udp4(PEER_VTEP, VTEP, REMOTE, pod_v4(2), 64, 1500)).len();
+    assert_eq!((sent(&mut bed), sent(&mut bed)), (1, 0));
+    bed.tables.epoch += 1;
+    let mut narrow = bed.tables.clone();
+    narrow.remove_pod(weft_router::port::PortId(2));
+    let pod = weft_router::tables::Pod {
+        mac: pod_mac(2),
+        ipv4: vec![pod_v4(2)],
+        ipv6: vec![],
+        mtu: 1300,
+        limits: weft_router::pace::Limits::default(),
+        dhcp: weft_router::tables::Dhcp::default(),
+    };
+    narrow.add_pod(weft_router::port::PortId(2), pod);
+    bed.tables = narrow;
+    assert_eq!((sent(&mut bed), sent(&mut bed)), (1, 0));
+    bed.assert_only(1, DropReason::MtuExceeded, 6000);
+}
+
+#[test]
 fn floods_stay_within_the_budget_and_spare_other_ports() {
     let mut bed = Bed::new(Mode::Bridged, 4);
     let storm = udp4(pod_mac(1), Mac::BROADCAST, pod_v4(1), Ipv4Addr::BROADCAST, 64, 5);

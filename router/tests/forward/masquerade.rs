@@ -7,12 +7,15 @@ use etherparse::{PacketBuilder, SlicedPacket, TransportSlice};
 use weft_encap::checksum;
 use weft_encap::mac::Mac;
 use weft_encap::offload::{Gso, GsoKind, Partial};
-use weft_router::DropReason;
+use weft_router::forward::{Forwarder, Memory};
 use weft_router::frame::Frame;
 use weft_router::pace::Limits;
 use weft_router::path::Macs;
 use weft_router::port::PortId;
+use weft_router::snat::Snat;
 use weft_router::tables::{Dhcp, GroupId, Masquerade, Mode, NextHop, NextHops, Pod, WayOut, came_back};
+
+use weft_router::{DropReason, RouterConfig};
 
 use crate::bed::*;
 
@@ -26,7 +29,15 @@ const SERVER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 const SERVER6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1);
 
 fn bed() -> Bed {
+    bed_with(RouterConfig::default()).0
+}
+
+/// The same, and the table of sessions.
+fn bed_with(config: RouterConfig) -> (Bed, Arc<Snat>) {
+    let memory = Memory::new(&config);
+    let snat = Arc::clone(&memory.snat);
     let mut bed = Bed::new(Mode::Routed, 2);
+    bed.forwarder = Forwarder::sharing(memory, &config);
     let (ipv4, ipv6) = (vec![Ipv4Addr::new(10, 244, 1, 254)], Vec::new());
     let interface = Pod { mac: HOST_MAC, ipv4, ipv6, mtu: 1450, limits: Limits::default(), dhcp: Dhcp::default() };
     bed.tables.add_host(PortId(HOST), interface);
@@ -41,7 +52,7 @@ fn bed() -> Bed {
     let own = vec![IpAddr::from(NODE), IpAddr::from(NODE6)];
     let masquerade = Masquerade::new(vec![way], &["10.96.0.0/12".parse().unwrap()], vec![PEER], own);
     bed.tables.masquerade = Some(Arc::new(masquerade));
-    bed
+    (bed, snat)
 }
 
 fn udp(macs: (Mac, Mac), from: (IpAddr, u16), to: (IpAddr, u16), payload: &[u8]) -> Vec<u8> {
@@ -326,6 +337,213 @@ fn a_protocol_without_ports_does_not_leave() {
     bed.assert_only(1, DropReason::NotMasqueraded, 1);
 }
 
+fn random(seed: u64) -> impl FnMut(usize) -> usize {
+    let mut state = seed;
+    move |below| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    }
+}
+
+/// A small reference: who was let out has a session, and nobody else.
+#[test]
+fn a_packet_that_is_refused_leaves_no_session() {
+    let config = RouterConfig {
+        masquerade: weft_router::snat::Limits { per_pod: 400, ..Default::default() },
+        ..RouterConfig::default()
+    };
+    let (mut bed, snat) = bed_with(config);
+    let mut random = random(11);
+    let (mut out, mut refused) = (std::collections::BTreeSet::new(), [0; 3]);
+    for _ in 0..4000 {
+        let v6 = random(2) == 0;
+        let [pod, _, server] = ends(v6);
+        let from = (pod, 1 + random(2000) as u16);
+        let ttl = [0, 1, 2, 64][random(4)];
+        let len = [10, 1400, 1480][random(3)];
+        let mut bytes = udp((pod_mac(1), GATEWAY), from, (server, 53), &vec![1; len]);
+        set_ttl(&mut bytes, ttl);
+        let is_long = bytes.len() - 14 > 1500;
+        let before = snat.usage().sessions;
+        let sent = bed.pod_sends(1, &bytes);
+        let left = sent.iter().any(|(port, _)| *port == UPLINK);
+        if left {
+            assert!(ttl > 1 && !is_long);
+            out.insert(from);
+        } else {
+            assert_eq!(snat.usage().sessions, before, "ttl {ttl}, {len} bytes");
+            refused[if ttl <= 1 {
+                0
+            } else if is_long {
+                1
+            } else {
+                2
+            }] += 1;
+        }
+        assert_eq!(snat.usage().sessions, out.len());
+    }
+    assert!(refused.iter().all(|count| *count > 50), "{refused:?}: too old, too long, too many");
+    assert_eq!(bed.dropped(1, DropReason::MasqueradeQuota), refused[2]);
+    bed.assert_conserved();
+}
+
+fn set_ttl(bytes: &mut [u8], ttl: u8) {
+    if bytes[14] >> 4 == 6 {
+        bytes[21] = ttl;
+        return;
+    }
+    bytes[22] = ttl;
+    let sum = checksum::ipv4_header(&bytes[14..34]);
+    bytes[24..26].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// Two pods' sockets that a server outside has told of each other: their outer ports.
+fn two_sockets(bed: &mut Bed, v6: bool) -> [(IpAddr, u16); 2] {
+    let [_, node, server] = ends(v6);
+    [1, 2].map(|number| {
+        let (pod, mac) = (address(number, v6), pod_mac(number));
+        let sent =
+            bed.pod_sends(number.into(), &udp((mac, GATEWAY), (pod, 5000 + u16::from(number)), (server, 3478), &[]));
+        (node, source_port(&sent[0].1))
+    })
+}
+
+fn address(number: u8, v6: bool) -> IpAddr {
+    if v6 { pod_v6(number).into() } else { pod_v4(number).into() }
+}
+
+/// RFC 4787, REQ-9: "A NAT MUST support 'Hairpinning'", and REQ-9a: "A NAT Hairpinning behavior MUST be 'External source IP address and port'".
+#[test]
+fn pods_reach_each_other_by_their_outer_ports_once_both_have_sent() {
+    for v6 in [false, true] {
+        let mut bed = bed();
+        let outer = two_sockets(&mut bed, v6);
+        let send = |bed: &mut Bed, number: u8, payload: &[u8]| {
+            let from = (address(number, v6), 5000 + u16::from(number));
+            bed.pod_sends(
+                number.into(),
+                &udp((pod_mac(number), GATEWAY), from, outer[usize::from(2 - number)], payload),
+            )
+        };
+        assert_eq!(send(&mut bed, 1, &[1; 9]), [], "the other one has not sent yet");
+        assert_eq!(bed.dropped(1, DropReason::Uninvited), 1);
+        for (number, payload) in [(2, [2; 30]), (1, [1; 30]), (2, [3; 30]), (1, [4; 30])] {
+            let other = 3 - number;
+            let to = (address(other, v6), 5000 + u16::from(other));
+            let expected = udp((GATEWAY, pod_mac(other)), outer[usize::from(number - 1)], to, &payload);
+            assert_eq!(send(&mut bed, number, &payload), [(other.into(), less_one_ttl(expected))]);
+        }
+        // Another socket of the same pod was not asked.
+        let stranger = udp((pod_mac(1), GATEWAY), (address(1, v6), 6000), outer[1], &[]);
+        assert_eq!(bed.pod_sends(1, &stranger), []);
+        assert_eq!(bed.dropped(1, DropReason::Uninvited), 2);
+        // What would be too long for the other one is refused as everywhere, and what is nobody's is the kernel's.
+        assert!(send(&mut bed, 1, &[0; 1440]).iter().all(|(port, _)| *port == 1));
+        let nobodys = (outer[1].0, if outer[1].1 == 65_535 { 61_000 } else { outer[1].1 + 1 });
+        let nobodys = if nobodys == outer[0] { (nobodys.0, 1024) } else { nobodys };
+        let sent = bed.pod_sends(1, &udp((pod_mac(1), GATEWAY), (address(1, v6), 5001), nobodys, &[]));
+        assert_eq!((sent.len(), sent[0].0), (1, HOST));
+        bed.assert_conserved();
+    }
+}
+
+#[test]
+fn a_pod_reaches_itself_by_its_outer_port() {
+    let mut bed = bed();
+    let outer = two_sockets(&mut bed, false);
+    let me = (pod_v4(1).into(), 5001);
+    let sent = bed.pod_sends(1, &udp((pod_mac(1), GATEWAY), me, outer[0], &[7]));
+    assert_eq!(sent, [(1, less_one_ttl(udp((GATEWAY, pod_mac(1)), outer[0], me, &[7])))]);
+    bed.assert_conserved();
+}
+
+/// RFC 5508, REQ-6: errors about hairpinned packets are translated in both directions.
+#[test]
+fn errors_and_fragments_turn_round_as_what_they_belong_to() {
+    let mut bed = bed();
+    let outer = two_sockets(&mut bed, false);
+    let ends = |number: u8| (IpAddr::from(pod_v4(number)), 5000 + u16::from(number));
+    bed.pod_sends(2, &udp((pod_mac(2), GATEWAY), ends(2), outer[0], &[]));
+    let original = udp((pod_mac(1), GATEWAY), ends(1), outer[1], &[5; 40]);
+    let (_, got) = bed.pod_sends(1, &original).pop().unwrap();
+    // Nobody listens there.
+    let mut message = vec![3, 3, 0, 0, 0, 0, 0, 0];
+    message.extend_from_slice(&got[14..14 + 28]);
+    let sum = checksum::Sum::new().add(&message).finish();
+    message[2..4].copy_from_slice(&sum.to_be_bytes());
+    let mut error = Vec::new();
+    let builder = PacketBuilder::ethernet2(pod_mac(2).0, GATEWAY.0).ipv4(pod_v4(2).octets(), NODE.octets(), 64);
+    builder.write(&mut error, etherparse::IpNumber::ICMP, &message).unwrap();
+    let told = bed.pod_sends(2, &error);
+    let [(1, bytes)] = &told[..] else { panic!("{told:?}") };
+    assert_sound(bytes);
+    assert_eq!(bytes[26..34], [NODE.octets(), pod_v4(1).octets()].concat());
+    let quoted = &bytes[42..];
+    assert_eq!(quoted[12..20], [pod_v4(1).octets(), NODE.octets()].concat());
+    assert_eq!(quoted[20..28], original[34..42], "ports and checksum as the pod wrote them");
+    // A datagram in two pieces.
+    let whole = udp((pod_mac(1), GATEWAY), ends(1), outer[1], &[6; 48]);
+    let piece = |from: usize, to: usize, more: bool| {
+        let mut bytes = whole[..34].to_vec();
+        bytes.extend_from_slice(&whole[34 + from..34 + to]);
+        bytes[16..18].copy_from_slice(&((20 + to - from) as u16).to_be_bytes());
+        bytes[18..20].copy_from_slice(&99_u16.to_be_bytes());
+        bytes[20..22].copy_from_slice(&((from / 8) as u16 | if more { 0x2000 } else { 0 }).to_be_bytes());
+        let sum = checksum::ipv4_header(&bytes[14..34]);
+        bytes[24..26].copy_from_slice(&sum.to_be_bytes());
+        bytes
+    };
+    let mut datagram = Vec::new();
+    for piece in [piece(0, 24, true), piece(24, 56, false)] {
+        let got = bed.pod_sends(1, &piece);
+        let [(2, bytes)] = &got[..] else { panic!("{got:?}") };
+        assert_eq!(bytes[26..34], [NODE.octets(), pod_v4(2).octets()].concat());
+        datagram.extend_from_slice(&bytes[34..]);
+    }
+    assert!(checksum::verify(checksum::pseudo_v4(NODE, pod_v4(2), 17, 56), &datagram), "put together it is right");
+    assert_eq!(datagram[..4], [outer[0].1.to_be_bytes(), 5002_u16.to_be_bytes()].concat());
+    bed.assert_conserved();
+}
+
+/// CVE-2021-3773: whoever has the same ports as somebody else's conversation gets its answers.
+#[test]
+fn no_pod_gets_the_port_of_a_conversation_of_the_node() {
+    let masquerade = weft_router::snat::Limits { first: 61_000, last: 61_099, ..Default::default() };
+    let (mut bed, snat) = bed_with(RouterConfig { masquerade, ..RouterConfig::default() });
+    let [pod, node, server] = ends(false);
+    let answer = udp((MACS.dst, came_back(PortId(UPLINK))), (server, 53), (node, 61_042), &[1]);
+    assert_eq!(bed.pod_sends(HOST, &answer), [(HOST, answer.clone())], "the kernel's");
+    // The pod takes all that it can get.
+    let mut ports = std::collections::BTreeSet::new();
+    for port in 1..=100 {
+        for (to, bytes) in bed.pod_sends(1, &udp((pod_mac(1), GATEWAY), (pod, port), (server, 53), &[])) {
+            assert!(to == UPLINK && ports.insert(source_port(&bytes)));
+        }
+    }
+    assert_eq!((ports.len(), ports.contains(&61_042)), (99, false));
+    assert_eq!(bed.dropped(1, DropReason::MasqueradePorts), 1);
+    assert_eq!(bed.pod_sends(HOST, &answer), [(HOST, answer.clone())], "still the kernel's");
+    // Another pod gets its share all the same.
+    bed.now = bed.now + std::time::Duration::from_secs(1);
+    let other = udp((pod_mac(2), GATEWAY), (pod_v4(2).into(), 1), (server, 53), &[]);
+    assert_eq!(bed.pod_sends(2, &other).len(), 1);
+    assert!(snat.usage().taken_back > 0);
+    bed.assert_conserved();
+}
+
+#[test]
+fn outsiders_cannot_use_ports_up_by_sending_to_them() {
+    let masquerade = weft_router::snat::Limits { first: 61_000, last: 61_099, ..Default::default() };
+    let (mut bed, _) = bed_with(RouterConfig { masquerade, ..RouterConfig::default() });
+    let [pod, node, server] = ends(false);
+    for port in 61_000..61_100 {
+        bed.pod_sends(HOST, &udp((MACS.dst, came_back(PortId(UPLINK))), (server, 53), (node, port), &[1]));
+    }
+    let sent = bed.pod_sends(1, &udp((pod_mac(1), GATEWAY), (pod, 1), (server, 53), &[]));
+    assert_eq!((sent.len(), sent[0].0), (1, UPLINK));
+    bed.assert_conserved();
+}
+
 #[test]
 fn whatever_pods_and_outsiders_send_nothing_is_lost_and_nothing_panics() {
     let mut bed = bed();
@@ -338,11 +556,7 @@ fn whatever_pods_and_outsiders_send_nothing_is_lost_and_nothing_panics() {
         (HOST, answer),
         (HOST, error_about(&sent, NODE)),
     ];
-    let mut state = 7_u64;
-    let mut random = |below: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize % below
-    };
+    let mut random = random(7);
     for round in 0..30_000_u64 {
         let (port, mut bytes) = templates[random(templates.len())].clone();
         for _ in 0..random(4) {

@@ -22,6 +22,7 @@ use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
+use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
@@ -104,7 +105,7 @@ impl Shared {
 /// A running double.
 pub struct Api {
     shared: Arc<Shared>,
-    bind: Box<dyn Fn() -> TcpListener>,
+    bind: Box<dyn Fn() -> TcpListener + Send + Sync>,
     address: SocketAddr,
     tls: Option<Arc<ServerConfig>>,
     runtime: Option<Runtime>,
@@ -122,7 +123,10 @@ impl Api {
     }
 
     /// Starts one where `bind` says, which is asked again after each stop; with a server's certificate and key in PEM files it speaks TLS.
-    pub fn start_at(bind: impl Fn() -> TcpListener + 'static, certificate: Option<(&Path, &Path)>) -> Api {
+    pub fn start_at(
+        bind: impl Fn() -> TcpListener + Send + Sync + 'static,
+        certificate: Option<(&Path, &Path)>,
+    ) -> Api {
         let first = bind();
         let address = first.local_addr().expect("it is bound");
         let tls = certificate.map(|(certificate, key)| Arc::new(server_config(certificate, key)));
@@ -131,7 +135,11 @@ impl Api {
         api
     }
 
-    fn new(bind: Box<dyn Fn() -> TcpListener>, address: SocketAddr, tls: Option<Arc<ServerConfig>>) -> Api {
+    fn new(
+        bind: Box<dyn Fn() -> TcpListener + Send + Sync>,
+        address: SocketAddr,
+        tls: Option<Arc<ServerConfig>>,
+    ) -> Api {
         let shared = Shared {
             store: Mutex::default(),
             faults: Mutex::default(),
@@ -152,23 +160,20 @@ impl Api {
         runtime.spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).expect("it is a socket");
             while let Ok((stream, _)) = listener.accept().await {
-                let (shared, tls) = (Arc::clone(&shared), tls.clone());
-                tokio::spawn(async move {
-                    let service = service_fn(move |request| server::answer(Arc::clone(&shared), request));
-                    let http = hyper::server::conn::http1::Builder::new();
-                    // Whoever does not speak TLS, or leaves, is heard of no more.
-                    match tls {
-                        None => drop(http.serve_connection(TokioIo::new(stream), service).await),
-                        Some(tls) => {
-                            if let Ok(stream) = tls.accept(stream).await {
-                                drop(http.serve_connection(TokioIo::new(stream), service).await);
-                            }
-                        }
-                    }
-                });
+                tokio::spawn(connection(Arc::clone(&shared), tls.clone(), stream));
             }
         });
         self.runtime = Some(runtime);
+    }
+
+    /// Serves a connection that somebody else has taken, by that one's runtime and clock; with a certificate and its key, by TLS.
+    pub fn connection(
+        &self,
+        stream: TcpStream,
+        certificate: Option<(&Path, &Path)>,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let tls = certificate.map(|(certificate, key)| TlsAcceptor::from(Arc::new(server_config(certificate, key))));
+        connection(Arc::clone(&self.shared), tls, stream)
     }
 
     /// Its URL.
@@ -279,6 +284,21 @@ impl Drop for Api {
     fn drop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
+        }
+    }
+}
+
+async fn connection(shared: Arc<Shared>, tls: Option<TlsAcceptor>, stream: TcpStream) {
+    let service = service_fn(move |request| server::answer(Arc::clone(&shared), request));
+    let http = hyper::server::conn::http1::Builder::new();
+    let _ = stream.set_nodelay(true);
+    // Whoever does not speak TLS, or leaves, is heard of no more.
+    match tls {
+        None => drop(http.serve_connection(TokioIo::new(stream), service).await),
+        Some(tls) => {
+            if let Ok(stream) = tls.accept(stream).await {
+                drop(http.serve_connection(TokioIo::new(stream), service).await);
+            }
         }
     }
 }

@@ -183,10 +183,10 @@ impl Injected {
         let log = node.runtime.state_dir.with_extension("strace");
         let mut command = Command::new("strace");
         let calls = what.split(':').next().unwrap_or_default();
-        command.args(["-f", "-p", &node.daemon().status().pid.to_string(), "-e", &format!("trace={calls}")]);
+        command.args(["-f", "-p", &node.daemon().pid.to_string(), "-e", &format!("trace={calls}")]);
         command.args(["-e", &format!("inject={what}"), "-o"]).arg(&log);
         let injected = Injected(Background::start(command));
-        let pid = node.daemon().status().pid;
+        let pid = node.daemon().pid;
         let traced = || {
             let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
             status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
@@ -248,7 +248,7 @@ fn without_descriptors_adds_are_told_to_try_again_and_pods_can_go() {
     let bed = Bed::new("fds");
     let ping = bed.traffic();
     let daemon = bed.node.daemon();
-    let pid = Pid::from_raw(daemon.status().pid.try_into().expect("a process id")).expect("it is not 0");
+    let pid = Pid::from_raw(daemon.pid.try_into().expect("a process id")).expect("it is not 0");
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", pid.as_raw_nonzero())).expect("it lives");
     let line = limits.lines().find(|line| line.starts_with("Max open files")).expect("the kernel says it");
     let [current, maximum] = [3, 4].map(|at| line.split_whitespace().nth(at).and_then(|word| word.parse().ok()));

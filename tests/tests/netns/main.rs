@@ -43,4 +43,5 @@ mod throughput;
 mod uplink;
 mod virtio;
 mod workers;
+mod wrapping;
 mod xdp;

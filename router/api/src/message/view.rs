@@ -49,7 +49,10 @@ pub struct Status {
     /// How packets of pods leave the cluster in the node's name; none if they do not.
     #[serde(default)]
     pub masquerade: Option<MasqueradeInfo>,
-    /// VXLAN network identifier.
+    /// What other nodes are sent by unless their entries say otherwise, as in the configuration; nothing from a weftd that is too old to say.
+    #[serde(default)]
+    pub encapsulation: String,
+    /// Network identifier of VXLAN and Geneve.
     pub vni: u32,
     /// MTU of pods in bytes.
     pub mtu: u32,

@@ -76,6 +76,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
     problems.extend(node.uplink.tunnel_problems(config));
     problems.extend(node.egress.problems(config));
     problems.extend(node.answers.problems());
+    problems.extend(node.wrapping.problem());
     problems.extend(node.outlets.problems());
     problems.extend(kernel.problems.iter().cloned());
     let tunnels = config.peers.iter().any(|peer| !state.desired.leads.peers.contains_key(&peer.underlay));
@@ -114,6 +115,7 @@ pub fn status(node: &Node) -> Result<Status, Failure> {
             evicted: snapshot.returns.evicted,
         }),
         masquerade: show::masquerade(node, &state.desired),
+        encapsulation: usual(config),
         vni: config.vni.get(),
         mtu: config.mtu,
         underlay_mtu: device.map_or(config.underlay.mtu, |device| device.mtu),
@@ -156,6 +158,13 @@ fn host() -> Option<Host> {
 
 fn underlay_device<'h>(config: &Config, host: &'h Host) -> Option<&'h Interface> {
     host.holder_of(config.underlay.address)
+}
+
+/// What other nodes are sent by, in the words of the configuration.
+fn usual(config: &Config) -> String {
+    let underlay = &config.underlay;
+    let plain = if underlay.cross_subnet { "host-gw within the subnet, else " } else { "" };
+    format!("{plain}{}", underlay.encapsulation.name())
 }
 
 /// Everything that is wrong, the gravest first, but for losses.

@@ -21,3 +21,6 @@ pub mod host;
 pub mod kubernetes;
 pub mod saved;
 pub mod source;
+
+#[cfg(test)]
+mod outage;

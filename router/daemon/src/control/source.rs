@@ -29,13 +29,18 @@ pub struct View {
     pub trouble: Option<String>,
     /// The addresses that pods of this node have, as the engine knows it, in order.
     pub pods: Arc<Vec<IpAddr>>,
+    /// This node's address among the nodes, as the engine knows it, if it does and the file does not say it.
+    pub address: Option<IpAddr>,
 }
 
 /// Something that knows the cluster.
 pub trait Source {
-    /// Publishes what is, for ever, and obeys orders. To be run as a task.
-    fn follow(self, views: Views, orders: mpsc::Receiver<Order>) -> impl Future<Output = ()> + Send;
+    /// Publishes what is, for ever, obeys orders, and says what this node is, `facts`, whenever that changes. To be run as a task.
+    fn follow(self, views: Views, orders: mpsc::Receiver<Order>, facts: Facts) -> impl Future<Output = ()> + Send;
 }
+
+/// What this node is: its own configuration, as its machine has it at the moment.
+pub type Facts = watch::Receiver<Arc<Config>>;
 
 /// What a source can be told to do.
 #[derive(Debug)]
@@ -86,6 +91,11 @@ impl Views {
         });
     }
 
+    /// This node's address among the nodes.
+    pub fn address(&self, address: Option<IpAddr>) {
+        self.0.send_if_modified(|view| std::mem::replace(&mut view.address, address) != address);
+    }
+
     /// What was published last.
     pub fn last(&self) -> View {
         self.0.borrow().clone()
@@ -98,6 +108,8 @@ pub struct Following {
     pub views: watch::Receiver<View>,
     /// What it is told.
     pub orders: mpsc::Sender<Order>,
+    /// What this node is.
+    pub facts: watch::Sender<Arc<Config>>,
 }
 
 /// Starts to follow what the configuration names, beginning with what was known when weftd last ran. `None` if it is the file. To be
@@ -106,18 +118,19 @@ pub fn follow(config: &Config, known: Option<Cluster>) -> Option<Following> {
     let view = View { cluster: known.map(Arc::new), ..View::default() };
     let (sender, views) = watch::channel(view);
     let (orders, inbox) = mpsc::channel(8);
+    let (facts, heard) = watch::channel(Arc::new(config.clone()));
     match &config.source {
         SourceConfig::File => return None,
         SourceConfig::Etcd(etcd) => {
             let source = Etcd::new(config.clone(), (**etcd).clone());
-            drop(tokio::spawn(source.follow(Views(sender), inbox)));
+            drop(tokio::spawn(source.follow(Views(sender), inbox, heard)));
         }
         SourceConfig::Kubernetes(kubernetes) => {
             let source = Kubernetes::new(config.clone(), (**kubernetes).clone());
-            drop(tokio::spawn(source.follow(Views(sender), inbox)));
+            drop(tokio::spawn(source.follow(Views(sender), inbox, heard)));
         }
     }
-    Some(Following { views, orders })
+    Some(Following { views, orders, facts })
 }
 
 /// How soon a change is put in force. A single one at once, and some in a row nearly so; but a node spends no more than a small part of
@@ -174,16 +187,10 @@ pub struct Backoff {
 
 impl Backoff {
     const FIRST: Duration = Duration::from_millis(200);
-    const LAST: Duration = Duration::from_secs(5);
     /// A limit for those who must be back in step within five seconds.
     pub const SOON: Duration = Duration::from_secs(3);
 
-    /// For a node that differs from others by `seed`.
-    pub fn new(seed: u64) -> Backoff {
-        Backoff::until(seed, Backoff::LAST)
-    }
-
-    /// The same, waiting for `last` at most.
+    /// For a node that differs from others by `seed`, waiting for `last` at most.
     pub fn until(seed: u64, last: Duration) -> Backoff {
         Backoff { next: Backoff::FIRST, last, random: seed | 1 }
     }
@@ -216,10 +223,10 @@ mod tests {
 
     #[test]
     fn waiting_grows_to_its_limit_and_is_spread() {
-        let mut backoff = Backoff::new(7);
+        let mut backoff = Backoff::until(7, Backoff::SOON);
         let steps: Vec<Duration> = (0..12).map(|_| backoff.step()).collect();
         assert!(steps[0] >= Backoff::FIRST / 2 && steps[0] <= Backoff::FIRST);
-        assert!(steps[6..].iter().all(|step| *step >= Backoff::LAST / 2 && *step <= Backoff::LAST), "{steps:?}");
+        assert!(steps[6..].iter().all(|step| *step >= Backoff::SOON / 2 && *step <= Backoff::SOON), "{steps:?}");
         assert!(steps[6..].windows(2).any(|two| two[0].abs_diff(two[1]) > Duration::from_millis(50)), "{steps:?}");
         backoff.reset();
         assert!(backoff.step() <= Backoff::FIRST);

@@ -18,17 +18,16 @@ pub fn set(netlink: &mut Netlink, device: &mut Made, wanted: &Wanted) -> io::Res
     if link.name != wanted.name {
         rename(netlink, &link, &wanted.name)?;
     }
+    // What an uplink brings back has as many segments as the kernel merged, and is cut if that is too many. Others go on to nodes.
+    let most = if wanted.brings_back { MOST_SEGMENTS } else { pod::gso_max_segments(wanted.mtu) };
     let change = LinkChange {
         mac: (link.mac != Some(wanted.mac)).then_some(wanted.mac),
         mtu: (link.mtu != wanted.mtu).then_some(wanted.mtu),
+        gso_max_segments: (link.gso_max_segments != most).then_some(most),
         ..LinkChange::default()
     };
-    if change.mac.is_some() || change.mtu.is_some() {
-        let queue = Some(pod::QUEUE);
-        // What an uplink brings back has as many segments as the kernel merged, and is cut if that is too many. Others go on to nodes.
-        let most = if wanted.brings_back { MOST_SEGMENTS } else { pod::gso_max_segments(wanted.mtu) };
-        let gso_max_segments = Some(most);
-        netlink.change_new_link(device.index, LinkChange { queue, gso_max_segments, ..change })?;
+    if change.mac.is_some() || change.mtu.is_some() || change.gso_max_segments.is_some() {
+        netlink.change_new_link(device.index, LinkChange { queue: Some(pod::QUEUE), ..change })?;
     }
     set_behaviour(wanted)?;
     if !link.up {

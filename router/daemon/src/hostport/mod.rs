@@ -22,7 +22,7 @@ pub mod watch;
 use std::io;
 use std::net::IpAddr;
 use std::sync::mpsc::Sender;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use ipnet::IpNet;
 use weft_encap::mac::Mac;
@@ -48,6 +48,8 @@ pub struct HostPort {
     kicks: Sender<()>,
     /// One at a time puts things right.
     keeping: Mutex<()>,
+    /// The MAC that it was made with first.
+    mac: OnceLock<Mac>,
     state: Mutex<State>,
 }
 
@@ -84,7 +86,7 @@ struct Wanted {
 impl HostPort {
     /// A host port that nobody has made yet. `kicks` reaches whoever keeps it.
     pub fn new(kicks: Sender<()>) -> HostPort {
-        HostPort { kicks, keeping: Mutex::default(), state: Mutex::default() }
+        HostPort { kicks, keeping: Mutex::default(), mac: OnceLock::new(), state: Mutex::default() }
     }
 
     /// Its interface's number, while there is one.
@@ -149,7 +151,8 @@ impl HostPort {
         let leased = address::lease(node, &config).map_err(|problem| format!("{name} has no address: {problem}"))?;
         let wanted = Wanted {
             name: name.clone(),
-            mac: derive::host_mac(&config.node, config.underlay.address),
+            // Others know it: another underlay address does not change it.
+            mac: *self.mac.get_or_init(|| derive::host_mac(&config.node, config.underlay.address)),
             mtu: config.mtu,
             brings_back: config.masquerade.is_some(),
             addresses: leased.iter().map(|address| on_interface(&config, *address)).collect(),

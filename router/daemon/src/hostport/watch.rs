@@ -26,11 +26,12 @@ const RECOVER: Duration = Duration::from_secs(1);
 /// No thread can be started.
 pub fn start(node: &Arc<Node>, kicks: Receiver<()>) -> anyhow::Result<()> {
     let mut well = node.host.keep(node);
+    let watcher = Arc::downgrade(node);
+    // The underlay's device is followed also without a host port.
+    spawn("weft-host-watch", move || follow(&watcher))?;
     if node.state().desired.config.host_port.is_none() {
         return Ok(());
     }
-    let watcher = Arc::downgrade(node);
-    spawn("weft-host-watch", move || follow(&watcher))?;
     let keeper = Arc::downgrade(node);
     let keep = move || {
         let patience = |well: bool| if well { Duration::MAX } else { AGAIN };
@@ -58,6 +59,7 @@ fn follow(node: &Weak<Node>) {
             // What happened before the socket was open was told to nobody.
             let Some(now) = node.upgrade() else { return Ok(()) };
             now.host.kick();
+            now.follow_uplink(None);
             drop(now);
             loop {
                 let change = netlink.await_change()?;
@@ -65,6 +67,8 @@ fn follow(node: &Weak<Node>) {
                 match change {
                     Change::Interface(index) => node.follow_uplink(Some(index)),
                     Change::Much => node.follow_uplink(None),
+                    // Whose interface may have this node's address from now on.
+                    Change::Route(to) if to.prefix_len() == 0 => node.follow_uplink(None),
                     Change::Route(_) => {}
                 }
                 if node.host.concerns(change) {

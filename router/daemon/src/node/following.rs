@@ -1,10 +1,17 @@
-//! What changes on the underlay's device while weftd runs: its MTU, and with it that of pods, unless the configuration says it.
+//! What changes under the underlay while weftd runs: this node's address in it, and its device's MTU, and with that the pods', unless the
+//! configuration says it.
+//!
+//! Another address is one that a reload brings, or a source ([`View::address`](crate::control::source::View)), or the default route's interface
+//! where nobody says one. All that leads to other nodes is bound to it anew ([`crate::uplink::Uplink::rebind`]), pods' ports are not touched, and
+//! the source is told, so that the other nodes follow. An address that goes takes nothing with it: sockets stay bound to it, and work again
+//! when it is back, unless there is another one by then.
 //!
 //! Tables follow at once, the host port's interface and the pods' devices right after. A wider device does not make the ways behind it wider: each
 //! keeps what was measured until more was. What a pod's kernel has remembered of a way that carries more by now, it is made to forget,
 //! for it would believe in it for minutes, and nothing that it is told by ICMP makes a path wider.
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -16,49 +23,116 @@ use super::Node;
 use crate::attach::namespace::enter;
 use crate::attach::{owner, pod::Interface};
 use crate::control::config::Config;
-use crate::control::config::check::MAX_MTU;
+use crate::control::config::source::SourceConfig;
+use crate::control::host::Host;
 use crate::netlink::{LinkChange, Netlink};
 use crate::sysctl;
 
-/// The least that pods are given: what IPv6 demands.
-const LEAST: u32 = weft_router::tables::LEAST_V6;
-
 impl Node {
-    /// The interface of this number may be the underlay's device, which may have another MTU by now; `None`: any of them.
+    /// Something has changed on the interface of this number, or on any of them: it may be the underlay's device, or be about to become it.
     pub fn follow_uplink(&self, index: Option<u32>) {
         let known = self.uplink_index.load(Ordering::Relaxed);
-        // Interfaces of others come and go all the time.
-        if index.is_some_and(|index| known != 0 && index != known) {
-            return;
-        }
-        let address = self.state().desired.config.underlay.address;
-        let Ok(host) = Netlink::open().and_then(|mut netlink| netlink.host()) else { return };
-        let device = host.holder_of(address);
-        self.uplink_index.store(device.map_or(0, |device| device.index), Ordering::Relaxed);
-        let Some(device) = device else { return };
-        let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut state = self.state();
-        let before = Arc::clone(&state.desired.config);
-        if before.underlay.mtu == device.mtu || before.underlay.address != address {
-            return;
-        }
-        let change = |config: &Config| {
-            let mut config = config.clone();
-            (config.mtu, config.underlay.mtu) = (mtu_of(&before, device.mtu), device.mtu);
-            Arc::new(config)
+        let is_settled = {
+            let state = self.state();
+            known != 0 && state.view.address.is_none_or(|said| said == state.local.underlay.address)
         };
-        let desired = state.desired.reconfigured(change(&before));
-        let local = change(&state.local);
-        state.local = local;
-        let after = desired.config.mtu;
+        // Interfaces of others come and go all the time.
+        if is_settled && index.is_some_and(|index| index != known) {
+            return;
+        }
+        let looked = Netlink::open()
+            .and_then(|mut netlink| Ok(Host { defaults: netlink.default_devices()?, ..netlink.host()? }));
+        let Ok(host) = looked else { return };
+        let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
+        self.follow_host(&host);
+    }
+
+    /// The machine looks like this. To be called while nothing is reloaded.
+    fn follow_host(&self, host: &Host) {
+        let (before, address) = {
+            let state = self.state();
+            (Arc::clone(&state.local), state.desired.config.address_on(host, state.view.address))
+        };
+        let after = before.seen_on(host, address);
+        let has_moved = address != before.underlay.address;
+        if has_moved && let Err(error) = self.rebind(&after) {
+            return self.uplink.set_stuck(Some(format!(
+                "this node's underlay address is {address}, but what leads to other nodes cannot be bound to it: {error:#}"
+            )));
+        }
+        let device = host.holder_of(address);
+        let known = self.uplink_index.swap(device.map_or(0, |device| device.index), Ordering::Relaxed);
+        match device {
+            Some(device) => self.uplink.device_found(device.index, &after.underlay, &self.router),
+            None if known != 0 => {
+                tracing::warn!(%address, "no interface has this node's underlay address any more: waiting for it");
+            }
+            None => {}
+        }
+        if after == *before {
+            return;
+        }
+        self.put_seen(host, &before, after);
+        if has_moved {
+            self.keep_cluster();
+        }
+    }
+
+    /// Binds the underlay to this configuration's address.
+    ///
+    /// # Errors
+    /// It stays where it was.
+    pub(super) fn rebind(&self, config: &Config) -> anyhow::Result<()> {
+        self.uplink.rebind(&config.underlay, &self.router)?;
+        self.uplink.set_stuck(None);
+        tracing::info!(address = %config.underlay.address, "this node has another underlay address");
+        Ok(())
+    }
+
+    /// What could not be bound to this node's address is tried again.
+    pub fn review_uplink(&self) {
+        if self.uplink.is_stuck() {
+            self.follow_uplink(None);
+        }
+    }
+
+    /// Puts what was found on the machine in force.
+    fn put_seen(&self, host: &Host, before: &Config, after: Config) {
+        let address = after.underlay.address;
+        let after = Arc::new(after);
+        let mut state = self.state();
+        let desired = state.desired.reconfigured(Arc::new(state.desired.config.seen_on(host, address)));
+        state.local = Arc::clone(&after);
         self.put_in_force(&mut state, desired);
+        self.tell_facts(&state);
         drop(state);
-        tracing::info!(device = device.name, mtu = device.mtu, pods = after, "the underlay's device has another MTU");
+        if before.underlay.mtu != after.underlay.mtu {
+            let device = host.holder_of(address).map_or("", |device| &device.name);
+            tracing::info!(device, mtu = after.underlay.mtu, pods = after.mtu, "the underlay's device has another MTU");
+        }
         self.probing.try_rise();
         self.host.kick();
-        if before.mtu != after {
-            self.resize_pods(before.mtu, after);
+        if before.mtu != after.mtu {
+            self.resize_pods(before.mtu, after.mtu);
         }
+    }
+
+    /// Has the source say what this node is now.
+    pub(super) fn tell_facts(&self, state: &super::State) {
+        if let Some(facts) = &self.facts {
+            let changed = |known: &mut Arc<Config>| {
+                let is_new = *known != state.local;
+                known.clone_from(&state.local);
+                is_new
+            };
+            facts.send_if_modified(changed);
+        }
+    }
+
+    /// The address that a reload starts from, where the file says none.
+    pub(super) fn known_address(&self) -> Option<IpAddr> {
+        let local = Arc::clone(&self.state().local);
+        (local.source != SourceConfig::File).then_some(local.underlay.address)
     }
 
     /// Gives pods' devices another MTU, where nobody else has changed it.
@@ -108,12 +182,6 @@ impl Node {
         let namespace: OwnedFd = kernel::open(netns.cookie, u32::try_from(netns.inode).ok()?).ok()??;
         Some(enter(namespace.as_fd(), work))
     }
-}
-
-/// What a device with that MTU leaves for pods, if the configuration does not say it.
-fn mtu_of(config: &Config, device: u32) -> u32 {
-    let overhead = config.underlay.mtu.saturating_sub(config.mtu);
-    if config.mtu_is_given { config.mtu } else { device.saturating_sub(overhead).clamp(LEAST, MAX_MTU) }
 }
 
 fn set_mtu(name: &str, before: u32, after: u32) -> io::Result<()> {

@@ -6,6 +6,7 @@
 use std::io::Read;
 use std::net::IpAddr;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -20,7 +21,6 @@ use crate::control::cluster::Cluster;
 use crate::control::config::check::{gateway_v4, gateway_v6};
 use crate::control::config::kubernetes::NODE_NAME;
 use crate::control::config::reader::{Problem, decode};
-use crate::control::config::source::SourceConfig;
 use crate::control::config::{Checked, Config};
 use crate::control::host::Host;
 use crate::control::saved;
@@ -69,38 +69,56 @@ impl Node {
             tracing::error!("{msg}; the old configuration stays in force");
             Err(Failure { code: code::CONFIG, msg, details: details.into() })
         };
-        let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
-        let address = {
-            let local = Arc::clone(&self.state().local);
-            matches!(local.source, SourceConfig::Kubernetes(_)).then_some(local.underlay.address)
-        };
-        let Checked { mut config, warnings } = match read_config(&self.config_path, address) {
+        let reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
+        let Checked { mut config, warnings } = match read_config(&self.config_path, self.known_address()) {
             Ok(checked) => checked,
             Err(error) => return refuse(format!("{error:#}"), "the old configuration stays in force"),
         };
         log_warnings(&self.config_path, &warnings);
-        let mut state = self.state();
-        let fixed = state.local.fixed_differences(&config);
+        let local = Arc::clone(&self.state().local);
+        let fixed = local.fixed_differences(&config);
         // What is open stays so.
-        config.underlay.formats.clone_from(&state.local.underlay.formats);
+        config.underlay.formats.clone_from(&local.underlay.formats);
+        let has_moved = config.underlay.address != local.underlay.address;
+        if !has_moved && config.underlay.subnet.is_none() {
+            config.keep_device_of(&local);
+        }
         if !fixed.is_empty() {
             let msg = format!("cannot change while weftd runs: {}", fixed.join(", "));
             return refuse(msg, "restart weftd, or set it back; the old configuration stays in force");
         }
+        if has_moved && let Err(error) = self.rebind(&config) {
+            return refuse(format!("{error:#}"), "the old configuration stays in force");
+        }
         self.log_level.set(config.log.level);
+        let mut state = self.state();
         let mut whole = joined(&config, state.view.cluster.as_deref());
         self.keep_former(&state, &mut whole);
         self.store.set_rules(rules(&whole, &self.store, &state.view.pods));
         let desired = state.desired.reconfigured(Arc::new(whole));
         state.local = Arc::new(config);
         self.put_in_force(&mut state, desired);
+        self.tell_facts(&state);
         self.host.kick();
         tracing::info!(peers = state.desired.config.peers.len(), epoch = state.epoch, "configuration in force");
+        drop(state);
+        self.uplink_index.store(0, Ordering::Relaxed);
+        drop(reloading);
+        self.follow_uplink(None);
         Ok(())
     }
 
     /// Puts what a source says in force; whether that is another cluster than before, which is to be kept.
     pub fn follow(&self, view: View) -> bool {
+        let has_moved = self.state().view.address != view.address;
+        let is_new = self.take(view);
+        if has_moved {
+            self.follow_uplink(None);
+        }
+        is_new
+    }
+
+    fn take(&self, view: View) -> bool {
         let _reloading = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
         let (local, known) = {
             let state = self.state();

@@ -63,7 +63,7 @@ impl fmt::Debug for Follower {
 }
 
 /// Told when path MTUs change.
-type Listener = Box<dyn Fn() + Send + Sync>;
+pub type Listener = Arc<dyn Fn() + Send + Sync>;
 
 struct Shared {
     nodes: Mutex<Vec<IpAddr>>,

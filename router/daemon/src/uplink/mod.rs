@@ -6,14 +6,20 @@
 //! datagrams are. AF_XDP is tried before it is relied upon, first on a veth of its own (does the kernel do it?), then on the
 //! device itself. Whatever is in its way, the tunnel goes by UDP then, and `weft status` says what it was. The UDP socket is there
 //! in either case: see [`XdpUnderlay`](weft_router::port::xdp::XdpUnderlay).
+//!
+//! The address may change while weftd runs ([`Uplink::rebind`]), or be late, or be away for a while: sockets are bound to it all the same, and
+//! work when it is there. So is the device, which is tried again when it has come ([`Uplink::device_found`]).
 
 mod follow;
 mod hops;
 mod tunnels;
+mod wrapping;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::{Context, bail};
 use weft_encap::format::Format;
@@ -33,6 +39,7 @@ use crate::netlink::Netlink;
 use crate::netlink::paths::Detailed;
 use crate::node;
 pub use tunnels::Tunnels;
+pub use wrapping::Wrapping;
 
 use follow::{Followed, Follower};
 use hops::Way;
@@ -44,13 +51,25 @@ const TRANSMIT_SOCKETS: usize = 16;
 const NEEDED: (u32, u32) = (5, 10);
 
 /// The underlay as it was opened.
-#[derive(Debug)]
 pub struct Uplink {
     configured: UnderlayKind,
+    /// Told when path MTUs change.
+    listener: OnceLock<follow::Listener>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
     /// What it is; if it is not what was asked for, why.
-    outcome: Result<Chosen, String>,
+    outcome: Result<Arc<Chosen>, String>,
+    /// Whether that is because no device has the address.
+    is_late: bool,
     /// Formats beside VXLAN that could not be opened, and why.
     refused: Vec<(Format, String)>,
+    /// Why sockets are where they were, and not where they should be.
+    stuck: Option<String>,
+    /// The nodes whose ways are followed.
+    nodes: Vec<IpAddr>,
 }
 
 /// An uplink in use.
@@ -58,84 +77,160 @@ pub struct Uplink {
 struct Chosen {
     name: String,
     shown: String,
+    /// The device that has the address.
+    device: u32,
     follower: Follower,
 }
 
+impl fmt::Debug for Uplink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Uplink").field("state", &self.lock()).finish_non_exhaustive()
+    }
+}
+
 impl Uplink {
-    /// Opens the underlay and gives it to the workers.
+    /// Opens the underlay and gives it to the workers. The sockets come first and the device in their place, so that at no time there is
+    /// neither.
     ///
     /// # Errors
     /// Not even the UDP sockets could be opened, or the data plane takes nothing.
     pub fn open(config: &config::Underlay, tunnels: Tunnels, router: &Router) -> anyhow::Result<Uplink> {
         let refused = tunnels.hand_over(router)?;
-        let local = SocketAddr::new(config.address, config.port);
-        let open = || Underlay::open_for(router.workers(), local, TRANSMIT_SOCKETS);
-        let mut underlay = open().with_context(|| {
-            format!(
-                "cannot open the underlay at {local}: the address must be this machine's (underlay.address), and no \
-                 VXLAN device or other program may use the port (ss -ulnp; underlay.port)"
-            )
-        })?;
-        let mut outcome = Err(String::new());
-        if config.kind != UnderlayKind::Udp {
-            let prepared = prepare(config, router).and_then(|prepared| {
-                underlay.allow_fragments().context("cannot open another socket of the underlay")?;
-                Ok(prepared)
-            });
-            match prepared {
-                Ok((uplink, chosen)) => {
-                    let hops = chosen.follower.hops();
-                    match router.add_port(UNDERLAY, Device::Uplink { underlay, uplink, hops }) {
-                        Ok(()) => {
-                            tracing::info!("underlay: {}", chosen.shown);
-                            return Ok(Uplink { configured: config.kind, outcome: Ok(chosen), refused });
-                        }
-                        Err(error) => outcome = Err(error.to_string()),
-                    }
-                    underlay = open().with_context(|| format!("cannot open the underlay at {local} again"))?;
-                }
-                Err(error) => outcome = Err(format!("{error:#}")),
-            }
-        }
+        let underlay = open(config, router.workers())?;
         router.add_port(UNDERLAY, Device::Underlay(underlay)).context("the data plane cannot use the underlay")?;
-        let uplink = Uplink { configured: config.kind, outcome, refused };
-        match (uplink.problem(), &uplink.outcome) {
+        let (outcome, nodes) = (Err(String::new()), Vec::new());
+        let state = State { outcome, is_late: false, refused, stuck: None, nodes };
+        let uplink = Uplink { configured: config.kind, listener: OnceLock::new(), state: Mutex::new(state) };
+        uplink.leave_kernel(config, router)?;
+        Ok(uplink)
+    }
+
+    /// Binds all that leads to other nodes and comes from them anew, for this node has another address among them. Everything is opened before
+    /// anything takes the place of another.
+    ///
+    /// # Errors
+    /// What could not be opened; nothing has changed then.
+    pub fn rebind(&self, config: &config::Underlay, router: &Router) -> anyhow::Result<()> {
+        let underlay = open(config, router.workers())?;
+        let tunnels = tunnels::open_all(config, router.workers())?;
+        router.replace_port(UNDERLAY, Device::Underlay(underlay)).context("the data plane cannot use the underlay")?;
+        for (port, device) in tunnels {
+            router.replace_port(port, device)?;
+        }
+        self.forget_device();
+        self.leave_kernel(config, router)
+    }
+
+    /// The device of this number has the underlay's address: tries again to go by it, if it was missing, or is another one than before.
+    pub fn device_found(&self, index: u32, config: &config::Underlay, router: &Router) {
+        let is_other = {
+            let state = self.lock();
+            state.outcome.as_ref().map_or(state.is_late, |chosen| chosen.device != index)
+        };
+        if self.configured == UnderlayKind::Udp || !is_other {
+            return;
+        }
+        let again = open_beside(config, router.workers())
+            .and_then(|underlay| Ok(router.replace_port(UNDERLAY, Device::Underlay(underlay))?))
+            .and_then(|()| {
+                self.forget_device();
+                self.leave_kernel(config, router)
+            });
+        if let Err(error) = again {
+            tracing::warn!("{error:#}");
+        }
+    }
+
+    /// Has the tunnel go by AF_XDP, if that is what was asked for and can be: else it stays with the sockets that are open.
+    fn leave_kernel(&self, config: &config::Underlay, router: &Router) -> anyhow::Result<()> {
+        let chosen = match config.kind {
+            UnderlayKind::Udp => Err(anyhow::Error::msg("")),
+            _ => go_by_device(config, router),
+        };
+        let chosen = match chosen {
+            Ok(chosen) => {
+                tracing::info!("underlay: {}", chosen.shown);
+                if let Some(listener) = self.listener.get() {
+                    chosen.follower.on_path_mtu(Arc::clone(listener));
+                }
+                Ok(Arc::new(chosen))
+            }
+            Err(error) => Err(error),
+        };
+        let mut state = self.lock();
+        state.is_late = chosen.as_ref().err().is_some_and(|error| error.is::<NoDevice>());
+        state.outcome = chosen.map_err(|error| format!("{error:#}"));
+        if let Ok(chosen) = &state.outcome {
+            chosen.follower.set_nodes(state.nodes.iter().copied());
+        }
+        drop(state);
+        match (self.problem(), &self.lock().outcome) {
             (Some(problem), _) => tracing::warn!("{problem}"),
             (None, Err(why)) if !why.is_empty() => tracing::info!("underlay: udp (auto: {why})"),
             _ => {}
         }
-        Ok(uplink)
+        Ok(())
+    }
+
+    fn forget_device(&self) {
+        let before = std::mem::replace(&mut self.lock().outcome, Err(String::new()));
+        drop(before);
+    }
+
+    /// Why sockets are not where they should be; `None` when they are.
+    pub fn set_stuck(&self, why: Option<String>) {
+        if let Some(why) = why.as_ref().filter(|why| self.lock().stuck.as_ref() != Some(why)) {
+            tracing::error!("{why}");
+        }
+        self.lock().stuck = why;
+    }
+
+    /// Whether sockets are not where they should be.
+    pub fn is_stuck(&self) -> bool {
+        self.lock().stuck.is_some()
+    }
+
+    fn chosen(&self) -> Option<Arc<Chosen>> {
+        self.lock().outcome.as_ref().ok().map(Arc::clone)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Whole values are put in; none is changed in steps.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Follows the ways to these nodes from now on.
     pub fn set_nodes(&self, nodes: impl Iterator<Item = IpAddr>) {
-        if let Ok(chosen) = &self.outcome {
-            chosen.follower.set_nodes(nodes);
+        let mut state = self.lock();
+        state.nodes = nodes.collect();
+        if let Ok(chosen) = &state.outcome {
+            chosen.follower.set_nodes(state.nodes.iter().copied());
         }
     }
 
     /// How long packets to nodes may be, where routers on the way said so.
     pub fn path_mtus(&self) -> BTreeMap<IpAddr, u32> {
-        self.outcome.as_ref().map(|chosen| chosen.follower.path_mtus()).unwrap_or_default()
+        self.chosen().map(|chosen| chosen.follower.path_mtus()).unwrap_or_default()
     }
 
     /// How long packets to nodes may be, as was measured: that holds, whatever routers said.
     pub fn measured(&self, all: &BTreeMap<IpAddr, u32>) {
-        if let Ok(chosen) = &self.outcome {
+        if let Some(chosen) = self.chosen() {
             chosen.follower.measured(all.clone());
         }
     }
 
-    /// Has that be told of, once.
+    /// Has that be told of. The first one stays.
     pub fn on_path_mtu(&self, listener: impl Fn() + Send + Sync + 'static) {
-        if let Ok(chosen) = &self.outcome {
-            chosen.follower.on_path_mtu(Box::new(listener));
+        let listener = self.listener.get_or_init(|| Arc::new(listener));
+        if let Some(chosen) = self.chosen() {
+            chosen.follower.on_path_mtu(Arc::clone(listener));
         }
     }
 
     /// What is to be known beside the kind of the port that the workers have, `kind`.
     pub fn shown(&self, kind: &str) -> String {
-        match &self.outcome {
+        match &self.lock().outcome {
             Ok(chosen) if kind == "xdp" => chosen.shown.clone(),
             Ok(_) => kind.to_owned(),
             Err(why) if self.configured == UnderlayKind::Auto => format!("{kind} (auto: {why})"),
@@ -145,7 +240,12 @@ impl Uplink {
 
     /// Why the tunnel does not go by what was configured.
     pub fn problem(&self) -> Option<String> {
-        match &self.outcome {
+        let state = self.lock();
+        match &state.outcome {
+            _ if state.stuck.is_some() => state.stuck.clone(),
+            Err(why) if state.is_late && self.configured == UnderlayKind::Xdp => {
+                Some(format!("the tunnel goes by UDP, for {why}: it goes by AF_XDP when there is one"))
+            }
             Err(why) if self.configured == UnderlayKind::Xdp => Some(format!(
                 "the tunnel goes by UDP, for AF_XDP cannot be used on the underlay's device: {why}; put that right and restart weftd, \
                  or write underlay.kind = \"udp\""
@@ -156,9 +256,9 @@ impl Uplink {
 
     /// The same for an uplink that broke since: then the workers' port is of another kind.
     pub fn problem_of(&self, kind: &str) -> Option<String> {
-        match &self.outcome {
-            Ok(chosen) if kind != "xdp" => Some(format!(
-                "the uplink {} has gone: the tunnel goes by UDP until weftd is restarted, which does not interrupt other traffic",
+        match self.chosen() {
+            Some(chosen) if kind != "xdp" => Some(format!(
+                "the uplink {} has gone: the tunnel goes by UDP until there is a device with the underlay's address again",
                 chosen.name
             )),
             _ => self.problem(),
@@ -187,8 +287,9 @@ impl Uplink {
                 by_reason.entry(why).or_default().push(&peer.name);
             }
         }
+        let state = self.lock();
         let refused = |why: &str| {
-            let found = self
+            let found = state
                 .refused
                 .iter()
                 .find(|(format, _)| why.ends_with(&format!("open {}", config.underlay.word(*format))));
@@ -203,7 +304,7 @@ impl Uplink {
 
     /// How frames to a node leave.
     pub fn way(&self, node: IpAddr) -> String {
-        let Ok(chosen) = &self.outcome else { return "udp".into() };
+        let Some(chosen) = self.chosen() else { return "udp".into() };
         match chosen.follower.way(node) {
             Some(Way::Uplink) => match chosen.follower.path_mtus().get(&node) {
                 None => "xdp".into(),
@@ -230,6 +331,49 @@ fn name_of(device: u32) -> String {
     let found = Netlink::open().and_then(|mut netlink| netlink.detailed(device));
     found.ok().flatten().map_or_else(|| format!("device {device}"), |found| found.link.name)
 }
+
+/// The sockets of the underlay.
+fn open(config: &config::Underlay, workers: usize) -> anyhow::Result<Underlay> {
+    let local = SocketAddr::new(config.address, config.port);
+    Underlay::open_for(workers, local, TRANSMIT_SOCKETS).with_context(|| {
+        format!(
+            "cannot open the underlay at {local}: no VXLAN device or other program may use the port (ss -ulnp; underlay.port)"
+        )
+    })
+}
+
+/// The same in the place of those that are there.
+fn open_beside(config: &config::Underlay, workers: usize) -> anyhow::Result<Underlay> {
+    let local = SocketAddr::new(config.address, config.port);
+    Underlay::open_beside(workers, local, TRANSMIT_SOCKETS)
+        .with_context(|| format!("cannot open the underlay at {local} again"))
+}
+
+/// Puts an uplink in the place of the sockets.
+fn go_by_device(config: &config::Underlay, router: &Router) -> anyhow::Result<Chosen> {
+    let (uplink, chosen) = prepare(config, router)?;
+    let mut underlay = open_beside(config, router.workers())?;
+    underlay.allow_fragments().context("cannot open another socket of the underlay")?;
+    let hops = chosen.follower.hops();
+    if let Err(error) = router.replace_port(UNDERLAY, Device::Uplink { underlay, uplink, hops }) {
+        // Some of the workers may have it.
+        router.replace_port(UNDERLAY, Device::Underlay(open_beside(config, router.workers())?))?;
+        return Err(error.into());
+    }
+    Ok(chosen)
+}
+
+/// No device has the underlay's address.
+#[derive(Debug)]
+struct NoDevice(IpAddr);
+
+impl fmt::Display for NoDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "no device has the address {}", self.0)
+    }
+}
+
+impl std::error::Error for NoDevice {}
 
 /// The device with the underlay's address, and the one that its frames enter by.
 struct Found {
@@ -269,7 +413,7 @@ fn prepare(config: &config::Underlay, router: &Router) -> anyhow::Result<(OpenUp
     };
     let follower = Follower::start(followed)?;
     let shown = shown(&name, found.vlan, &opened, router.workers());
-    Ok((opened, Chosen { name, shown, follower }))
+    Ok((opened, Chosen { name, shown, device: found.way.link.index, follower }))
 }
 
 fn shown(name: &str, vlan: Option<u16>, opened: &OpenUplink, workers: usize) -> String {
@@ -301,10 +445,10 @@ fn find(config: &config::Underlay, netlink: &mut Netlink) -> anyhow::Result<Foun
     let address = config.address;
     let addresses = netlink.addresses().context("cannot list this machine's addresses")?;
     let holder = addresses.iter().find(|(_, net)| net.addr() == address);
-    let (index, _) = holder.with_context(|| format!("no device has the address {address}"))?;
+    let (index, _) = holder.ok_or(NoDevice(address))?;
     let mut detailed = |index: u32| -> anyhow::Result<Detailed> {
         let found = netlink.detailed(index).context("cannot ask for a device")?;
-        found.with_context(|| format!("the device with the address {address} is gone"))
+        Ok(found.ok_or(NoDevice(address))?)
     };
     let way = detailed(*index)?;
     let (under, tag) = match way.vlan {

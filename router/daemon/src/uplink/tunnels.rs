@@ -8,11 +8,11 @@ use std::net::SocketAddr;
 
 use weft_encap::format::Format;
 use weft_router::port::raw::RawTunnel;
-use weft_router::port::udp::Underlay;
+use weft_router::port::udp::Underlay as Sockets;
 use weft_router::{Device, PortId, Router};
 
 use super::TRANSMIT_SOCKETS;
-use crate::control::config::Config;
+use crate::control::config::{Config, Underlay};
 use crate::control::desired::tunnel_port;
 
 /// The ports that were opened, for the workers to get.
@@ -34,7 +34,7 @@ impl Tunnels {
             if format == Format::Vxlan || tunnels.opened.iter().any(|(other, _)| *other == port) {
                 continue;
             }
-            match open(config, format, workers) {
+            match open(&config.underlay, format, workers) {
                 Ok(device) => tunnels.opened.push((port, device)),
                 Err(why) => tunnels.refused.push((format, why)),
             }
@@ -59,12 +59,26 @@ impl Tunnels {
     }
 }
 
-fn open(config: &Config, format: Format, workers: usize) -> Result<Device, String> {
-    let underlay = &config.underlay;
+/// The same ports for another address; those that were refused stay so.
+///
+/// # Errors
+/// What could not be opened.
+pub fn open_all(underlay: &Underlay, workers: usize) -> anyhow::Result<Vec<(PortId, Device)>> {
+    let mut opened: Vec<(PortId, Device)> = Vec::new();
+    for format in underlay.formats.iter().copied().filter(|format| *format != Format::Vxlan) {
+        let port = tunnel_port(format);
+        if !opened.iter().any(|(other, _)| *other == port) {
+            opened.push((port, open(underlay, format, workers).map_err(anyhow::Error::msg)?));
+        }
+    }
+    Ok(opened)
+}
+
+fn open(underlay: &Underlay, format: Format, workers: usize) -> Result<Device, String> {
     match format {
         Format::Vxlan | Format::Geneve => {
             let local = SocketAddr::new(underlay.address, underlay.geneve_port);
-            let opened = Underlay::open_for(workers, local, TRANSMIT_SOCKETS);
+            let opened = Sockets::open_for(workers, local, TRANSMIT_SOCKETS);
             let opened = opened.map_err(|error| {
                 format!("{local} cannot be opened ({error}): does another program, or a device of the kernel, use the port (ss -ulnp)?")
             })?;

@@ -34,6 +34,8 @@ const ATTACH_XDP: u32 = 37;
 const PROGRAM_TYPE_TC: u32 = 3;
 /// `BPF_TCX_INGRESS` of `enum bpf_attach_type`: <https://elixir.bootlin.com/linux/v6.18/A/ident/BPF_TCX_INGRESS>.
 const ATTACH_TCX: u32 = 46;
+/// `BPF_TCX_EGRESS`: <https://elixir.bootlin.com/linux/v6.18/A/ident/BPF_TCX_EGRESS>.
+const ATTACH_TCX_EGRESS: u32 = 47;
 /// <https://elixir.bootlin.com/linux/v6.18/A/ident/BPF_F_XDP_HAS_FRAGS>.
 const HAS_FRAGS: u32 = 1 << 5;
 /// <https://elixir.bootlin.com/linux/v6.18/A/ident/BPF_F_TEST_XDP_LIVE_FRAMES>.
@@ -257,7 +259,7 @@ impl Program {
         Program::load_as((PROGRAM_TYPE_XDP, ATTACH_XDP, HAS_FRAGS), name, instructions)
     }
 
-    /// Loads a program that gets what a device received as the kernel's own buffers.
+    /// Loads a program that gets what a device received, or is to send, as the kernel's own buffers.
     ///
     /// # Errors
     /// As for [`Program::load`].
@@ -322,11 +324,22 @@ impl Program {
     /// # Errors
     /// [`BpfError::Refused`]: `ENODEV` if there is no such device, `EINVAL` on a kernel before 6.6.
     pub fn attach_tcx(&self, interface: u32) -> Result<Link, BpfError> {
+        self.attach_as(ATTACH_TCX, interface, "receives")
+    }
+
+    /// The same for what the device sends.
+    ///
+    /// # Errors
+    /// As for [`Program::attach_tcx`].
+    pub fn attach_tcx_egress(&self, interface: u32) -> Result<Link, BpfError> {
+        self.attach_as(ATTACH_TCX_EGRESS, interface, "sends")
+    }
+
+    fn attach_as(&self, attach_type: u32, interface: u32, does: &str) -> Result<Link, BpfError> {
         let program = self.fd.as_raw_fd() as u32;
-        let attributes = LinkCreate { program, interface, attach_type: ATTACH_TCX, ..LinkCreate::default() };
+        let attributes = LinkCreate { program, interface, attach_type, ..LinkCreate::default() };
         let fd = call_fd(Command::LinkCreate, &attributes).map_err(|source| {
-            let what =
-                format!("lead what interface {interface} receives by the program {} (tcx, Linux 6.6)", self.name);
+            let what = format!("lead what interface {interface} {does} by the program {} (tcx, Linux 6.6)", self.name);
             refused(what, source)
         })?;
         Ok(Link { _fd: fd })

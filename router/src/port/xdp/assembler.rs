@@ -82,10 +82,16 @@ pub enum Helper {
     Redirect = 23,
     /// `long bpf_skb_load_bytes(skb, u32 offset, to, u32 len)`: zero if they are there.
     LoadBytes = 26,
+    /// `long bpf_skb_adjust_room(skb, s32 by, u32 mode, u64 flags)`.
+    AdjustRoom = 50,
     /// `long bpf_redirect_map(map, u64 key, u64 flags)`: the low bits of the flags are the verdict if there is no such entry.
     RedirectMap = 51,
     /// `long bpf_xdp_adjust_tail(ctx, int delta)`. Ends all knowledge of packet pointers.
     AdjustTail = 65,
+    /// `long bpf_fib_lookup(ctx, struct bpf_fib_lookup *, int len, u32 flags)`: zero if there is a route, which it then holds.
+    FibLookup = 69,
+    /// `long bpf_redirect_neigh(u32 ifindex, params, int len, u64 flags)`: by an interface, to the next hop of the kernel's routes.
+    RedirectNeighbour = 152,
 }
 
 // Classes and modes, RFC 9669 section 3 to 5.

@@ -25,6 +25,8 @@ pub const MAX_MTU: u32 = 32_700;
 const MIN_MTU_V6: u32 = 1280;
 /// RFC 791, page 25: "Every internet destination must be able to receive a datagram of 576 octets."
 const MIN_MTU_V4: u32 = 576;
+/// What a device is taken to carry before it is known: Ethernet's.
+const USUAL_MTU: u32 = 1500;
 /// Longer names do not fit what DNS and Kubernetes call a name.
 const MAX_NAME: usize = 253;
 /// Nodes are numbered with 16 bits, and some numbers wait for reuse.
@@ -488,10 +490,9 @@ fn check_mtu(
     let least = if all.clone().any(|range| range.value.addr().is_ipv6()) { MIN_MTU_V6 } else { MIN_MTU_V4 };
     let device = check_device(reader, draft, underlay, host, warnings)?;
     let Some(mtu) = &draft.mtu else {
-        let Some(device) = device else {
-            reader.problem(&root("mtu"), "is missing, and the underlay's device is not known: write the pods' MTU");
-            return None;
-        };
+        // The address may be late; what its device has then is followed.
+        let usual = Interface { name: "the underlay's device".into(), mtu: USUAL_MTU, ..Interface::default() };
+        let device = device.unwrap_or(&usual);
         let mtu = device.mtu.saturating_sub(overhead).min(MAX_MTU);
         if mtu < least {
             let what = format!(
@@ -531,7 +532,7 @@ fn check_device<'h>(
     let draft = draft.underlay.as_ref();
     let holder = host.holder_of(underlay);
     if let Some(address) = draft.and_then(|draft| draft.address.as_ref()).filter(|_| holder.is_none()) {
-        let what = format!("{underlay} is not an address of this machine: weftd cannot start here without it");
+        let what = format!("{underlay} is not an address of this machine: other nodes cannot be reached before it is");
         warnings.push(Problem { place: address.place.clone(), what });
     }
     let Some(named) = draft.and_then(|draft| draft.device.as_ref()) else { return Some(holder) };

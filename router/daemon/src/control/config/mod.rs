@@ -45,9 +45,10 @@ use ipnet::IpNet;
 use weft_encap::format::Format;
 use weft_encap::mac::Mac;
 use weft_encap::vxlan::Vni;
-use weft_router::tables::{Gateway, Mode};
+use weft_router::tables::{Gateway, LEAST_V6, Mode};
 use weft_router::{RouterConfig, snat};
 
+use super::derive;
 use super::host::Host;
 pub use cni::Cni;
 pub use encapsulation::Encapsulation;
@@ -220,7 +221,7 @@ pub struct Underlay {
     pub vlan: Option<u16>,
     /// The device, if it was named.
     pub device: Option<String>,
-    /// MTU of the device in bytes; if there is no such device yet, what the pods' MTU needs.
+    /// MTU of the device in bytes; if there is no such device yet, what the pods' MTU needs, or the usual one.
     pub mtu: u32,
 }
 
@@ -323,11 +324,10 @@ impl Config {
             ("segment", self.segment != new.segment),
             ("gateway", (self.gateway.ipv4, self.gateway.ipv6) != (new.gateway.ipv4, new.gateway.ipv6)),
             ("gateway_mac", self.gateway.mac != new.gateway.mac),
-            ("vtep_mac", self.vtep_mac != new.vtep_mac),
-            ("underlay.address", self.underlay.address != new.underlay.address),
+            ("vtep_mac", self.vtep_mac != new.vtep_mac && self.underlay.address == new.underlay.address),
+            ("the family of underlay.address", self.underlay.address.is_ipv4() != new.underlay.address.is_ipv4()),
             ("underlay.port", self.underlay.port != new.underlay.port),
             ("underlay.geneve_port", self.underlay.geneve_port != new.underlay.geneve_port),
-            ("underlay.device", self.underlay.device != new.underlay.device),
             ("underlay.kind", self.underlay.kind != new.underlay.kind),
             ("underlay.vlan", self.underlay.vlan != new.underlay.vlan),
             ("limits", self.limits != new.limits),
@@ -338,6 +338,56 @@ impl Config {
             ("log.format", self.log.json != new.log.json),
         ];
         fixed.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect()
+    }
+
+    /// The same on a machine that looks like this, with this address among the nodes. What belongs to the address stays as it was while no
+    /// interface has it.
+    #[must_use]
+    pub fn seen_on(&self, host: &Host, address: IpAddr) -> Config {
+        let mut config = self.clone();
+        let vtep_mac = |address| derive::vtep_mac(&self.node, address);
+        if self.vtep_mac == vtep_mac(self.underlay.address) {
+            config.vtep_mac = vtep_mac(address);
+        }
+        config.underlay.address = address;
+        if let Some(device) = host.holder_of(address) {
+            config.underlay.subnet = encapsulation::subnet(host, address);
+            config.underlay.mtu = device.mtu;
+            if !self.mtu_is_given {
+                let overhead = self.underlay.mtu.saturating_sub(self.mtu);
+                config.mtu = device.mtu.saturating_sub(overhead).clamp(LEAST_V6, check::MAX_MTU);
+            }
+        }
+        config
+    }
+
+    /// What is known of the device that had the address, while no interface has it.
+    pub fn keep_device_of(&mut self, known: &Config) {
+        (self.underlay.subnet, self.underlay.mtu) = (known.underlay.subnet, known.underlay.mtu);
+        if !self.mtu_is_given {
+            self.mtu = known.mtu;
+        }
+    }
+
+    /// The address among the nodes that this node should have on a machine that looks like this: what the file says; or what the source says,
+    /// as soon as the machine has it; or the one of now as long as the machine has that, and then its main one.
+    pub fn address_on(&self, host: &Host, said: Option<IpAddr>) -> IpAddr {
+        let now = self.underlay.address;
+        let pods = || self.ranges.iter().chain(&self.former).chain(&self.segment);
+        let fits = |address: IpAddr| {
+            address.is_ipv4() == now.is_ipv4()
+                && check::special(address).is_none()
+                && !pods().any(|range| range.contains(&address))
+        };
+        if self.underlay.is_given {
+            return now;
+        }
+        match said.filter(|said| fits(*said)) {
+            Some(said) if host.holder_of(said).is_some() => said,
+            Some(_) => now,
+            None if host.holder_of(now).is_some() => now,
+            None => host.main_address(self.underlay.device.as_deref(), fits).unwrap_or(now),
+        }
     }
 
     /// Sizes and limits of the data plane.

@@ -233,6 +233,44 @@ fn by_etcd_a_node_needs_no_ranges_and_has_the_machines_main_address() {
     assert!(nowhere.contains("underlay.address: is missing, and this machine has no main address"), "{nowhere}");
 }
 
+/// The machine with these addresses beside each other on the interface that the default route leads to.
+fn machine(addresses: &[&str], mtu: u32) -> Host {
+    let addresses: Vec<std::net::IpAddr> = addresses.iter().map(|address| address.parse().unwrap()).collect();
+    let subnets = addresses.iter().map(|address| ipnet::IpNet::new(*address, 24).unwrap()).collect();
+    let interface = Interface { index: 2, name: "eth0".into(), mtu, up: true, addresses };
+    Host { interfaces: vec![interface], defaults: vec![2], subnets, ..Host::default() }
+}
+
+#[test]
+fn the_address_of_a_node_stays_while_the_machine_has_it_and_follows_what_is_said() {
+    let config = Config::read(BY_ETCD, &host()).unwrap().config;
+    let on = |addresses: &[&str], said: Option<&str>| {
+        let said = said.map(|said| said.parse().unwrap());
+        config.address_on(&machine(addresses, 1500), said).to_string()
+    };
+    assert_eq!(on(&["10.200.0.9", "10.200.0.1"], None), "10.200.0.1", "it has it still");
+    assert_eq!(on(&["10.200.0.9"], None), "10.200.0.9");
+    assert_eq!(on(&[], None), "10.200.0.1", "it waits for it");
+    assert_eq!(on(&["127.0.0.1", "169.254.7.7", "fd00::9"], None), "10.200.0.1", "none of those is one");
+    assert_eq!(on(&["10.200.0.1", "10.200.0.9"], Some("10.200.0.9")), "10.200.0.9");
+    assert_eq!(on(&["10.200.0.1"], Some("10.200.0.9")), "10.200.0.1", "not before it has it");
+    assert_eq!(on(&["10.200.0.8"], Some("10.200.0.9")), "10.200.0.1", "that is not the one");
+    let given = Config::read(GOOD, &host()).unwrap().config;
+    assert_eq!(given.address_on(&machine(&["10.200.0.9"], 1500), None).to_string(), "10.200.0.1", "the file says it");
+}
+
+#[test]
+fn what_belongs_to_an_address_changes_with_it() {
+    let config = Config::read(BY_ETCD, &host()).unwrap().config;
+    let moved = config.seen_on(&machine(&["10.201.0.9"], 9000), "10.201.0.9".parse().unwrap());
+    assert_eq!((moved.mtu, moved.underlay.mtu), (8950, 9000));
+    assert_eq!(moved.underlay.subnet.unwrap().to_string(), "10.201.0.0/24");
+    assert_eq!(moved.vtep_mac, crate::control::derive::vtep_mac(&config.node, moved.underlay.address));
+    let away = moved.seen_on(&machine(&[], 1500), moved.underlay.address);
+    assert_eq!(away, moved, "what is not there says nothing");
+    assert!(config.fixed_differences(&moved).is_empty());
+}
+
 #[test]
 fn each_fault_in_what_is_said_about_etcd_is_named() {
     for (old, new, expected) in [
@@ -261,13 +299,10 @@ fn each_fault_in_what_is_said_about_etcd_is_named() {
 }
 
 #[test]
-fn an_address_of_another_machine_is_a_warning_and_needs_an_mtu() {
+fn an_address_that_this_machine_does_not_have_is_a_warning_and_the_usual_mtu_is_assumed() {
     let elsewhere = Host::default();
-    let invalid = Config::read(GOOD, &elsewhere).unwrap_err();
-    assert_eq!(
-        invalid.to_string(),
-        "line 1: mtu: is missing, and the underlay's device is not known: write the pods' MTU"
-    );
+    let early = Config::read(GOOD, &elsewhere).unwrap();
+    assert_eq!((early.config.mtu, early.config.underlay.mtu, early.warnings.len()), (1450, 1500, 1));
     let checked = Config::read(&with("[underlay]", "mtu = 1450\n[underlay]"), &elsewhere).unwrap();
     assert_eq!(checked.config.underlay.mtu, 1500);
     assert_eq!(checked.warnings.len(), 1);

@@ -85,6 +85,8 @@ pub struct Me {
     pub leases: [i64; 2],
     /// The slot that it had when weftd last ran.
     pub had: Option<u32>,
+    /// The address by which etcd knows it since weftd runs.
+    pub was_at: Option<String>,
     /// The network, as its configuration has it.
     pub network: Network,
 }
@@ -203,7 +205,8 @@ impl Mirror {
                 other.underlay
             ));
         }
-        (other.underlay != me.holder.record.underlay).then(|| {
+        let is_here = [Some(&me.holder.record.underlay), me.was_at.as_ref()].contains(&Some(&other.underlay));
+        (!is_here).then(|| {
             format!(
                 "a machine at {} has this node's identity: if it is a copy of this one, remove the file `identity` from the state_dir of \
                  one of them; if this node has a new address, wait until its lease at the old one has ended",
@@ -348,7 +351,13 @@ mod tests {
     fn me(number: u8) -> Me {
         let record = Record { name: format!("n{number}"), underlay: format!("10.200.0.{number}"), ..Record::default() };
         let holder = Holder { identity: format!("id{number}"), record, left: false };
-        Me { holder, leases: [i64::from(number) * 2, i64::from(number) * 2 + 1], had: None, network: network() }
+        Me {
+            holder,
+            leases: [i64::from(number) * 2, i64::from(number) * 2 + 1],
+            had: None,
+            was_at: None,
+            network: network(),
+        }
     }
 
     /// etcd's keys and their revision: what a transaction does to them.
@@ -505,6 +514,16 @@ mod tests {
         copy.holder.record.underlay = "10.200.0.9".into();
         let Step::Wait(why) = etcd.settle(&copy) else { panic!("the identity is in use") };
         assert!(why.contains("a machine at 10.200.0.2 has this node's identity"), "{why}");
+    }
+
+    #[test]
+    fn a_node_whose_address_changes_while_it_runs_says_so_at_once() {
+        let mut etcd = settled(2);
+        let mut moved = Me { was_at: Some("10.200.0.2".into()), ..me(2) };
+        moved.holder.record.underlay = "10.200.0.9".into();
+        assert_eq!(etcd.settle(&moved), Step::Done);
+        assert_eq!(etcd.mirror.others("id1", &network())[0].underlay, "10.200.0.9");
+        assert_eq!(etcd.slot(&moved), etcd.slot(&me(2)), "its part stays");
     }
 
     #[test]

@@ -27,7 +27,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::cluster::{Cluster, Record, admit, mode_name};
 use super::config::Config;
 use super::config::source::EtcdConfig;
-use super::source::{Backoff, Order, Pace, Source, Views};
+use super::source::{Backoff, Facts, Order, Pace, Source, Views};
 use client::Client;
 use messages::{
     Compare, DeleteRangeRequest, KeyValue, PutRequest, RangeRequest, Request, RequestOp, Response, TxnRequest,
@@ -40,6 +40,8 @@ use own::Held;
 const MERCY: Duration = Duration::from_secs(30);
 /// How long to wait before trying again to get a slot that somebody else was faster to claim, at most.
 const CONTENDED: Duration = Duration::from_millis(100);
+/// How long to wait about at least before the next attempt.
+const SHORTLY: Duration = Duration::from_millis(400);
 /// Claims in a row.
 const MAX_CLAIMS: usize = 16;
 
@@ -53,6 +55,8 @@ pub struct Etcd {
     missed: BTreeMap<u32, Holder>,
     mercy_ends: Option<Instant>,
     held: Held,
+    /// The address by which etcd knows this node since it runs.
+    announced: Option<String>,
     /// Why this node has no slot.
     waits: Option<String>,
     left: bool,
@@ -72,7 +76,8 @@ impl Etcd {
     pub fn new(local: Config, config: EtcdConfig) -> Etcd {
         let folder = local.state_dir.clone();
         let held = own::load(&folder);
-        let backoff = Backoff::new(u64::from(number_of(&local.node)) << 16 | u64::from(std::process::id()));
+        let backoff =
+            Backoff::until(u64::from(number_of(&local.node)) << 16 | u64::from(std::process::id()), Backoff::SOON);
         Etcd {
             local,
             config,
@@ -81,6 +86,7 @@ impl Etcd {
             missed: BTreeMap::new(),
             mercy_ends: None,
             held,
+            announced: None,
             waits: None,
             left: false,
             backoff,
@@ -89,17 +95,20 @@ impl Etcd {
 }
 
 impl Source for Etcd {
-    async fn follow(mut self, views: Views, mut orders: mpsc::Receiver<Order>) {
+    async fn follow(mut self, views: Views, mut orders: mpsc::Receiver<Order>, mut facts: Facts) {
         let mut server = number_of(&self.local.node) as usize;
         loop {
-            let Err(error) = self.session(server, &views, &mut orders).await;
+            let started = Instant::now();
+            let Err(error) = self.session(server, &views, &mut orders, &mut facts).await;
             let why = format!("etcd: {error:#}");
             if views.last().trouble.as_ref() != Some(&why) {
                 tracing::warn!("{why}; what was known of the cluster stays in force");
             }
             views.trouble(why);
             server = server.wrapping_add(1);
-            let pause = sleep(self.backoff.step());
+            // Attempts that wait long for nothing follow each other at once, for the next one may be answered.
+            let pause = self.backoff.step();
+            let pause = sleep(pause.saturating_sub(started.elapsed()).max(self.backoff.spread(SHORTLY)));
             tokio::pin!(pause);
             loop {
                 tokio::select! {
@@ -123,8 +132,10 @@ impl Etcd {
         server: usize,
         views: &Views,
         orders: &mut mpsc::Receiver<Order>,
+        facts: &mut Facts,
     ) -> Result<std::convert::Infallible> {
         let identity = own::identity(&self.folder)?;
+        self.local = facts.borrow_and_update().as_ref().clone();
         let mut client = Client::connect(&self.config, server).await?;
         self.catch_up(&mut client).await?;
         let from = self.mirror().revision + 1;
@@ -151,6 +162,10 @@ impl Etcd {
                 }
                 () = sleep_until(publish.unwrap_or_else(Instant::now)), if publish.is_some() => {
                     self.settle(&mut client, &identity, views, &mut timers).await?;
+                }
+                Ok(()) = facts.changed() => {
+                    self.local = facts.borrow_and_update().as_ref().clone();
+                    timers.publish = Some(Instant::now());
                 }
                 Some(order) = orders.recv() => {
                     if let Order::Leave(answer) = order {
@@ -240,6 +255,7 @@ impl Etcd {
             let step = self.mirror().next(&me);
             match step {
                 Step::Done => {
+                    self.announced = Some(me.holder.record.underlay);
                     let slot = self.mirror().own_slot(identity);
                     self.hold(|held| held.slot = slot)?;
                     return Ok(true);
@@ -286,6 +302,8 @@ impl Etcd {
         let failure: Vec<RequestOp> = compare.iter().map(|compare| Request::Range(look(&compare.key)).into()).collect();
         let success = puts.iter().map(|put| Request::Put(put.clone()).into()).collect();
         let looked: Vec<Vec<u8>> = compare.iter().map(|compare| compare.key.clone()).collect();
+        // Also if no answer comes: then this may be what etcd says of this node.
+        self.announced = Some(me.holder.record.underlay.clone());
         let answer = client.transact(TxnRequest { compare, success, failure }).await?;
         self.learn(&answer, puts, &looked);
         Ok(())
@@ -434,7 +452,8 @@ impl Etcd {
             accepts: Some(local.underlay.accepted()),
         };
         let holder = Holder { identity: identity.to_owned(), record, left: false };
-        Me { holder, leases: self.held.leases, had: self.held.slot, network: self.config.network.clone() }
+        let network = self.config.network.clone();
+        Me { holder, leases: self.held.leases, had: self.held.slot, was_at: self.announced.clone(), network }
     }
 
     /// Changes what this node holds, on disk first.

@@ -2,6 +2,7 @@
 //! the configuration names. Read anew for each connection, for tokens and certificates rotate.
 
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -61,10 +62,7 @@ impl Access {
     /// # Errors
     /// Which file is missing or not understood, and what to write.
     pub fn of(config: &KubernetesConfig, number: usize) -> Result<Access> {
-        let found = match &config.kubeconfig {
-            Some(path) => from_kubeconfig(path, config.context.as_deref())?,
-            None => from_files(config)?,
-        };
+        let found = Found::of(config)?;
         let own = (!config.servers.is_empty()).then(|| config.servers[number % config.servers.len()].clone());
         let server = own.or(found.server).context(
             "no server is known: weftd does not run in a pod (KUBERNETES_SERVICE_HOST is not set); write kubernetes.servers or \
@@ -121,6 +119,26 @@ struct Found {
     token: Option<Token>,
     ca: Option<Pem>,
     certificate: Option<(Pem, Pem)>,
+}
+
+impl Found {
+    fn of(config: &KubernetesConfig) -> Result<Found> {
+        match &config.kubeconfig {
+            Some(path) => from_kubeconfig(path, config.context.as_deref()),
+            None => from_files(config),
+        }
+    }
+}
+
+/// A number for all that says who we are and whom we trust, as the files have it: another one as soon as they are renewed.
+pub fn fingerprint(config: &KubernetesConfig) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    if let Ok(found) = Found::of(config) {
+        let certificates = found.certificate.iter().flat_map(|(certificate, key)| [certificate, key]);
+        let files: Vec<&[u8]> = found.ca.iter().chain(certificates).map(|pem| pem.bytes.as_slice()).collect();
+        (files, &found.server, found.token.map(|token| token.read().ok())).hash(&mut hasher);
+    }
+    hasher.finish()
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
@@ -271,8 +289,11 @@ mod tests {
         assert_eq!(access.server, "http://10.0.0.1:6443");
         let token = access.token.unwrap();
         assert_eq!(token.read().unwrap(), "first");
+        let before = fingerprint(&config);
+        assert_eq!(before, fingerprint(&config));
         fs::write(folder.path().join("token"), "second").unwrap();
         assert_eq!(token.read().unwrap(), "second", "a token that was renewed is read again");
+        assert_ne!(before, fingerprint(&config), "and is noticed");
         let servers = vec!["http://a:1".to_owned(), "http://b:1".to_owned()];
         let several = KubernetesConfig { servers, ..config };
         assert_eq!(

@@ -40,12 +40,13 @@ pub enum Step {
 }
 
 impl Claim {
-    /// What to do about what stands in the Node, and what the claim is then.
-    pub fn next(self, node: &Node, ours: &Announced) -> (Claim, Step) {
+    /// What to do about what stands in the Node, and what the claim is then. `was_at` is the address with which this weftd has signed so far.
+    pub fn next(self, node: &Node, ours: &Announced, was_at: Option<&str>) -> (Claim, Step) {
+        let is_ours = |said: &Announced| {
+            said.identity == ours.identity && (said.underlay == ours.underlay || was_at == Some(&said.underlay))
+        };
         let theirs = match &node.announced {
-            Some(Ok(theirs)) if (&theirs.identity, &theirs.underlay) != (&ours.identity, &ours.underlay) => {
-                Some(theirs)
-            }
+            Some(Ok(theirs)) if !is_ours(theirs) => Some(theirs),
             Some(Ok(same)) if same == ours => {
                 let claim = if self == Claim::Contested { Claim::Contested } else { Claim::Held };
                 return (claim, Step::Done);
@@ -84,26 +85,34 @@ mod tests {
     #[test]
     fn what_differs_is_written_once() {
         let ours = said("a");
-        assert_eq!(Claim::New.next(&node(None), &ours), (Claim::Held, Step::Announce));
-        assert_eq!(Claim::New.next(&node(Some(ours.clone())), &ours), (Claim::Held, Step::Done));
+        assert_eq!(Claim::New.next(&node(None), &ours, None), (Claim::Held, Step::Announce));
+        assert_eq!(Claim::New.next(&node(Some(ours.clone())), &ours, None), (Claim::Held, Step::Done));
         let older = Announced { mtu: 1400, ..said("a") };
-        assert_eq!(Claim::Held.next(&node(Some(older)), &ours), (Claim::Held, Step::Announce));
+        assert_eq!(Claim::Held.next(&node(Some(older)), &ours, None), (Claim::Held, Step::Announce));
         let absurd = Node { announced: Some(Err("absurd".into())), ..Node::default() };
-        assert_eq!(Claim::Held.next(&absurd, &ours), (Claim::Held, Step::Announce));
+        assert_eq!(Claim::Held.next(&absurd, &ours, None), (Claim::Held, Step::Announce));
+    }
+
+    #[test]
+    fn a_machine_whose_address_has_changed_signs_anew() {
+        let (before, after) = (said("a"), Announced { underlay: "10.0.0.9".into(), ..said("a") });
+        let node = node(Some(before));
+        assert_eq!(Claim::Held.next(&node, &after, Some("10.0.0.1")), (Claim::Held, Step::Announce));
+        assert_eq!(Claim::Held.next(&node, &after, None), (Claim::Held, Step::Insist), "a copy of its disk has it");
     }
 
     #[test]
     fn of_two_machines_with_one_name_the_first_stays() {
         let (first, second) = (said("a"), said("b"));
-        let (newcomer, step) = Claim::New.next(&node(Some(first.clone())), &second);
+        let (newcomer, step) = Claim::New.next(&node(Some(first.clone())), &second, None);
         assert_eq!((newcomer, step), (Claim::Contested, Step::Announce));
-        assert_eq!(Claim::Held.next(&node(Some(second.clone())), &first), (Claim::Held, Step::Insist));
-        assert_eq!(newcomer.next(&node(Some(second.clone())), &second), (Claim::Contested, Step::Done));
-        let (lost, step) = newcomer.next(&node(Some(first.clone())), &second);
+        assert_eq!(Claim::Held.next(&node(Some(second.clone())), &first, None), (Claim::Held, Step::Insist));
+        assert_eq!(newcomer.next(&node(Some(second.clone())), &second, None), (Claim::Contested, Step::Done));
+        let (lost, step) = newcomer.next(&node(Some(first.clone())), &second, None);
         assert_eq!((lost, step), (Claim::Lost, Step::GiveWay));
-        assert_eq!(lost.next(&node(Some(first)), &second), (Claim::Lost, Step::GiveWay));
+        assert_eq!(lost.next(&node(Some(first)), &second, None), (Claim::Lost, Step::GiveWay));
         let mut alone = newcomer;
         alone.is_settled();
-        assert_eq!(alone.next(&node(Some(second.clone())), &second), (Claim::Held, Step::Done));
+        assert_eq!(alone.next(&node(Some(second.clone())), &second, None), (Claim::Held, Step::Done));
     }
 }

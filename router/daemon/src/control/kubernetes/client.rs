@@ -25,6 +25,16 @@ use crate::control::config::kubernetes::KubernetesConfig;
 const CONNECTING: Duration = Duration::from_secs(3);
 /// How much later each further server is tried.
 const HEAD_START: Duration = Duration::from_millis(200);
+/// A connection on which nothing was heard for so long is asked whether it is alive, again and again.
+const ASKING: Duration = Duration::from_secs(5);
+const ASKING_AGAIN: Duration = Duration::from_secs(1);
+/// For so long something may be on its way without the other end's word that it has come: its kernel says that, however busy the server is.
+const UNHEARD: Duration = Duration::from_secs(5);
+/// A server that has not answered for so long is asked whether it answers anybody; it has as long for that, and is soon asked again.
+const SILENCE: Duration = Duration::from_secs(2);
+const BETWEEN: Duration = Duration::from_millis(500);
+/// What it is asked.
+const ALIVE: &str = "/readyz";
 /// How long an answer may take to begin, and between its pieces.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The longest answer to one request: a page of the largest objects.
@@ -100,6 +110,9 @@ impl Client {
         tcp.enforce_http(false);
         tcp.set_connect_timeout(Some(CONNECTING));
         tcp.set_nodelay(true);
+        tcp.set_keepalive(Some(ASKING));
+        tcp.set_keepalive_interval(Some(ASKING_AGAIN));
+        tcp.set_tcp_user_timeout(Some(UNHEARD));
         let connector =
             HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_http1().wrap_connector(tcp);
         let mut builder = Hyper::builder(TokioExecutor::new());
@@ -141,7 +154,7 @@ impl Client {
         &self.server
     }
 
-    /// Sends a request; the answer's body is still to be read.
+    /// Sends a request; the answer's body is still to be read. It may be sent twice.
     pub async fn send(
         &self,
         doing: Doing,
@@ -149,6 +162,23 @@ impl Client {
         path: &str,
         patch: Option<Patch<'_>>,
     ) -> Result<Response<Incoming>, Failure> {
+        let answered = async {
+            let request = self.request(method.clone(), path, patch.as_ref())?;
+            tokio::select! {
+                answer = self.hyper.request(request) => return Ok(answer),
+                () = self.has_come_back() => {}
+            }
+            Ok(self.hyper.request(self.request(method, path, patch.as_ref())?).await)
+        };
+        let answer = timeout(self.patience, answered).await.map_err(|_| self.silent(doing))??;
+        let answer = answer.map_err(|why| self.unreachable(&anyhow!(why)))?;
+        if answer.status().is_success() {
+            return Ok(answer);
+        }
+        Err(self.refused(doing, answer).await)
+    }
+
+    fn request(&self, method: Method, path: &str, patch: Option<&Patch<'_>>) -> Result<Request<Full<Bytes>>, Failure> {
         let mut request = Request::builder().method(method).uri(format!("{}{path}", self.server));
         request =
             request.header(ACCEPT, "application/json").header(USER_AGENT, concat!("weftd/", env!("CARGO_PKG_VERSION")));
@@ -163,14 +193,26 @@ impl Client {
                 patch.body.to_string().into()
             }
         };
-        let request = request.body(Full::new(body)).map_err(|why| Failure::new(format!("{}: {why}", self.server)))?;
-        let answer = timeout(self.patience, self.hyper.request(request)).await;
-        let answer = answer.map_err(|_| self.silent(doing))?;
-        let answer = answer.map_err(|why| self.unreachable(&anyhow!(why)))?;
-        if answer.status().is_success() {
-            return Ok(answer);
+        request.body(Full::new(body)).map_err(|why| Failure::new(format!("{}: {why}", self.server)))
+    }
+
+    /// Ends when a server that was silent altogether speaks again: what it was asked before, it may have forgotten. One that answers this
+    /// question all the while is only slow, and is waited for.
+    async fn has_come_back(&self) {
+        let mut was_silent = false;
+        sleep(SILENCE).await;
+        loop {
+            let question = Request::builder().uri(format!("{}{ALIVE}", self.server)).body(Full::default());
+            let Ok(question) = question else { return std::future::pending().await };
+            // Whatever it says, a refusal as well, it speaks.
+            let speaks = timeout(SILENCE, self.hyper.request(question)).await.is_ok_and(|answer| answer.is_ok());
+            match (speaks, was_silent) {
+                (true, true) => return,
+                (true, false) => return std::future::pending().await,
+                (false, _) => was_silent = true,
+            }
+            sleep(BETWEEN).await;
         }
-        Err(self.refused(doing, answer).await)
     }
 
     /// The next piece of an answer; `None` at its end.

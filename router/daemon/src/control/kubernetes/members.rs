@@ -36,6 +36,20 @@ pub fn address_of(node: &Node) -> Option<IpAddr> {
     said.filter_map(|text| text.trim().parse::<IpAddr>().ok()).map(|address| address.to_canonical()).next()
 }
 
+/// This machine's address as its Node has it, unless the configuration says it: the operator's word, else the internal one in use, if the Node
+/// still has that, else the first one of its family.
+pub fn address_said(local: &Config, node: &Node) -> Option<IpAddr> {
+    let now = local.underlay.address;
+    if local.underlay.is_given {
+        return None;
+    }
+    if node.underlay.is_some() {
+        return address_of(node).filter(|said| said.is_ipv4() == now.is_ipv4());
+    }
+    let all = || node.addresses.iter().filter_map(|text| text.trim().parse::<IpAddr>().ok()).map(|a| a.to_canonical());
+    all().find(|said| *said == now).or_else(|| all().find(|said| said.is_ipv4() == now.is_ipv4()))
+}
+
 /// The cluster as these Nodes make it, and what keeps this node from its part in it.
 pub fn cluster(local: &Config, nodes: &BTreeMap<String, Result<Node, String>>) -> (Cluster, Option<String>) {
     let mut all: Vec<&Node> = nodes.values().flatten().collect();
@@ -171,11 +185,10 @@ fn own(local: &Config, node: Option<&Result<Node, String>>, all: &[&Node]) -> (V
         }
         ranges.push(range);
     }
-    let moved =
-        (!local.underlay.is_given).then(|| address_of(node)).flatten().filter(|now| *now != local.underlay.address);
+    let moved = address_said(local, node).filter(|now| *now != local.underlay.address);
     let trouble = moved.map(|now| {
         format!(
-            "the Node {name:?} has the address {now}, but weftd uses {}: restart weftd to use it",
+            "the Node {name:?} has the address {now}, but weftd uses {}: it follows as soon as this machine has the other one",
             local.underlay.address
         )
     });

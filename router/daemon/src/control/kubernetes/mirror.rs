@@ -21,6 +21,7 @@ use serde_json::value::RawValue;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::access::fingerprint;
 use super::client::{Client, Doing, Failure};
 use crate::control::config::kubernetes::KubernetesConfig;
 use crate::control::source::Backoff;
@@ -39,8 +40,10 @@ const MAX_OBJECTS: usize = 200_000;
 const REOPENED: Duration = Duration::from_millis(500);
 /// So often a server may refuse to go on from a version before everything is listed again.
 const MAX_REFUSALS: u32 = 3;
-/// Whoever is not let in tries it again after a while that grows up to this: only people can change that.
+/// Whoever is not let in tries it again after a while that grows up to this, or as soon as the files that say who we are were renewed.
 const MAX_REFUSED: Duration = Duration::from_secs(15);
+/// How often those are looked at meanwhile.
+const LOOKING: Duration = Duration::from_millis(500);
 /// Nodes of one cluster do not list everything again at the same moment; and if a server wants it again and again, ever later.
 const SCATTERED: Duration = Duration::from_secs(1);
 const MAX_SCATTERED: Duration = Duration::from_secs(30);
@@ -156,8 +159,16 @@ impl<K: Kind> Mirror<K> {
     /// Follows what the selector chooses, for ever.
     pub async fn follow(&self, config: KubernetesConfig, selector: Option<String>, seed: u64) {
         let backoff = Backoff::until(seed, Backoff::SOON);
-        let mut session =
-            Session { mirror: self, config, selector, version: None, backoff, scattered: SCATTERED, refusals: 0 };
+        let mut session = Session {
+            mirror: self,
+            config,
+            selector,
+            version: None,
+            backoff,
+            scattered: SCATTERED,
+            refusals: 0,
+            shown: 0,
+        };
         let mut server = seed as usize;
         // Nodes that start at once, as after a power cut, do not ask at once.
         let start = session.backoff.spread(Duration::from_millis(300));
@@ -200,6 +211,8 @@ struct Session<'m, K> {
     scattered: Duration,
     /// How often in a row the server answered, and refused.
     refusals: u32,
+    /// Who it was shown that we are: [`fingerprint`].
+    shown: u64,
 }
 
 impl<K: Kind> Session<'_, K> {
@@ -226,11 +239,20 @@ impl<K: Kind> Session<'_, K> {
             // It may be the version that it does not like: one of the future, if its store was set back.
             self.version = None;
         }
-        sleep(failure.retry_after.map_or(pause, |asked| asked + pause)).await;
+        let pause = failure.retry_after.map_or(pause, |asked| asked + pause);
+        // Another proof of who we are may be what was missing.
+        let _ = timeout(pause, self.renewed()).await;
+    }
+
+    async fn renewed(&self) {
+        while fingerprint(&self.config) == self.shown {
+            sleep(LOOKING).await;
+        }
     }
 
     /// Follows one connection until it ends.
     async fn run(&mut self, server: usize) -> Result<(), Failure> {
+        self.shown = fingerprint(&self.config);
         let client = Client::of_first(&self.config, server).await?;
         if self.version.is_none() {
             self.version = Some(self.list(&client).await?);

@@ -36,7 +36,7 @@ use super::cluster::Cluster;
 use super::config::Config;
 use super::config::kubernetes::KubernetesConfig;
 use super::etcd::own;
-use super::source::{Backoff, Order, Pace, Source, Views};
+use super::source::{Backoff, Facts, Order, Pace, Source, Views};
 use claim::{Claim, GRACE, Step};
 use client::{Client, Doing, Failure, Patch};
 use mirror::{Kind, Mirror, escaped};
@@ -48,6 +48,8 @@ const FIELD_MANAGER: &str = "weftd";
 /// they are. The others know its address until then by its Node alone.
 const PER_NODE: Duration = Duration::from_millis(20);
 const MAX_SCATTERED: Duration = Duration::from_secs(60);
+/// The same after the API was away, for those that have something to write.
+const BACK: Duration = Duration::from_secs(2);
 /// How long the first list of pods may take before it is done without.
 const AWAITING_PODS: Duration = Duration::from_secs(2);
 /// Addresses of pods that are remembered: more than a node has pods.
@@ -64,6 +66,8 @@ pub struct Kubernetes {
     nodes: Arc<Mirror<Node>>,
     pods: Arc<Mirror<Pod>>,
     claim: Claim,
+    /// The address by which this Node's annotation knows this machine since weftd runs.
+    announced: Option<String>,
     /// Whether another weftd has spoken for this Node, and may object.
     is_contested: bool,
     /// When the claim is settled, if nobody objects.
@@ -78,6 +82,8 @@ pub struct Kubernetes {
     unwritten: Option<String>,
     /// Before that, nothing is written; `None` until it is known how many nodes there are.
     write_from: Option<Instant>,
+    /// Whether the Nodes are not in step.
+    is_away: bool,
     server: usize,
     backoff: Backoff,
 }
@@ -93,6 +99,7 @@ impl Kubernetes {
             pods: Arc::new(Mirror::new(Arc::clone(&changed))),
             changed,
             claim: Claim::default(),
+            announced: None,
             is_contested: false,
             settled: None,
             serves: false,
@@ -100,6 +107,7 @@ impl Kubernetes {
             former: Vec::new(),
             unwritten: None,
             write_from: None,
+            is_away: false,
             server: seed as usize,
             backoff: Backoff::until(seed, Backoff::SOON * 10),
             local,
@@ -116,7 +124,7 @@ fn seed_of(node: &str) -> u64 {
 }
 
 impl Source for Kubernetes {
-    async fn follow(mut self, views: Views, mut orders: mpsc::Receiver<Order>) {
+    async fn follow(mut self, views: Views, mut orders: mpsc::Receiver<Order>, mut facts: Facts) {
         let identity = match own::identity(&self.local.state_dir) {
             Ok(identity) => identity,
             Err(error) => {
@@ -158,6 +166,10 @@ impl Source for Kubernetes {
                 }
                 Some(order) = orders.recv() => {
                     self.obey(order);
+                    due = Some(Instant::now());
+                }
+                Ok(()) = facts.changed() => {
+                    self.local = facts.borrow_and_update().as_ref().clone();
                     due = Some(Instant::now());
                 }
             }
@@ -235,11 +247,17 @@ impl Kubernetes {
                 }
                 return (None, None);
             }
-            if self.write_from.is_none() {
-                let all = u32::try_from(known.objects.len()).unwrap_or(u32::MAX);
-                let within = PER_NODE.saturating_mul(all).min(MAX_SCATTERED);
-                self.write_from = Some(Instant::now() + within.mul_f64(self.seed as f64 / u64::MAX as f64));
-            }
+            let is_back = std::mem::replace(&mut self.is_away, known.trouble.is_some()) && !self.is_away;
+            let until = self.scattered(known.objects.len(), if is_back { BACK } else { MAX_SCATTERED });
+            self.write_from = match self.write_from {
+                None => Some(until),
+                // It was put off for a server that did not answer.
+                Some(from) if is_back => {
+                    self.backoff.reset();
+                    Some(from.min(until))
+                }
+                from => from,
+            };
             if let Some(until) = self.await_pods(views) {
                 return (None, Some(until));
             }
@@ -251,6 +269,7 @@ impl Kubernetes {
             self.claim.is_settled();
         }
         let (mut write, mut again) = (None, self.settled);
+        views.address(own.as_ref().and_then(|own| members::address_said(&self.local, own)));
         if let Some(own) = own.filter(|_| !identity.is_empty()) {
             write = self.missing(identity, &own);
             if write.is_none() {
@@ -263,6 +282,12 @@ impl Kubernetes {
         }
         self.publish(cluster, wrong, views);
         (write, again)
+    }
+
+    /// When this node writes, if all of them have something to write.
+    fn scattered(&self, nodes: usize, most: Duration) -> Instant {
+        let within = PER_NODE.saturating_mul(u32::try_from(nodes).unwrap_or(u32::MAX)).min(most);
+        Instant::now() + within.mul_f64(self.seed as f64 / u64::MAX as f64)
     }
 
     /// Publishes the pods' addresses. Before the first address is given those that pods have should be known: until when to wait for that.
@@ -287,7 +312,7 @@ impl Kubernetes {
     /// What should stand in this machine's Node, and is missing there.
     fn missing(&mut self, identity: &str, node: &Node) -> Option<Write> {
         let ours = members::announcement(&self.local, identity, &self.former);
-        let (claim, step) = self.claim.next(node, &ours);
+        let (claim, step) = self.claim.next(node, &ours, self.announced.as_deref());
         self.is_contested = claim == Claim::Contested;
         let (what, media, body, claim) = match step {
             Step::Announce | Step::Insist => {
@@ -297,6 +322,8 @@ impl Kubernetes {
                         "another machine says that it is the Node {name:?}: one of them must get another name"
                     );
                 }
+                // Also if no answer comes: then this may be what stands there.
+                self.announced = Some(ours.underlay.clone());
                 let text = serde_json::to_string(&ours).expect("strings and numbers become JSON");
                 let body = json!({"metadata": {"uid": node.uid, "annotations": {ANNOUNCED: text}}});
                 ("nodes", "application/merge-patch+json", body, Some(claim))
@@ -399,4 +426,4 @@ fn ready_condition(uid: &str, now: SystemTime) -> Value {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -52,7 +52,7 @@ impl Sources {
 
     fn follow_with(&self, config: &Config) -> Followed {
         let _inside = self.runtime.enter();
-        let source::Following { views, orders } = source::follow(config, None).unwrap();
+        let source::Following { views, orders, facts: _facts } = source::follow(config, None).unwrap();
         Followed { views, orders }
     }
 
@@ -512,15 +512,18 @@ fn servers_with_certificates_are_trusted_if_the_authority_is() {
     plain.await_trouble("cannot reach http://127.0.0.1");
 }
 
-/// An authority, another one, and a server's certificate by the first.
-fn certificates(folder: &Path) {
+/// An authority, another one, and a server's certificate by each.
+pub fn certificates(folder: &Path) {
     let script = "set -e
         for ca in ca other; do
             openssl req -x509 -newkey rsa:2048 -nodes -keyout $ca.key -out $ca.pem -days 2 -subj /CN=weft-test-$ca
         done
-        openssl req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=server
         printf 'subjectAltName=IP:127.0.0.1\\nextendedKeyUsage=serverAuth\\n' > server.ext
-        openssl x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out server.pem -days 2 -extfile server.ext";
+        for both in server:ca stranger:other; do
+            name=${both%:*} ca=${both#*:}
+            openssl req -newkey rsa:2048 -nodes -keyout $name.key -out $name.csr -subj /CN=server
+            openssl x509 -req -in $name.csr -CA $ca.pem -CAkey $ca.key -CAcreateserial -out $name.pem -days 2 -extfile server.ext
+        done";
     let done = std::process::Command::new("sh").args(["-c", script]).current_dir(folder).output().unwrap();
     assert!(done.status.success(), "{}: `apt-get install openssl`", String::from_utf8_lossy(&done.stderr));
 }
