@@ -21,7 +21,8 @@ def weft(cluster, node, *arguments, check=True):
 
 
 def leases(cluster, node):
-    return {lease["address"] for lease in json.loads(weft(cluster, node, "ipam", "ls", "--json"))["leases"]}
+    listed = json.loads(weft(cluster, node, "ipam", "ls", "--json"))
+    return {address for lease in listed if lease["kind"] == "lease" for address in lease["addresses"]}
 
 
 def healthy(cluster):
@@ -148,7 +149,7 @@ def join(cluster):
     ready = time.monotonic() - started
     settle(cluster)
     reached = matrix(cluster)
-    peers = lambda name: len(json.loads(weft(cluster, name, "nodes", "--json"))["nodes"])
+    peers = lambda name: sum(not node["local"] for node in json.loads(weft(cluster, name, "nodes", "--json")))
     assert peers("n1") == 3
     node.power_off()
     del cluster.nodes["n4"]
