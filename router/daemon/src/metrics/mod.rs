@@ -342,7 +342,8 @@ mod tests {
     #[test]
     fn every_family_is_documented() {
         let documented = include_str!("../../../../deploy/metrics.md");
-        let documented: Vec<&str> = documented.lines().filter(|line| line.starts_with("| `")).collect();
+        let documented: Vec<&str> =
+            documented.lines().filter(|line| line.starts_with("| `") && !line.starts_with("| `/")).collect();
         assert_eq!(documented, rows(), "the table in deploy/metrics.md should be:\n{}", rows().join("\n"));
     }
 
