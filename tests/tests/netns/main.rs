@@ -15,6 +15,7 @@ mod bridged;
 mod chains;
 mod cni;
 mod conformance;
+mod crowd;
 mod dhcp;
 mod encapsulations;
 mod etcd;
