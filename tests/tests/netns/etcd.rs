@@ -337,7 +337,10 @@ fn a_node_that_gets_another_address_says_so_and_the_others_follow() {
     }
     assert_eq!(ranges(&formed.daemon(1)), part);
     eventually("nothing is wrong", PATIENCE, || {
-        formed.nodes.iter().all(|node| node.daemon().status().problems.iter().all(|what| what.starts_with("in the last ")))
+        formed
+            .nodes
+            .iter()
+            .all(|node| node.daemon().status().problems.iter().all(|what| what.starts_with("in the last ")))
     });
     drop(beacon);
     formed.nodes.iter().for_each(|node| node.daemon().assert_conserved());

@@ -355,7 +355,10 @@ fn a_node_whose_address_and_mtu_change_says_so_and_the_others_follow() {
     one.netns.ip("link set uplink mtu 1400");
     eventually("it says so", PATIENCE, || said("mtu") == Some(json!(1350)));
     eventually("nothing is wrong", PATIENCE, || {
-        formed.nodes.iter().all(|node| node.daemon().status().problems.iter().all(|what| what.starts_with("in the last ")))
+        formed
+            .nodes
+            .iter()
+            .all(|node| node.daemon().status().problems.iter().all(|what| what.starts_with("in the last ")))
     });
     // Nothing is written while nothing changes.
     let written = formed.api.count("PATCH");

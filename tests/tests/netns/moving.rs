@@ -47,7 +47,11 @@ impl Bed {
     fn move_first(&self, from: u8, to: u8) -> Instant {
         let v6 = if self.cluster.address(1).is_ipv6() { ("64", " nodad") } else { ("24", "") };
         let change = |what: &str, number: u8, end: &str| {
-            self.nodes[0].netns.ip(&format!("address {what} {}/{} dev uplink{end}", self.cluster.address(number), v6.0));
+            self.nodes[0].netns.ip(&format!(
+                "address {what} {}/{} dev uplink{end}",
+                self.cluster.address(number),
+                v6.0
+            ));
         };
         change("del", from, "");
         change("add", to, v6.1);
@@ -202,7 +206,8 @@ fn held(node: &WeftNode) -> (usize, usize, u64) {
 /// A node without an address in its configuration: it has that of its uplink. Its source never answers; what it knows of the cluster it
 /// knew before.
 fn drifting(cluster: &Cluster) -> WeftNode {
-    let config = cluster.config_by(1, "routed", "[etcd]\nendpoints = [\"http://127.0.0.1:1\"]\nnetwork = [\"10.244.0.0/21\"]\n");
+    let config =
+        cluster.config_by(1, "routed", "[etcd]\nendpoints = [\"http://127.0.0.1:1\"]\nnetwork = [\"10.244.0.0/21\"]\n");
     let config = config.replace("address = \"10.200.0.1\"\n", "");
     let saved = r#"{"node":"n1","ranges":["10.244.1.0/24"],"nodes":[{"name":"n2","underlay":"10.200.0.2","ranges":["10.244.2.0/24"]}]}"#;
     let state = cluster.folder.path().join("n1.state");
@@ -294,7 +299,13 @@ fn way(node: &WeftNode) -> weft_api::WayInfo {
 
 /// Has the network between be bad for a while, with traffic, and then good again: how long that traffic was away after that. Says what was told
 /// about the way meanwhile.
-fn bad(relay: &Relay, beacon: &Beacon, node: &WeftNode, weather: Weather, time: Duration) -> (Duration, weft_api::WayInfo) {
+fn bad(
+    relay: &Relay,
+    beacon: &Beacon,
+    node: &WeftNode,
+    weather: Weather,
+    time: Duration,
+) -> (Duration, weft_api::WayInfo) {
     relay.set(weather);
     std::thread::sleep(time);
     let said = way(node);
@@ -315,7 +326,8 @@ fn a_bad_network_between_nodes_is_shown_stops_nothing_and_is_forgotten_at_once_w
     traffic::await_answer(here, near[0]);
     let mut talk = Talk::start(here, there, addresses[0]);
     talk.goes_on();
-    let [local, far] = [(&beside, near[0]), (there, addresses[0])].map(|(to, address)| Beacon::start(here, to, address));
+    let [local, far] =
+        [(&beside, near[0]), (there, addresses[0])].map(|(to, address)| Beacon::start(here, to, address));
     far.await_back(Instant::now(), PATIENCE);
     eventually("its way is known", PATIENCE, || way(node).state == "up" && way(node).rtt.is_some());
     let begun = Instant::now();
@@ -352,7 +364,10 @@ fn a_bad_network_between_nodes_is_shown_stops_nothing_and_is_forgotten_at_once_w
     assert!(back < BACK, "{back:?}");
     std::thread::sleep(seconds(5));
     let (asked, answered) = far.count(from, from + seconds(7));
-    assert!(answered * 100 >= asked * 99, "what is slow arrives, whatever is thought of the way: {answered} of {asked}");
+    assert!(
+        answered * 100 >= asked * 99,
+        "what is slow arrives, whatever is thought of the way: {answered} of {asked}"
+    );
     assert!(way(node).changes <= before + 4, "{:?}", way(node));
     talk.goes_on();
 

@@ -268,7 +268,8 @@ mod tests {
 
     #[tokio::test]
     async fn another_address_is_heard_of_and_another_mtu_is_not_one() {
-        let text = "node = \"n1\"\nmode = \"routed\"\nranges = [\"10.244.1.0/24\"]\n[underlay]\naddress = \"10.200.0.1\"\n";
+        let text =
+            "node = \"n1\"\nmode = \"routed\"\nranges = [\"10.244.1.0/24\"]\n[underlay]\naddress = \"10.200.0.1\"\n";
         let config = Config::read(text, &Default::default()).unwrap().config;
         let (sender, facts) = watch::channel(Arc::new(config.clone()));
         let heard = tokio::spawn(moved(facts));

@@ -330,7 +330,9 @@ impl Peer {
     /// Finds out what the way carries, if that may have changed.
     fn measure(&mut self, patience: Duration, now: Instant, look: &mut Look) {
         // Before anything else it has to be known what still gets through.
-        if !self.search.as_ref().is_some_and(Search::is_for_less) && self.full_late(patience, now).count() >= self.suspicious() {
+        if !self.search.as_ref().is_some_and(Search::is_for_less)
+            && self.full_late(patience, now).count() >= self.suspicious()
+        {
             self.search = Some(Search::new(0, self.least, self.mtu, self.overhead, now));
         } else if self.search.is_none() && self.mtu < self.most && now >= self.rise_at {
             self.search = Some(Search::new(self.mtu, self.least, self.most, self.overhead, now));

@@ -144,7 +144,10 @@ mod tests {
     fn a_neighbour_is_sent_to_directly_and_others_by_their_router() {
         let mut known = known();
         assert_eq!(ways(&known), [Way::Unresolved(NEAR), Way::Unresolved(ROUTER)]);
-        assert!(known.neighbours.take(neighbour(NEAR, Some(mac(2)))) && known.neighbours.take(neighbour(ROUTER, Some(mac(1)))));
+        assert!(
+            known.neighbours.take(neighbour(NEAR, Some(mac(2))))
+                && known.neighbours.take(neighbour(ROUTER, Some(mac(1))))
+        );
         assert!(!known.neighbours.take(neighbour(NEAR, Some(mac(2)))), "that is no news");
         assert_eq!(ways(&known), [Way::Uplink, Way::Uplink]);
         let hops = known.hops();

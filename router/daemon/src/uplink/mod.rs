@@ -406,13 +406,8 @@ fn prepare(config: &config::Underlay, router: &Router) -> anyhow::Result<(OpenUp
     if config.kind == UnderlayKind::Auto && !opened.zero_copy {
         bail!("the driver of {name} copies frames for AF_XDP, and then UDP is faster");
     }
-    let subject = Subject {
-        tunnel,
-        address: config.address,
-        device: found.way.link.index,
-        uplink: link.index,
-        vlan: found.vlan,
-    };
+    let subject =
+        Subject { tunnel, address: config.address, device: found.way.link.index, uplink: link.index, vlan: found.vlan };
     let follower = Followed::start(subject)?;
     let shown = shown(&name, found.vlan, &opened, router.workers());
     Ok((opened, Chosen { name, shown, device: found.way.link.index, follower }))
