@@ -3,6 +3,7 @@
 //! A socket belongs to the namespace of the thread that opens it, for good. So [`Netlink::open`] is called on the thread that
 //! is in the right one, and there is no runtime in between that could move the work elsewhere.
 
+pub mod follower;
 pub mod paths;
 
 use std::io;

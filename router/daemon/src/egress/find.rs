@@ -17,7 +17,7 @@ use weft_router::tables::{GroupId, MOST_HOPS, Ways};
 
 use super::answers::is_public;
 use crate::control::config::Routes;
-use crate::netlink::paths::Neighbour;
+use crate::netlink::follower::Neighbours;
 use crate::netlink::routes::PROTOCOL;
 use crate::netlink::table::{NextHop, TableRoute};
 
@@ -66,8 +66,8 @@ pub struct Known {
     pub addresses: Vec<(u32, IpNet)>,
     /// The main table.
     pub table: Vec<TableRoute>,
-    /// All neighbours with a MAC, and whether they have been silent for a while.
-    pub neighbours: HashMap<(u32, IpAddr), (Mac, bool)>,
+    /// All neighbours with a MAC.
+    pub neighbours: Neighbours,
 }
 
 /// A next hop that can be sent to.
@@ -107,15 +107,6 @@ pub struct Found {
 }
 
 impl Known {
-    /// Takes a neighbour's new state in. Returns whether any way may have changed by that.
-    pub fn take(&mut self, neighbour: Neighbour) -> bool {
-        let key = (neighbour.device, neighbour.address);
-        match neighbour.mac {
-            Some(mac) => self.neighbours.insert(key, (mac, neighbour.is_stale)).is_none_or(|(old, _)| old != mac),
-            None => self.neighbours.remove(&key).is_some(),
-        }
-    }
-
     /// Finds what is wanted.
     pub fn find(&self, wanted: &Wanted) -> Found {
         let mut finding = Finding { known: self, numbers: BTreeMap::new(), found: Found::default() };
@@ -281,6 +272,7 @@ impl Finding<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::netlink::paths::Neighbour;
 
     const BIRD: u8 = 12;
     const KERNEL_PROTOCOL: u8 = 2;
@@ -367,7 +359,7 @@ mod tests {
         );
         assert!(before.learned.all().eq(after.learned.all()));
         let gone = Neighbour { device: 3, address: address("10.1.0.1"), mac: None, is_stale: false };
-        assert!(known.take(gone) && !known.take(gone));
+        assert!(known.neighbours.take(gone) && !known.neighbours.take(gone));
         let after = known.find(&wanted());
         assert_eq!(leads(&after, &after.learned, "10.244.2.9"), Some(vec![]));
     }

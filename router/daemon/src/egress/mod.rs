@@ -4,7 +4,7 @@
 //! put before the data plane ([`find`] says what), which then sends by packet sockets on the node's interfaces ([`outlets`]). What is not
 //! known is not guessed: such packets go to the kernel by the host port, which routes them as it would its own.
 //!
-//! [`Egress`] is a thread of its own, told by the kernel's notices. It reads the tables anew when they changed, the sooner the
+//! [`Egress`] follows the kernel's notices. It reads the tables anew when they changed, the sooner the
 //! faster that is done. Next hops that nobody has heard of for a while, or not yet, are looked for, as the kernel does for its own
 //! packets: what leaves by a packet socket tells the kernel nothing.
 
@@ -16,24 +16,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use weft_encap::mac::Mac;
 
 use crate::control::config::{Config, Encapsulation};
+use crate::netlink::follower::{Follow, Follower};
 use crate::netlink::paths::Change;
 use crate::netlink::{Link, Netlink};
 use find::{Device, Found, Known, Wanted};
 pub use outlets::{Leads, Outlets, name_of};
 
-/// How often next hops are looked for.
-const TICK: Duration = Duration::from_secs(1);
-/// How many at once.
+/// How many next hops are looked for at once.
 const SOUGHT: usize = 64;
 /// Least time between two readings of the tables, which is also in proportion to how long that takes: whoever changes thousands of routes
 /// without end shall not keep a CPU busy.
@@ -43,6 +38,7 @@ const SHARE: u32 = 10;
 /// The thread, as others see it.
 pub struct Egress {
     shared: Arc<Shared>,
+    follower: Follower,
 }
 
 impl fmt::Debug for Egress {
@@ -58,8 +54,6 @@ struct Shared {
     wanted: Mutex<Wanted>,
     found: Mutex<Arc<Found>>,
     listener: OnceLock<Listener>,
-    /// Told when something else is wanted, and when nobody wants to know any more.
-    wake: OwnedFd,
 }
 
 impl Wanted {
@@ -82,27 +76,20 @@ impl Egress {
     /// # Errors
     /// There are no descriptors or threads left, or netlink is not allowed.
     pub fn start(config: &Config) -> anyhow::Result<Egress> {
-        let notices = Netlink::follow_paths().context("cannot follow the kernel's routes and neighbours")?;
-        let asking = Netlink::open().context("cannot open a netlink socket")?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an eventfd")?;
         let shared = Arc::new(Shared {
             wanted: Mutex::new(Wanted::of(config)),
             found: Mutex::default(),
             listener: OnceLock::new(),
-            wake,
         });
-        let mut thread = Thread {
-            notices,
-            asking,
+        let finder = Finder {
             known: Known::default(),
-            unread: Some(Instant::now()),
+            unread: true,
+            read: None,
             pause: PAUSE,
             sought: None,
             shared: Arc::clone(&shared),
         };
-        let builder = thread::Builder::new().name("weft-egress".into()).stack_size(1 << 20);
-        builder.spawn(move || thread.run()).context("cannot start a thread (ulimit -u)")?;
-        Ok(Egress { shared })
+        Ok(Egress { shared, follower: Follower::start(finder)? })
     }
 
     /// Looks for what this configuration asks for from now on.
@@ -112,13 +99,13 @@ impl Egress {
         if *wanted != new {
             *wanted = new;
             drop(wanted);
-            self.shared.wake();
+            self.follower.wake();
         }
     }
 
     /// Has everything be read anew.
     pub fn look_again(&self) {
-        self.shared.wake();
+        self.follower.wake();
     }
 
     /// What was found last.
@@ -129,7 +116,7 @@ impl Egress {
     /// Who is told when that changes; told at once of what was found before. The first one stays.
     pub fn on_change(&self, listener: Listener) {
         let _ = self.shared.listener.set(listener);
-        self.shared.wake();
+        self.follower.wake();
     }
 
     /// By which interface peers are sent packets as they are.
@@ -166,126 +153,100 @@ impl Egress {
     }
 }
 
-impl Drop for Egress {
-    fn drop(&mut self) {
-        // The thread has the only other reference, and ends when it sees that.
-        self.shared.wake();
-    }
-}
-
-impl Shared {
-    fn wake(&self) {
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-struct Thread {
-    notices: Netlink,
-    asking: Netlink,
+/// Reads the kernel's tables and finds what is wanted.
+struct Finder {
     known: Known,
-    /// Since when tables have changed that were not read since, and when that may be done.
-    unread: Option<Instant>,
-    /// How long they are left alone after they were read.
+    /// Whether tables have changed that were not read since.
+    unread: bool,
+    /// When they were read last.
+    read: Option<Instant>,
+    /// How long they are left alone after that.
     pause: Duration,
     /// Who was looked for last.
     sought: Option<(u32, IpAddr)>,
     shared: Arc<Shared>,
 }
 
-impl Thread {
-    fn run(&mut self) {
-        let (mut ticked, mut read) = (Instant::now(), None::<Instant>);
-        if let Err(error) = self.learn_neighbours() {
-            tracing::error!(%error, "the kernel's neighbours cannot be read: all that needs no tunnel goes by the kernel");
+impl Follow for Finder {
+    const THREAD: &'static str = "weft-egress";
+    const STACK: usize = 1 << 20;
+
+    fn work(&mut self, kernel: &mut Netlink) -> Option<Instant> {
+        if !self.unread {
+            return None;
         }
-        loop {
-            if self.unread.is_some() && read.is_none_or(|read| read.elapsed() >= self.pause) {
-                self.read();
-                read = Some(Instant::now());
-            }
-            if ticked.elapsed() >= TICK {
-                ticked = Instant::now();
-                self.seek();
-            }
-            let due = read.filter(|_| self.unread.is_some()).map(|read| self.pause.saturating_sub(read.elapsed()));
-            let tick = TICK.saturating_sub(ticked.elapsed());
-            if let Err(error) = self.wait(due.map_or(tick, |due| due.min(tick))) {
-                tracing::error!(%error, "the kernel's notices cannot be read: all that needs no tunnel goes by the kernel");
-                self.publish(Found::default());
-                return;
-            }
-            // The owner has the other one.
-            if Arc::strong_count(&self.shared) == 1 {
-                return;
+        let due = self.read.map(|read| read + self.pause);
+        if due.is_some_and(|due| due > Instant::now()) {
+            return due;
+        }
+        self.read_all(kernel);
+        self.read = Some(Instant::now());
+        None
+    }
+
+    /// Has the kernel look for next hops that are not known or have been silent, in turn.
+    fn tick(&mut self, kernel: &mut Netlink) {
+        let found = Arc::clone(&lock(&self.shared.found));
+        let is_quiet = |key: &&(u32, IpAddr)| self.known.neighbours.get(*key).is_none_or(|(_, is_stale)| *is_stale);
+        let quiet: BTreeSet<(u32, IpAddr)> = found.in_use.iter().filter(is_quiet).copied().collect();
+        let after = quiet.iter().filter(|key| self.sought.is_some_and(|sought| **key > sought));
+        let turn: Vec<_> = after.chain(&quiet).take(SOUGHT.min(quiet.len())).copied().collect();
+        self.sought = turn.last().copied();
+        for (device, address) in turn {
+            if self.known.devices.get(&device).is_some_and(|device| device.up)
+                && let Err(error) = kernel.use_neighbour(device, address)
+            {
+                tracing::debug!(%address, %error, "the kernel does not look for this neighbour");
             }
         }
     }
 
-    /// Sleeps until there is something to do.
-    fn wait(&mut self, patience: Duration) -> io::Result<()> {
-        let patience = Timespec { tv_sec: 0, tv_nsec: patience.as_nanos().min(999_999_999) as _ };
-        let mut ready = [
-            PollFd::new(&self.shared.wake, PollFlags::IN),
-            PollFd::from_borrowed_fd(self.notices.readable(), PollFlags::IN),
-        ];
-        match poll(&mut ready, Some(&patience)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let [woken, told] = ready.map(|fd| !fd.revents().is_empty());
-        if woken {
-            let _ = rustix::io::read(&self.shared.wake, &mut [0_u8; 8]);
-            self.unread.get_or_insert_with(Instant::now);
-        }
-        if told {
-            let changes = self.notices.changes()?;
-            self.take(&changes)?;
-        }
-        Ok(())
+    fn woken(&mut self) {
+        self.unread = true;
     }
 
-    fn take(&mut self, changes: &[Change]) -> io::Result<()> {
+    fn told(&mut self, changes: &[Change], kernel: &mut Netlink) -> io::Result<()> {
         let mut changed = false;
         for change in changes {
             match change {
-                Change::Neighbour(neighbour) => changed |= self.concerns(neighbour) & self.known.take(*neighbour),
-                Change::Routes => drop(self.unread.get_or_insert_with(Instant::now)),
+                Change::Neighbour(neighbour) => {
+                    changed |= self.concerns(neighbour) & self.known.neighbours.take(*neighbour);
+                }
+                Change::Routes => self.unread = true,
                 Change::Everything => {
-                    self.learn_neighbours()?;
-                    self.unread.get_or_insert_with(Instant::now);
+                    self.known.neighbours.learn(kernel)?;
+                    self.unread = true;
                 }
             }
         }
-        if changed && self.unread.is_none() {
+        if changed && !self.unread {
             self.find();
         }
         Ok(())
     }
 
+    fn lost(&mut self, error: &io::Error) {
+        tracing::error!(%error, "the kernel's notices cannot be read: all that needs no tunnel goes by the kernel");
+        self.publish(Found::default());
+    }
+}
+
+impl Finder {
     /// Whether somebody may be sent to because of a neighbour.
     fn concerns(&self, neighbour: &crate::netlink::paths::Neighbour) -> bool {
         let known = lock(&self.shared.found).in_use.contains(&(neighbour.device, neighbour.address));
         known || lock(&self.shared.wanted).outside
     }
 
-    fn learn_neighbours(&mut self) -> io::Result<()> {
-        let all = self.asking.neighbours()?;
-        self.known.neighbours.clear();
-        for neighbour in all {
-            self.known.take(neighbour);
-        }
-        Ok(())
-    }
-
     /// Reads the tables.
-    fn read(&mut self) {
-        self.unread = None;
+    fn read_all(&mut self, kernel: &mut Netlink) {
+        self.unread = false;
         let begun = Instant::now();
-        if let Err(error) = self.read_tables() {
+        if let Err(error) = self.read_tables(kernel) {
             tracing::warn!(%error, "the kernel's routes cannot be read");
             // What was known is not true any more.
             self.known.table.clear();
@@ -295,7 +256,7 @@ impl Thread {
         self.pause = PAUSE.max(begun.elapsed() * SHARE);
     }
 
-    fn read_tables(&mut self) -> io::Result<()> {
+    fn read_tables(&mut self, kernel: &mut Netlink) -> io::Result<()> {
         let host_port = lock(&self.shared.wanted).host_port.clone();
         let leads_out =
             |link: &Link| link.mac.is_some_and(|mac| mac != Mac::ZERO) && Some(&link.name) != host_port.as_ref();
@@ -303,9 +264,9 @@ impl Thread {
             let up = link.up && link.carrier;
             (link.index, Device { mac: link.mac.unwrap_or(Mac::ZERO), mtu: link.mtu, up })
         };
-        self.known.devices = self.asking.links()?.into_iter().filter(leads_out).map(device).collect();
-        self.known.addresses = self.asking.addresses()?;
-        self.known.table = self.asking.main_table()?;
+        self.known.devices = kernel.links()?.into_iter().filter(leads_out).map(device).collect();
+        self.known.addresses = kernel.addresses()?;
+        self.known.table = kernel.main_table()?;
         Ok(())
     }
 
@@ -319,23 +280,6 @@ impl Thread {
         *lock(&self.shared.found) = Arc::new(found);
         if let Some(listener) = self.shared.listener.get() {
             listener();
-        }
-    }
-
-    /// Has the kernel look for next hops that are not known or have been silent, in turn.
-    fn seek(&mut self) {
-        let found = Arc::clone(&lock(&self.shared.found));
-        let is_quiet = |key: &&(u32, IpAddr)| self.known.neighbours.get(*key).is_none_or(|(_, is_stale)| *is_stale);
-        let quiet: BTreeSet<(u32, IpAddr)> = found.in_use.iter().filter(is_quiet).copied().collect();
-        let after = quiet.iter().filter(|key| self.sought.is_some_and(|sought| **key > sought));
-        let turn: Vec<_> = after.chain(&quiet).take(SOUGHT.min(quiet.len())).copied().collect();
-        self.sought = turn.last().copied();
-        for (device, address) in turn {
-            if self.known.devices.get(&device).is_some_and(|device| device.up)
-                && let Err(error) = self.asking.use_neighbour(device, address)
-            {
-                tracing::debug!(%address, %error, "the kernel does not look for this neighbour");
-            }
         }
     }
 }

@@ -231,6 +231,20 @@ fn losses_are_not_taken_for_a_node_that_is_away() {
 }
 
 #[test]
+fn losses_are_not_taken_for_a_way_that_is_narrow() {
+    for random in 0..20 {
+        let mut bed = Bed::up(Path { loss: 30, delay: Duration::from_millis(10), ..Path::good() });
+        bed.random = random * 7919;
+        bed.run(60_000);
+        let narrow = bed.changes.iter().filter(|(_, change)| matches!(change, Change::Carries { .. })).count();
+        assert!(narrow <= 2, "{random}: {narrow} of {:?}", bed.changes);
+        bed.path.loss = 0;
+        bed.run(12_000);
+        assert_eq!(bed.carries(), MOST);
+    }
+}
+
+#[test]
 fn a_delay_of_two_seconds_is_got_used_to() {
     let mut bed = Bed::up(Path { delay: Duration::from_secs(2), ..Path::good() });
     bed.run(10_000);

@@ -33,6 +33,8 @@ const LONGEST_SILENCE: Duration = Duration::from_secs(1);
 /// How likely it may be that a node is taken to be away by chance: by so many questions in a row that are lost, as often as they were
 /// lately.
 const CHANCE: f64 = 1e-6;
+/// How likely it may be that large packets are lost by chance while small ones are not: then it is looked whether they are too large.
+const HARDLY_LOST: f64 = 1e-2;
 /// After that an answer has no meaning any more.
 const FORGET: Duration = Duration::from_secs(10);
 /// Questions remembered at most.
@@ -320,10 +322,17 @@ impl Peer {
             .filter(move |open| now.since(open.at) > patience)
     }
 
+    /// How many large packets in a row are hardly lost by chance.
+    fn suspicious(&self) -> usize {
+        ((HARDLY_LOST.ln() / self.rtt.loss().clamp(0.01, 0.9).ln()).ceil() as usize).max(2)
+    }
+
     /// Finds out what the way carries, if that may have changed.
     fn measure(&mut self, patience: Duration, now: Instant, look: &mut Look) {
         // Before anything else it has to be known what still gets through.
-        if !self.search.as_ref().is_some_and(Search::is_for_less) && self.full_late(patience, now).count() >= 2 {
+        if !self.search.as_ref().is_some_and(Search::is_for_less)
+            && self.full_late(patience, now).count() >= self.suspicious()
+        {
             self.search = Some(Search::new(0, self.least, self.mtu, self.overhead, now));
         } else if self.search.is_none() && self.mtu < self.most && now >= self.rise_at {
             self.search = Some(Search::new(self.mtu, self.least, self.most, self.overhead, now));
@@ -332,7 +341,7 @@ impl Peer {
         }
         let Some(mut search) = self.search.take() else { return };
         let is_for_less = search.is_for_less();
-        let low = search.low();
+        let (low, is_tried) = (search.low(), search.is_tried());
         match search.step(now, patience) {
             Step::Wait(_) => self.search = Some(search),
             Step::Ask => {
@@ -346,8 +355,8 @@ impl Peer {
             Step::Found(size) if size == self.mtu && !is_for_less => {}
             Step::Found(size) => self.carry(size, now, look),
         }
-        // What is known before all is: pods wait for it.
-        if low > 0 && low != self.mtu && self.search.is_some() {
+        // What is known before all is: pods wait for it. That it is no more is known when more was asked for often enough.
+        if low > 0 && (low > self.mtu || low < self.mtu && is_tried) && self.search.is_some() {
             self.carry(low, now, look);
         }
     }

@@ -3,7 +3,7 @@
 //! A round is a volley of questions of different lengths; the longest that was answered is the new lower end, the shortest that was not is
 //! the new upper end, and the next round asks for sizes between them. The first round asks for the sizes that paths have most often, so
 //! one round trip says what is needed to go on, and two or three more what is exact. Each size is asked for a few times in a round, since one
-//! packet may be lost for any reason.
+//! packet may be lost for any reason; and more often, the more is lost of what is short enough.
 
 use std::time::Duration;
 
@@ -16,8 +16,13 @@ const USUAL: [u32; 24] = [
 ];
 /// Sizes between the two ends that a later round asks for.
 const BETWEEN: u32 = 8;
-/// How often a size is asked for in a round.
+/// How often a size is asked for in a round, if the path loses nothing.
 const TIMES: u32 = 3;
+/// If it does, so often that all of them are lost by chance with no more than this probability, within a limit.
+const CHANCE: f64 = 1e-5;
+const MOST_TIMES: u32 = 20;
+/// The same where nothing that is short enough was lost so far.
+const SMALL_CHANCE: f64 = 1e-2;
 /// Rounds in all: each divides what is left by nine, so that this is enough for any path.
 const ROUNDS: u32 = 7;
 
@@ -32,6 +37,8 @@ pub struct Search {
     high: u32,
     /// What was asked for in this round, and whether it was answered.
     asked: Vec<(u32, bool)>,
+    /// Questions of the rounds before that were short enough, and how many of them were answered.
+    short: (u32, u32),
     /// When the round is to be asked for the next time, and how often it was.
     next: Instant,
     times: u32,
@@ -68,7 +75,7 @@ impl Search {
         sizes.sort_unstable();
         sizes.dedup();
         let asked = sizes.into_iter().map(|size| (size, false)).collect();
-        Search { low, is_for_less: false, high: 0, asked, next: now, times: 0, rounds: 1, heard: None }
+        Search { low, is_for_less: false, high: 0, asked, short: (0, 0), next: now, times: 0, rounds: 1, heard: None }
     }
 
     /// A packet of this length arrived.
@@ -90,6 +97,11 @@ impl Search {
         self.low
     }
 
+    /// Whether longer ones than that were asked for so often that they do not arrive, and not by chance.
+    pub fn is_tried(&self) -> bool {
+        self.rounds > 1 || self.unanswered().count() as u32 * self.times >= self.lost_by_chance()
+    }
+
     /// What is to be asked for again in this round. What is shorter than what arrived need not be.
     pub fn unanswered(&self) -> impl Iterator<Item = u32> + '_ {
         self.asked.iter().filter(|(size, answered)| !answered && *size > self.low).map(|(size, _)| *size)
@@ -101,10 +113,11 @@ impl Search {
         if now < self.next && !is_over {
             return Step::Wait(self.next);
         }
-        if self.times < TIMES && !is_over {
+        let times = self.times_needed();
+        if self.times < times && !is_over {
             self.times += 1;
             // Once some have been heard, the others are behind by no more than that.
-            self.next = now + patience / if self.times < TIMES { 2 } else { 1 };
+            self.next = now + patience / if self.times < times { 2 } else { 1 };
             return Step::Ask;
         }
         self.high = self.unanswered().min().unwrap_or(self.high).min(self.high);
@@ -116,8 +129,32 @@ impl Search {
         let sizes = (1..=points).map(|point| self.low + gap * point / (points + 1)).collect();
         let rounds = self.rounds + 1;
         let is_for_less = self.is_for_less;
-        *self = Search { high: self.high, is_for_less, rounds, ..Search::round(self.low, sizes, now) };
+        let short = self.short_ones();
+        *self = Search { high: self.high, is_for_less, short, rounds, ..Search::round(self.low, sizes, now) };
         self.step(now, patience)
+    }
+
+    /// Of all questions so far, those that were no longer than what arrived, and how many of them were answered. Each is asked again until it, or
+    /// a longer one, is answered.
+    fn short_ones(&self) -> (u32, u32) {
+        let short = self.asked.iter().filter(|(size, _)| *size <= self.low);
+        let (asked, answered) = short.fold((0, 0), |(all, answered), (_, is)| (all + 1, answered + u32::from(*is)));
+        (self.short.0 + asked, self.short.1 + answered)
+    }
+
+    /// How often what is not answered is to be asked for before it counts as too long.
+    fn times_needed(&self) -> u32 {
+        let (asked, answered) = self.short_ones();
+        if asked == answered { TIMES } else { self.lost_by_chance().clamp(TIMES, MOST_TIMES) }
+    }
+
+    /// How many questions in a row are hardly lost by chance, as many of the short ones are.
+    fn lost_by_chance(&self) -> u32 {
+        let (asked, answered) = self.short_ones();
+        // As if one more had been lost and one more answered, for few say little.
+        let lost = f64::from(asked - answered + 1) / f64::from(asked + 2);
+        let chance = if asked == answered { SMALL_CHANCE } else { CHANCE };
+        (chance.ln() / lost.ln()).ceil() as u32
     }
 }
 

@@ -8,25 +8,23 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::RecvFlags;
 use weft_router::port::xdp::Hops;
 use weft_router::port::xdp::programs::Tunnel;
 use weft_router::port::xdp::too_big::{self, TooBig};
 
 use super::hops::{Device, Known, Way};
+use super::name_of;
 use crate::netlink::Netlink;
+use crate::netlink::follower::{Follow, Follower};
 use crate::netlink::paths::Change;
 
-/// How often hops in use are looked at.
-const TICK: Duration = Duration::from_secs(1);
 /// How long routes are left alone after they were asked for: a router may announce thousands at once.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -37,7 +35,7 @@ const FORGET: Duration = Duration::from_secs(600);
 
 /// What is to be followed.
 #[derive(Debug, Clone)]
-pub struct Followed {
+pub struct Subject {
     /// The tunnel as its packets are written.
     pub tunnel: Tunnel,
     /// This node's underlay address.
@@ -51,14 +49,15 @@ pub struct Followed {
 }
 
 /// The thread, as others see it.
-pub struct Follower {
+pub struct Followed {
     hops: Arc<ArcSwap<Hops>>,
     shared: Arc<Shared>,
+    follower: Follower,
 }
 
-impl fmt::Debug for Follower {
+impl fmt::Debug for Followed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Follower").field("ways", &lock(&self.shared.ways)).finish_non_exhaustive()
+        f.debug_struct("Followed").field("ways", &lock(&self.shared.ways)).finish_non_exhaustive()
     }
 }
 
@@ -72,47 +71,36 @@ struct Shared {
     /// What packets to nodes may be long as was measured, if that is news.
     measured: Mutex<Option<BTreeMap<IpAddr, u32>>>,
     listener: OnceLock<Listener>,
-    /// Told when the nodes changed, and when nobody wants to know any more.
-    wake: OwnedFd,
 }
 
-impl Follower {
+impl Followed {
     /// Starts it, in the namespace of the calling thread.
     ///
     /// # Errors
     /// There are no descriptors or threads left, or netlink is not allowed.
-    pub fn start(followed: Followed) -> anyhow::Result<Follower> {
-        let notices = Netlink::follow_paths().context("cannot follow the kernel's routes and neighbours")?;
-        let asking = Netlink::open().context("cannot open a netlink socket")?;
+    pub fn start(subject: Subject) -> anyhow::Result<Followed> {
         let complaints =
-            too_big::open(followed.address.is_ipv4()).context("cannot open a socket for ICMP (CAP_NET_RAW)")?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an eventfd")?;
+            too_big::open(subject.address.is_ipv4()).context("cannot open a socket for ICMP (CAP_NET_RAW)")?;
         let shared = Arc::new(Shared {
             nodes: Mutex::default(),
             ways: Mutex::default(),
             path_mtus: Mutex::default(),
             measured: Mutex::default(),
             listener: OnceLock::new(),
-            wake,
         });
         let hops = Arc::new(ArcSwap::from_pointee(Hops::default()));
-        let (known, stale) = (Known::default(), true);
-        let mut thread = Thread {
-            followed,
-            notices,
+        let finder = Finder {
+            subject,
             complaints,
-            asking,
-            known,
-            stale,
+            known: Known::default(),
+            stale: true,
             asked: None,
             heard: 0,
             believed: BTreeMap::new(),
             hops: Arc::clone(&hops),
             shared: Arc::clone(&shared),
         };
-        let builder = thread::Builder::new().name("weft-hops".into()).stack_size(512 << 10);
-        builder.spawn(move || thread.run()).context("cannot start a thread (ulimit -u)")?;
-        Ok(Follower { hops, shared })
+        Ok(Followed { hops, shared, follower: Follower::start(finder)? })
     }
 
     /// The next hops that are known, kept up to date.
@@ -128,7 +116,7 @@ impl Follower {
         if *known != nodes {
             *known = nodes;
             drop(known);
-            self.shared.wake();
+            self.follower.wake();
         }
     }
 
@@ -140,7 +128,7 @@ impl Follower {
     /// It was measured how long packets to these nodes may be, the outer IP header included. That holds, whatever routers said.
     pub fn measured(&self, all: BTreeMap<IpAddr, u32>) {
         *lock(&self.shared.measured) = Some(all);
-        self.shared.wake();
+        self.follower.wake();
     }
 
     /// Who is told when that changes. The first one stays.
@@ -160,29 +148,15 @@ impl Follower {
     }
 }
 
-impl Drop for Follower {
-    fn drop(&mut self) {
-        // The thread has the only other reference, and ends when it sees that.
-        self.shared.wake();
-    }
-}
-
-impl Shared {
-    fn wake(&self) {
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-struct Thread {
-    followed: Followed,
-    notices: Netlink,
+/// Keeps the ways in step with the kernel.
+struct Finder {
+    subject: Subject,
     /// ICMP messages.
     complaints: OwnedFd,
-    asking: Netlink,
     known: Known,
     /// Whether routes have to be asked for.
     stale: bool,
@@ -196,79 +170,70 @@ struct Thread {
     shared: Arc<Shared>,
 }
 
-impl Thread {
-    fn run(&mut self) {
-        let mut ticked = Instant::now();
-        if let Err(error) = self.learn_neighbours() {
-            tracing::error!(%error, "the kernel's neighbours cannot be read: other nodes are reached by UDP");
+impl Follow for Finder {
+    const THREAD: &'static str = "weft-hops";
+    const STACK: usize = 512 << 10;
+
+    fn work(&mut self, kernel: &mut Netlink) -> Option<Instant> {
+        if !self.stale {
+            return None;
         }
-        loop {
-            if self.stale && self.asked.is_none_or(|asked| asked.elapsed() >= PAUSE) {
-                self.learn_routes();
-            }
-            if ticked.elapsed() >= TICK {
-                ticked = Instant::now();
-                self.heard = 0;
-                self.look_for_silent();
-                self.forget_path_mtus();
-            }
-            if let Err(error) = self.wait(ticked) {
-                tracing::error!(%error, "the kernel's notices cannot be read: ways to other nodes are no longer followed");
-                self.hops.store(Arc::default());
-                return;
-            }
-            // The follower has the other one.
-            if Arc::strong_count(&self.shared) == 1 {
-                return;
-            }
+        let due = self.asked.map(|asked| asked + PAUSE);
+        if due.is_some_and(|due| due > Instant::now()) {
+            return due;
         }
+        self.learn_routes(kernel);
+        None
     }
 
-    /// Sleeps until there is something to do.
-    fn wait(&mut self, ticked: Instant) -> io::Result<()> {
-        let until = |since: Instant, pause: Duration| pause.saturating_sub(since.elapsed());
-        let tick = until(ticked, TICK);
-        let patience = match self.asked.filter(|_| self.stale) {
-            Some(asked) => tick.min(until(asked, PAUSE)),
-            None => tick,
-        };
-        let patience = Timespec { tv_sec: 0, tv_nsec: patience.as_nanos().min(999_999_999) as _ };
-        // What is beyond the limit waits for the next tick, or is lost.
-        let listening = if self.heard < HEARD { PollFlags::IN } else { PollFlags::empty() };
-        let mut ready = [
-            PollFd::new(&self.shared.wake, PollFlags::IN),
-            PollFd::from_borrowed_fd(self.notices.readable(), PollFlags::IN),
-            PollFd::new(&self.complaints, listening),
-        ];
-        match poll(&mut ready, Some(&patience)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
+    fn tick(&mut self, kernel: &mut Netlink) {
+        self.heard = 0;
+        self.look_for_silent(kernel);
+        self.forget_path_mtus();
+    }
+
+    fn woken(&mut self) {
+        self.stale = true;
+        let measured = lock(&self.shared.measured).take();
+        measured.into_iter().flatten().for_each(|(node, mtu)| self.know(node, mtu));
+    }
+
+    fn told(&mut self, changes: &[Change], kernel: &mut Netlink) -> io::Result<()> {
+        let (routes, hops) = self.known.take_all(changes);
+        self.stale |= routes;
+        if changes.contains(&Change::Everything) {
+            self.known.neighbours.learn(kernel)?;
         }
-        let [woken, told, complained] = ready.map(|fd| !fd.revents().is_empty());
-        if woken {
-            let _ = rustix::io::read(&self.shared.wake, &mut [0_u8; 8]);
-            self.stale = true;
-            let measured = lock(&self.shared.measured).take();
-            measured.into_iter().flatten().for_each(|(node, mtu)| self.know(node, mtu));
-        }
-        if told {
-            let changes = self.notices.changes()?;
-            self.take(&changes)?;
-        }
-        if complained {
-            self.hear();
+        if hops && !self.stale {
+            self.publish();
         }
         Ok(())
     }
 
+    fn lost(&mut self, error: &io::Error) {
+        tracing::error!(%error, "the kernel's notices cannot be read: ways to other nodes are no longer followed");
+        self.hops.store(Arc::default());
+    }
+
+    /// What is beyond the limit waits for the next tick, or is lost.
+    fn beside(&self) -> Option<BorrowedFd<'_>> {
+        (self.heard < HEARD).then(|| self.complaints.as_fd())
+    }
+
+    fn heard(&mut self) {
+        self.hear();
+    }
+}
+
+impl Finder {
     /// Reads what routers say.
     fn hear(&mut self) {
         let mut bytes = [0; 1500];
         while self.heard < HEARD {
             let Ok((_, len)) = rustix::net::recv(&self.complaints, &mut bytes[..], RecvFlags::DONTWAIT) else { return };
             self.heard += 1;
-            let (message, tunnel) = (&bytes[..len.min(bytes.len())], &self.followed.tunnel);
-            let v4 = self.followed.address.is_ipv4();
+            let (message, tunnel) = (&bytes[..len.min(bytes.len())], &self.subject.tunnel);
+            let v4 = self.subject.address.is_ipv4();
             let read = if v4 { too_big::read_v4(message, tunnel) } else { too_big::read_v6(message, tunnel) };
             if let Some(told) = read {
                 self.believe(told);
@@ -304,40 +269,19 @@ impl Thread {
         }
     }
 
-    fn take(&mut self, changes: &[Change]) -> io::Result<()> {
-        let (routes, hops) = self.known.take_all(changes);
-        self.stale |= routes;
-        if changes.contains(&Change::Everything) {
-            self.learn_neighbours()?;
-        }
-        if hops && !self.stale {
-            self.publish();
-        }
-        Ok(())
-    }
-
-    fn learn_neighbours(&mut self) -> io::Result<()> {
-        let all = self.asking.neighbours()?;
-        self.known.neighbours.clear();
-        for neighbour in all {
-            self.known.take(neighbour);
-        }
-        Ok(())
-    }
-
     /// Asks for the device and all routes.
-    fn learn_routes(&mut self) {
+    fn learn_routes(&mut self, kernel: &mut Netlink) {
         (self.stale, self.asked) = (false, Some(Instant::now()));
-        self.known.device = self.device().unwrap_or(None);
-        let (address, port) = (self.followed.address, self.followed.tunnel.port);
+        self.known.device = self.device(kernel).unwrap_or(None);
+        let (address, port) = (self.subject.address, self.subject.tunnel.port);
         let nodes = lock(&self.shared.nodes).clone();
-        self.known.routes = nodes.iter().map(|node| (*node, self.asking.route(address, *node, port).ok())).collect();
+        self.known.routes = nodes.iter().map(|node| (*node, kernel.route(address, *node, port).ok())).collect();
         self.publish();
     }
 
-    fn device(&mut self) -> io::Result<Option<Device>> {
-        let Followed { device, uplink, vlan, .. } = self.followed;
-        let (Some(way), Some(under)) = (self.asking.detailed(device)?, self.asking.detailed(uplink)?) else {
+    fn device(&self, kernel: &mut Netlink) -> io::Result<Option<Device>> {
+        let Subject { device, uplink, vlan, .. } = self.subject;
+        let (Some(way), Some(under)) = (kernel.detailed(device)?, kernel.detailed(uplink)?) else {
             return Ok(None);
         };
         let up = [&way, &under].iter().all(|found| found.link.up && found.link.carrier);
@@ -351,7 +295,7 @@ impl Thread {
         self.hops.store(Arc::new(self.known.hops()));
         for (node, way) in &ways {
             if before.get(node) != Some(way) {
-                self.tell(*node, *way);
+                Finder::tell(*node, *way);
             }
         }
         let narrow = self.known.narrow();
@@ -364,13 +308,12 @@ impl Thread {
     }
 
     /// Logs what has become of a way, unless it is a matter of milliseconds.
-    fn tell(&mut self, node: IpAddr, way: Way) {
+    fn tell(node: IpAddr, way: Way) {
         match way {
             Way::Uplink => tracing::debug!(%node, "reached by AF_XDP"),
             Way::Unresolved(next) => tracing::debug!(%node, %next, "reached by UDP: the next hop's MAC is not known"),
             Way::Elsewhere(device) => {
-                let device =
-                    self.asking.detailed(device).ok().flatten().map_or_else(String::new, |found| found.link.name);
+                let device = name_of(device);
                 tracing::warn!(%node, device, "reached by UDP: its route does not leave by the uplink");
             }
             Way::NoRoute => tracing::warn!(%node, "there is no route to this node"),
@@ -379,7 +322,7 @@ impl Thread {
     }
 
     /// Has the kernel look for next hops that are in use and have been silent.
-    fn look_for_silent(&mut self) {
+    fn look_for_silent(&mut self, kernel: &mut Netlink) {
         let hops = self.hops.load_full();
         let used = hops.iter().filter(|(_, hop)| hop.take_used()).map(|(node, _)| *node);
         let mut silent: Vec<(u32, IpAddr)> = used
@@ -390,7 +333,7 @@ impl Thread {
         silent.sort_unstable();
         silent.dedup();
         for (device, address) in silent {
-            if let Err(error) = self.asking.use_neighbour(device, address) {
+            if let Err(error) = kernel.use_neighbour(device, address) {
                 tracing::debug!(%address, %error, "the kernel does not look for this neighbour");
             }
         }

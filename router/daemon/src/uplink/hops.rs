@@ -10,7 +10,8 @@ use weft_encap::mac::Mac;
 use weft_router::port::xdp::Hops;
 use weft_router::port::xdp::outer::NextHop;
 
-use crate::netlink::paths::{Change, Neighbour, Route};
+use crate::netlink::follower::Neighbours;
+use crate::netlink::paths::{Change, Route};
 
 /// How frames to a node leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,27 +49,18 @@ pub struct Known {
     /// The route to each node that has one.
     pub routes: BTreeMap<IpAddr, Option<Route>>,
     /// All neighbours with a MAC.
-    pub neighbours: HashMap<(u32, IpAddr), (Mac, bool)>,
+    pub neighbours: Neighbours,
     /// The longest packet to a node, where that is shorter than the device's.
     pub path_mtu: HashMap<IpAddr, u32>,
 }
 
 impl Known {
-    /// Takes a neighbour's new state in. Returns whether any way may have changed by that.
-    pub fn take(&mut self, neighbour: Neighbour) -> bool {
-        let key = (neighbour.device, neighbour.address);
-        match neighbour.mac {
-            Some(mac) => self.neighbours.insert(key, (mac, neighbour.is_stale)).is_none_or(|(old, _)| old != mac),
-            None => self.neighbours.remove(&key).is_some(),
-        }
-    }
-
-    /// The same for several changes. Says whether routes have to be asked for again, and whether a way may have changed.
+    /// Takes changes in. Says whether routes have to be asked for again, and whether a way may have changed.
     pub fn take_all(&mut self, changes: &[Change]) -> (bool, bool) {
         let mut changed = false;
         for change in changes {
             if let Change::Neighbour(neighbour) = change {
-                changed |= self.take(*neighbour);
+                changed |= self.neighbours.take(*neighbour);
             }
         }
         (changes.iter().any(|change| !matches!(change, Change::Neighbour(_))), changed)
@@ -118,6 +110,7 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::netlink::paths::Neighbour;
 
     const UPLINK: u32 = 3;
     const NEAR: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
@@ -151,32 +144,35 @@ mod tests {
     fn a_neighbour_is_sent_to_directly_and_others_by_their_router() {
         let mut known = known();
         assert_eq!(ways(&known), [Way::Unresolved(NEAR), Way::Unresolved(ROUTER)]);
-        assert!(known.take(neighbour(NEAR, Some(mac(2)))) && known.take(neighbour(ROUTER, Some(mac(1)))));
-        assert!(!known.take(neighbour(NEAR, Some(mac(2)))), "that is no news");
+        assert!(
+            known.neighbours.take(neighbour(NEAR, Some(mac(2))))
+                && known.neighbours.take(neighbour(ROUTER, Some(mac(1))))
+        );
+        assert!(!known.neighbours.take(neighbour(NEAR, Some(mac(2)))), "that is no news");
         assert_eq!(ways(&known), [Way::Uplink, Way::Uplink]);
         let hops = known.hops();
         let next = |target| NextHop { source: mac(9), target, vlan: Some(5), mtu: 1500 };
         assert_eq!((hops[&NEAR].next, hops[&FAR].next), (next(mac(2)), next(mac(1))));
-        assert!(known.take(neighbour(NEAR, None)));
+        assert!(known.neighbours.take(neighbour(NEAR, None)));
         assert_eq!(ways(&known), [Way::Unresolved(NEAR), Way::Uplink]);
     }
 
     #[test]
     fn the_smallest_of_the_mtus_holds() {
         let mut known = known();
-        known.take(neighbour(NEAR, Some(mac(2))));
+        known.neighbours.take(neighbour(NEAR, Some(mac(2))));
         known.routes.insert(NEAR, Some(Route { device: UPLINK, via: None, mtu: Some(1400) }));
         assert_eq!(known.hops()[&NEAR].next.mtu, 1400);
         known.path_mtu.insert(NEAR, 1300);
         assert_eq!(known.hops()[&NEAR].next.mtu, 1300);
-        known.take(neighbour(ROUTER, Some(mac(1))));
+        known.neighbours.take(neighbour(ROUTER, Some(mac(1))));
         assert_eq!(known.narrow(), [(NEAR, 1300)].into(), "the other's is the device's");
     }
 
     #[test]
     fn what_leaves_elsewhere_or_not_at_all_is_the_kernels() {
         let mut known = known();
-        known.take(neighbour(NEAR, Some(mac(2))));
+        known.neighbours.take(neighbour(NEAR, Some(mac(2))));
         known.routes.insert(NEAR, Some(Route { device: 8, via: None, mtu: None }));
         known.routes.insert(FAR, None);
         assert_eq!(ways(&known), [Way::Elsewhere(8), Way::NoRoute]);

@@ -41,7 +41,7 @@ use crate::node;
 pub use tunnels::Tunnels;
 pub use wrapping::Wrapping;
 
-use follow::{Followed, Follower};
+use follow::{Followed, Subject};
 use hops::Way;
 
 /// Sockets of each worker that send to other nodes, each from a source port of its own, so that flows spread over paths, queues and
@@ -79,7 +79,7 @@ struct Chosen {
     shown: String,
     /// The device that has the address.
     device: u32,
-    follower: Follower,
+    follower: Followed,
 }
 
 impl fmt::Debug for Uplink {
@@ -406,14 +406,9 @@ fn prepare(config: &config::Underlay, router: &Router) -> anyhow::Result<(OpenUp
     if config.kind == UnderlayKind::Auto && !opened.zero_copy {
         bail!("the driver of {name} copies frames for AF_XDP, and then UDP is faster");
     }
-    let followed = Followed {
-        tunnel,
-        address: config.address,
-        device: found.way.link.index,
-        uplink: link.index,
-        vlan: found.vlan,
-    };
-    let follower = Follower::start(followed)?;
+    let subject =
+        Subject { tunnel, address: config.address, device: found.way.link.index, uplink: link.index, vlan: found.vlan };
+    let follower = Followed::start(subject)?;
     let shown = shown(&name, found.vlan, &opened, router.workers());
     Ok((opened, Chosen { name, shown, device: found.way.link.index, follower }))
 }
