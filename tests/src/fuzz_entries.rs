@@ -17,18 +17,20 @@ use weft_router::port::raw::dress;
 use weft_router::tables::Mode;
 
 use crate::gathering;
+use crate::masquerading;
 use crate::memory::{Input, Memory, PODS, node_underlay, tables};
 
 /// An entry: it takes anything.
 pub type Entry = fn(&[u8]);
 
 /// All entries of this crate by the name of their target. `cni` and `config` are programs of their own.
-pub const ALL: [(&str, Entry); 10] = [
+pub const ALL: [(&str, Entry); 11] = [
     ("forward", forward),
     ("underlay", underlay),
     ("geneve", geneve),
     ("gre", gre),
     ("ipip", ipip),
+    ("masquerade", masquerade),
     ("gather", gather),
     ("virtio", virtio),
     ("neighbour", neighbour),
@@ -121,6 +123,11 @@ fn from_tunnel(bytes: &[u8], outer: Outer, offload: Offload) {
         let (first, second) = (memory.feed(&input), memory.feed(&input));
         assert_eq!(first.ended, second.ended, "{input:?}");
     }
+}
+
+/// Pods that leave the cluster, and what comes back: see [`masquerading::check`].
+pub fn masquerade(bytes: &[u8]) {
+    masquerading::check(bytes);
 }
 
 /// Vectors to be gathered. The first byte says of what: streams as [`gathering::packets`] reads them or, if bit 7 is set, any frames as
