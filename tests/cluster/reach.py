@@ -120,7 +120,7 @@ def services(cluster):
             assert all(answer.get("same", True) for answer in answered)
             names = {answer["name"] for answer in answered if "name" in answer}
             assert names == every | every_host, f"{node.name}: {(every | every_host) - names} never answered"
-        for answer in from_pod[: 8 * len(web["clusterIPs"])]:
+        for answer in (answer for at, answer in enumerate(from_pod[: 8 * len(urls)]) if at % len(urls) < len(web["clusterIPs"])):
             assert answer["peer"] in pods.addresses(node.name), f"a pod is seen by a service's backend as {answer['peer']}"
         count += len(from_pod) + len(from_node)
     return f"{count} answers of {len(every)} pods and {len(every_host)} in the nodes' network"
@@ -155,6 +155,9 @@ def dns(cluster):
     cluster.kubectl("-n", "kube-system", "rollout", "restart", "deployment/dns")
     cluster.kubectl("-n", "kube-system", "rollout", "status", "deployment/dns", "--timeout=120s", timeout=130)
     pods, count = Pods(cluster, "box"), 0
+    # kube-proxy takes a moment to forget the pods of before.
+    known = lambda node: all("addresses" in answer for answer in pods.ask(node, *["dns:10.96.0.10:tcp:web.default.svc.cluster.local:A"] * 8, check=False))
+    cluster.wait("every node knows the new pods of DNS", lambda: all(known(node) for node in cluster.nodes), 30)
     for node in cluster.nodes:
         for name, addresses in entries.items():
             questions = [f"dns:10.96.0.10:{proto}:{name}:{kind}" for proto in ("udp", "tcp") for kind in ("A", "AAAA")] * 2

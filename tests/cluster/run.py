@@ -54,10 +54,10 @@ def deploy(cluster):
     configure(cluster)
     started = time.monotonic()
     cluster.kubectl("apply", "-k", str(cluster.manifests))
-    cluster.kubectl("-n", "weft", "rollout", "status", "daemonset/weft", "--timeout=180s", timeout=190)
-    rolled = time.monotonic() - started
-    cluster.wait("all nodes are Ready", lambda: all(life.is_ready(cluster, name) for name in cluster.nodes), 60)
-    return f"rolled out after {rolled:.1f} s, nodes Ready after {time.monotonic() - started:.1f} s"
+    cluster.kubectl("wait", "--for=condition=Ready", "nodes", "--all", "--timeout=3m", timeout=190)
+    ready = time.monotonic() - started
+    cluster.wait("all pods of Weft are ready", lambda: all(life.is_ready(cluster, name) for name in cluster.nodes), 60)
+    return f"nodes Ready after {ready:.1f} s, weftd after {time.monotonic() - started:.1f} s"
 
 
 def workloads(cluster):
@@ -106,4 +106,5 @@ def main():
     sys.exit(1 if failed else 0)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -33,6 +33,7 @@ mod kubernetes;
 mod labs;
 mod lifecycle;
 mod masquerade;
+mod moving;
 mod narrowing;
 mod order;
 mod overload;
