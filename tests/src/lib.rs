@@ -5,13 +5,14 @@
 //! kernel VXLAN nodes built by hand, [`etcd`] and [`kubernetes`] what such a cluster can share, [`daemon`] asks a weftd, [`wire`] sends and sees raw frames, [`plugin`]
 //! is a container runtime, and [`network`] what it does with a list of plugins; [`host`] is a node with mounts and processes of its own, for
 //! runtimes like [`podman`] and [`containerd`] that are given [`image`]; [`traffic`] and [`flood`] send what is to arrive, and more than can; [`beacon`]
-//! sends all the time, through a [`relay`] if the network between shall be a bad one.
+//! sends all the time, through a [`relay`] if the network between shall be a bad one, or [`between`] nodes whose way is narrow.
 //! [`fuzz_entries`] is shared by the fuzz targets and the replay of their corpora.
 //!
 //! Tests with real daemons take a [`machine::turn`] first: they are serialised over the whole machine, whatever
 //! `--test-threads` says.
 
 pub mod beacon;
+pub mod between;
 pub mod cluster;
 pub mod command;
 pub mod container;
