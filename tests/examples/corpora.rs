@@ -17,6 +17,7 @@ fn main() -> std::io::Result<()> {
         seeds().into_iter().filter(|seed| seed.outer.is_some()).map(|seed| seed.bytes).step_by(9).collect();
     write("underlay", &[tunnelled, vec![train()]].concat())?;
     write_tunnels()?;
+    write("probe", &probes())?;
     write("masquerade", &scenes())?;
     write("gather", &vectors())?;
     write("virtio", &superframes())?;
@@ -52,6 +53,24 @@ fn write(name: &str, inputs: &[Vec<u8>]) -> std::io::Result<()> {
         std::fs::write(folder.join(format!("seed-{number:03}")), input)?;
     }
     Ok(())
+}
+
+/// A question, an answer, and what is almost one.
+fn probes() -> Vec<Vec<u8>> {
+    let with = |family: u8, version: u8, kind: u8, len: usize| -> Vec<u8> {
+        let numbers = [&1450_u32.to_be_bytes()[..], &7_u32.to_be_bytes(), &9_u64.to_be_bytes(), &[0x5a; 8]].concat();
+        let mut bytes = [&[family, 0xc0, 7][..], b"WFTP", &[version, kind, 0, 0], &numbers].concat();
+        bytes.resize(3 + len, 0);
+        bytes
+    };
+    vec![
+        with(0, 1, 1, 32),
+        with(0, 1, 1, 1400),
+        with(0, 1, 2, 32),
+        with(1, 1, 1, 32),
+        with(0, 2, 1, 32),
+        with(0, 1, 1, 31),
+    ]
 }
 
 /// Steps as [`weft_tests::masquerading`] reads them: each kind of packet with its answer, two pods that reach each other, a crowd, anything.

@@ -64,7 +64,14 @@ pub fn check(bytes: &[u8]) {
 
 impl Scene {
     fn new() -> Scene {
-        let config = RouterConfig { flows: 64, seed: 7, masquerade: LIMITS, ..RouterConfig::default() };
+        let config = RouterConfig {
+            flows: 64,
+            fdb_limit: 64,
+            host_flows: 64,
+            seed: 7,
+            masquerade: LIMITS,
+            ..RouterConfig::default()
+        };
         let taught = Taught::new(&config);
         let snat = Arc::clone(&taught.snat);
         let memory = Memory::of(Forwarder::sharing(taught, &config), with_way_out());
