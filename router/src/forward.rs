@@ -25,7 +25,7 @@ use crate::frame::Frame;
 use crate::gateway::Stack;
 use crate::glimpse::Glimpse;
 use crate::packet::{Ip, Packet};
-use crate::path::{Commit, FlowCommit, Hop, Macs, Path, Reply, Rewrite, Sender, Translation};
+use crate::path::{Commit, FlowCommit, Hop, Macs, MasqueradeCommit, Path, Reply, Rewrite, Sender, Translation};
 use crate::policy::Known;
 use crate::pool::Pool;
 use crate::port::{BATCH, Outbox, PortId};
@@ -143,10 +143,10 @@ impl Forwarder {
             Err(reason) => return self.stats.drop(frame, reason),
         };
         let mut mtu = u32::MAX;
-        let outcome = self.decide(&packet, tables, now).and_then(|(path, commit)| {
+        let outcome = self.decide(&packet, tables, now).and_then(|(mut path, mut commit)| {
             mtu = path.rewrite.mtu;
             nat::may_pass(&frame, &packet, &path.rewrite)?; // TTL, MTU
-            let (path, turned) = self.commit(path, commit, &packet, &frame, now)?; // session, flow, learned MAC, budget
+            let turned = self.commit(&mut path, &mut commit, &packet, &frame, now)?; // session, flow, learned MAC, budget
             nat::rewrite(&mut frame, &packet, &path.rewrite, turned.as_ref());
             nat::mss::clamp(&mut frame, &packet, hop::mtu_both_ways(&path, &packet, tables));
             Ok(path)
@@ -200,13 +200,16 @@ impl Forwarder {
     /// Remembers what a decision rested on and what it opened. What there is no room for is refused before anything is remembered.
     fn commit(
         &mut self,
-        path: Path,
-        mut commit: Commit,
+        path: &mut Path,
+        commit: &mut Commit,
         packet: &Packet,
         frame: &Frame,
         now: Instant,
-    ) -> Result<(Path, Option<Translation>), DropReason> {
-        let (path, turned) = self.in_session(path, &mut commit, packet, now)?;
+    ) -> Result<Option<Translation>, DropReason> {
+        let turned = match (&commit.masquerade, &path.rewrite.translation) {
+            (MasqueradeCommit::None, None) => None,
+            _ => self.in_session(path, commit, packet, now)?,
+        };
         if let Sender::Node(id) = packet.sender {
             self.stats.node(id).heard(now);
         }
@@ -219,14 +222,14 @@ impl Forwarder {
             let segments = frame.offload.gso.map_or(1, |gso| frame.len().div_ceil(gso.size.into()) as u32);
             self.flood_budget.charge(frame.ingress(), commit.copies.saturating_mul(segments), now);
         }
-        match commit.flow {
+        match &commit.flow {
             FlowCommit::None => {}
-            FlowCommit::Seen(slot) => self.conntrack.entry_mut(slot).seen(frame.len(), now),
+            FlowCommit::Seen(slot) => self.conntrack.entry_mut(*slot).seen(frame.len(), now),
             FlowCommit::Open(signature, hash, verdict) => {
-                self.conntrack.open(signature, hash, &verdict, frame.len(), now);
+                self.conntrack.open(*signature, *hash, verdict, frame.len(), now);
             }
         }
-        Ok((path, turned))
+        Ok(turned)
     }
 
     /// Puts the rewritten frame where its path ends.

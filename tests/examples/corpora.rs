@@ -17,6 +17,8 @@ fn main() -> std::io::Result<()> {
         seeds().into_iter().filter(|seed| seed.outer.is_some()).map(|seed| seed.bytes).step_by(9).collect();
     write("underlay", &[tunnelled, vec![train()]].concat())?;
     write_tunnels()?;
+    write("probe", &probes())?;
+    write("masquerade", &scenes())?;
     write("gather", &vectors())?;
     write("virtio", &superframes())?;
     let link: Vec<Vec<u8>> = seeds().into_iter().filter(|seed| seed.outer.is_none()).map(|seed| seed.bytes).collect();
@@ -51,6 +53,38 @@ fn write(name: &str, inputs: &[Vec<u8>]) -> std::io::Result<()> {
         std::fs::write(folder.join(format!("seed-{number:03}")), input)?;
     }
     Ok(())
+}
+
+/// A question, an answer, and what is almost one.
+fn probes() -> Vec<Vec<u8>> {
+    let with = |family: u8, version: u8, kind: u8, len: usize| -> Vec<u8> {
+        let numbers = [&1450_u32.to_be_bytes()[..], &7_u32.to_be_bytes(), &9_u64.to_be_bytes(), &[0x5a; 8]].concat();
+        let mut bytes = [&[family, 0xc0, 7][..], b"WFTP", &[version, kind, 0, 0], &numbers].concat();
+        bytes.resize(3 + len, 0);
+        bytes
+    };
+    vec![
+        with(0, 1, 1, 32),
+        with(0, 1, 1, 1400),
+        with(0, 1, 2, 32),
+        with(1, 1, 1, 32),
+        with(0, 2, 1, 32),
+        with(0, 1, 1, 31),
+    ]
+}
+
+/// Steps as [`weft_tests::masquerading`] reads them: each kind of packet with its answer, two pods that reach each other, a crowd, anything.
+fn scenes() -> Vec<Vec<u8>> {
+    let mut random = Random::new(0x6d);
+    let talk = |kind: u8| -> Vec<u8> {
+        (0..12).flat_map(|n| [[kind | n << 3, n, n, 20], [3, 0, 0, 0x20], [6, 0, 0, 0]].concat()).collect()
+    };
+    let each = (0..3).map(talk);
+    // Two sockets that are known outside, and then to each other.
+    let turns = [[0, 4, 0, 9], [8, 5, 0, 9], [4, 4, 0, 9], [12, 5, 1, 9], [4, 4, 0, 9], [12, 5, 1, 9]].concat();
+    let crowd: Vec<u8> = (0..100).flat_map(|n: u8| [1 | (n % 3) << 3, n, n / 8, 0x20]).collect();
+    let anything = (0..6).map(|_| random.bytes(400));
+    each.chain([turns, crowd]).chain(anything).collect()
 }
 
 /// As the target `forward` reads it.

@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")"
 seconds=${1:-60}
 [ $# -gt 0 ] && shift
-[ $# -gt 0 ] || set -- forward underlay geneve gre ipip gather virtio neighbour api journal cni config
+[ $# -gt 0 ] || set -- forward underlay geneve gre ipip probe masquerade gather virtio neighbour api journal cni config
 command -v c++ >/dev/null || { echo "a C++ compiler is missing: apt-get install g++" >&2; exit 1; }
 
 host=$(rustc -vV | sed -n 's/^host: //p')

@@ -18,7 +18,7 @@ use crate::container::first_process;
 use crate::daemon::Daemon;
 use crate::machine::{binary, port, underlay_kind, unique};
 use crate::netns::OwnNetns;
-use crate::plugin::Runtime;
+use crate::plugin::{Runtime, addresses};
 
 /// The network between nodes, and a folder for files.
 pub struct Cluster {
@@ -141,6 +141,15 @@ impl Cluster {
     #[track_caller]
     pub fn sandbox(&self, name: &str) -> OwnNetns {
         OwnNetns::new(&format!("{}-{name}", self.name))
+    }
+
+    /// A pod of a node, with its addresses.
+    #[track_caller]
+    pub fn pod(&self, node: &WeftNode) -> (OwnNetns, Vec<IpAddr>) {
+        let name = format!("p{}", node.number);
+        let sandbox = self.sandbox(&name);
+        let addresses = addresses(&node.attach(&name, &sandbox));
+        (sandbox, addresses)
     }
 
     /// A node with a weftd. `more` is appended to its configuration: peers, limits.

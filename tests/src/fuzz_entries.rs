@@ -8,27 +8,32 @@ use weft_encap::format::Format;
 use weft_encap::geneve::GeneveHeader;
 use weft_encap::ip;
 use weft_encap::offload::Offload;
-use weft_router::PortId;
 use weft_router::frame::{Frame, Outer};
 use weft_router::pool::Pool;
 use weft_router::port::BATCH;
 use weft_router::port::memory::Packet;
 use weft_router::port::raw::dress;
+use weft_router::probing::{PROBE_LEN, PROBE_PORT};
 use weft_router::tables::Mode;
+use weft_router::{DropReason, PortId, Tables};
 
+use crate::frames::{self, L2, L3};
 use crate::gathering;
-use crate::memory::{Input, Memory, PODS, node_underlay, tables};
+use crate::masquerading;
+use crate::memory::{Input, Memory, PODS, VTEP, node_underlay, node_vtep, tables};
 
 /// An entry: it takes anything.
 pub type Entry = fn(&[u8]);
 
 /// All entries of this crate by the name of their target. `cni` and `config` are programs of their own.
-pub const ALL: [(&str, Entry); 10] = [
+pub const ALL: [(&str, Entry); 12] = [
     ("forward", forward),
     ("underlay", underlay),
     ("geneve", geneve),
     ("gre", gre),
     ("ipip", ipip),
+    ("probe", probe),
+    ("masquerade", masquerade),
     ("gather", gather),
     ("virtio", virtio),
     ("neighbour", neighbour),
@@ -121,6 +126,37 @@ fn from_tunnel(bytes: &[u8], outer: Outer, offload: Offload) {
         let (first, second) = (memory.feed(&input), memory.feed(&input));
         assert_eq!(first.ended, second.ended, "{input:?}");
     }
+}
+
+/// What another node says where questions and answers about the way are expected. The first byte says by which family, the two after it the
+/// source port; the rest is the datagram.
+pub fn probe(bytes: &[u8]) {
+    let Some(([first, a, b], rest)) = bytes.split_first_chunk::<3>() else { return };
+    let ours = IpAddr::from([10, 200, 0, 1]);
+    let l3 = match (first & 1, node_underlay(0), ours) {
+        (0, from, to) => L3::new(from, to),
+        (_, IpAddr::V4(from), IpAddr::V4(to)) => L3::new(from.to_ipv6_mapped(), to.to_ipv6_mapped()),
+        _ => return,
+    };
+    let l2 = L2 { src: node_vtep(0), dst: VTEP };
+    let payload = &rest[..rest.len().min(1400)];
+    let inner = frames::udp(l2, l3.ttl(64 - (first >> 6)), (u16::from_be_bytes([*a, *b]), PROBE_PORT), payload);
+    for mode in [Mode::Routed, Mode::Bridged] {
+        let mut memory = Memory::new(Tables { address: Some(ours), ..tables(mode) });
+        let input = Input::node(0, &inner);
+        let (question, again) = (memory.feed(&input), memory.feed(&input));
+        assert_eq!(question, again, "{input:?}");
+        // Whatever is said, an answer is no longer than a question may be short.
+        let most = frames::udp(l2, l3, (0, 0), &[0; PROBE_LEN]).len() + 8;
+        let is_answer = |sent: &crate::memory::Output| sent.outer.is_some() && sent.bytes.len() <= most;
+        let answered = question.ended.contains(&DropReason::Answered);
+        assert!(!answered || question.sent.iter().all(is_answer), "{question:?}");
+    }
+}
+
+/// Pods that leave the cluster, and what comes back: see [`masquerading::check`].
+pub fn masquerade(bytes: &[u8]) {
+    masquerading::check(bytes);
 }
 
 /// Vectors to be gathered. The first byte says of what: streams as [`gathering::packets`] reads them or, if bit 7 is set, any frames as

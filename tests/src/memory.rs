@@ -195,8 +195,13 @@ impl Memory {
     /// A core that knows nothing yet, with a small flow cache so that its limits are met.
     pub fn new(tables: Tables) -> Memory {
         let config = RouterConfig { flows: 256, fdb_limit: 64, seed: 7, ..RouterConfig::default() };
+        Memory::of(Forwarder::new(&config), tables)
+    }
+
+    /// One around this forwarder.
+    pub fn of(forwarder: Forwarder, tables: Tables) -> Memory {
         let pool = Pool::new(CHUNKS, SUPERS).expect("there is memory for a small pool");
-        Memory { forwarder: Forwarder::new(&config), tables, now: Instant(1_000_000_000_000), pool, out: Outbox::new() }
+        Memory { forwarder, tables, now: Instant(1_000_000_000_000), pool, out: Outbox::new() }
     }
 
     /// Forwards one frame.

@@ -31,6 +31,7 @@ impl Asking<'_> {
     }
 
     /// The flow is to be entered in the cache with this path.
+    #[inline(always)]
     pub(super) fn opens(&self, path: Path, learned: Option<Learned>, entrance: Entrance) -> FlowCommit {
         let (Some((signature, hash)), Path { hop: Hop::Port(_) | Hop::Node(_), .. }) = (self.flow, path) else {
             return FlowCommit::None;
@@ -43,6 +44,7 @@ impl Asking<'_> {
 }
 
 impl Forwarder {
+    #[inline(always)]
     pub(super) fn asking<'a>(&self, packet: &'a Packet, teaches: bool, tables: &'a Tables, now: Instant) -> Asking<'a> {
         let flow = Signature::of(packet).map(|signature| (signature, self.conntrack.hash(&signature)));
         let (fdb_version, returns_version) = (self.fdb.version(), self.returns.version());
@@ -51,6 +53,7 @@ impl Forwarder {
 
     /// The way of a packet that goes back: what an uplink brought to the pod whose session it is, or to the kernel; a reply to what the
     /// host port brought by that port.
+    #[inline(always)]
     pub(super) fn goes_back(&self, asking: &Asking<'_>) -> Option<(Path, Commit)> {
         if leaving::came_back(asking.packet, asking.tables).is_some() {
             return Some(self.back_to_pod(asking));
@@ -64,6 +67,7 @@ impl Forwarder {
     }
 
     /// The path that the flow's first packet was given, if the tables and the MAC that it rests on still hold.
+    #[inline(always)]
     pub(super) fn known(&self, asking: &Asking<'_>) -> Option<(Path, FlowCommit)> {
         let (signature, hash) = asking.flow?;
         if asking.tables.host.is_some() && asking.packet.ip().is_some_and(returning::begins) {
@@ -76,6 +80,7 @@ impl Forwarder {
 
     /// The way of a first packet: by the kernel if another node says it in its own name, out of the cluster in the node's name, else by the FDB if it is addressed to a MAC of its segment, by the
     /// routes if to the router.
+    #[inline(always)]
     pub(super) fn first(
         &self,
         to: &super::AddressedTo,

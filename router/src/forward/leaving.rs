@@ -205,15 +205,15 @@ impl Forwarder {
         }
     }
 
-    /// Opens the session that a decision asks for, tells those that a packet belongs to, and says how it is translated: the path, and what
+    /// Opens the session that a decision asks for, tells those that a packet belongs to, and says how it is translated: in the path, and what
     /// becomes of the destination of one that turns round.
     pub(super) fn in_session(
         &mut self,
-        mut path: Path,
+        path: &mut Path,
         commit: &mut Commit,
         packet: &Packet,
         now: Instant,
-    ) -> Result<(Path, Option<Translation>), DropReason> {
+    ) -> Result<Option<Translation>, DropReason> {
         let turns = match &commit.masquerade {
             MasqueradeCommit::None => false,
             MasqueradeCommit::Open { inside, outside, turns } => {
@@ -226,23 +226,23 @@ impl Forwarder {
                 false
             }
         };
-        let (Some(translation), Some(ip)) = (path.rewrite.translation, packet.ip()) else { return Ok((path, None)) };
+        let (Some(translation), Some(ip)) = (path.rewrite.translation, packet.ip()) else { return Ok(None) };
         match &mut commit.flow {
             // What has no ports may be of several sessions, and what turns is of two.
             FlowCommit::Open(..) if ip.ports.is_none() || turns => commit.flow = FlowCommit::None,
-            FlowCommit::Open(_, _, verdict) => verdict.path = path,
+            FlowCommit::Open(_, _, verdict) => verdict.path = *path,
             FlowCommit::None | FlowCommit::Seen(_) => {}
         }
         self.passes(ip, translation, now);
         if !turns {
-            return Ok((path, None));
+            return Ok(None);
         }
         // Its own session stays: by it the other one is let in.
         let turned = self.snat.turned(translation.handle).ok_or(DropReason::Uninvited)?;
         if !ip.is_icmp_error() {
             self.snat.pass(turned.handle, turned.side, 0, now);
         }
-        Ok((path, Some(turned)))
+        Ok(Some(turned))
     }
 
     /// A packet of a session passes.

@@ -544,6 +544,38 @@ fn outsiders_cannot_use_ports_up_by_sending_to_them() {
     bed.assert_conserved();
 }
 
+/// Whatever the node's kernel, routers and other nodes send back, a packet ends, at the latest with its TTL.
+#[test]
+fn nothing_goes_round_for_ever() {
+    let mut bed = bed();
+    bed.tables.add_route("198.18.0.0/15".parse().unwrap(), weft_router::tables::Via::Uplink(GroupId(0)));
+    let nobody = Ipv4Addr::new(10, 244, 1, 200);
+    let kept = Ipv4Addr::new(10, 96, 0, 1);
+    let learned = Ipv4Addr::new(198, 18, 0, 1);
+    for to in [SERVER, NODE, kept, nobody, learned, REMOTE, pod_v4(1), pod_v4(2)] {
+        let mut under_way = vec![(1, udp4(pod_mac(1), GATEWAY, pod_v4(1), to, 64, 20))];
+        let mut passed = 0;
+        while let Some((from, bytes)) = under_way.pop() {
+            passed += 1;
+            assert!(passed <= 3 * 64, "a packet to {to} goes round");
+            let sent = if from == 0 { bed.node_sends(PEER, 1, &bytes) } else { bed.pod_sends(from, &bytes) };
+            for (by, mut bytes) in sent {
+                let inner = if by == 0 { bytes.split_off(8) } else { bytes };
+                // Errors are for their receivers.
+                if inner[22] <= 1 || inner[23] == 1 || by == 1 || by == 2 {
+                    continue;
+                }
+                let mut again = less_one_ttl(inner);
+                let (from, macs) = if by == 0 { (0, (PEER_VTEP, VTEP)) } else { (HOST, (HOST_MAC, GATEWAY)) };
+                again[..6].copy_from_slice(&macs.1.0);
+                again[6..12].copy_from_slice(&macs.0.0);
+                under_way.push((from, again));
+            }
+        }
+    }
+    bed.assert_conserved();
+}
+
 #[test]
 fn whatever_pods_and_outsiders_send_nothing_is_lost_and_nothing_panics() {
     let mut bed = bed();

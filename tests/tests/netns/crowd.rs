@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Lines, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, ChildStdout, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -19,7 +19,8 @@ use super::masquerade::{Outside, SERVER, SERVER6, echo, is_echoed};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 const PODS: usize = 20;
-const PER_POD: usize = 3000;
+/// A multiple of the ports, so that all of them have as many.
+const PER_POD: usize = 3008;
 const PORTS: usize = 16;
 
 /// One end of many connections, a process of its own: see the program `crowd`.
@@ -201,110 +202,123 @@ fn message6(l2: L2, l3: L3, head: [u8; 2], rest: u32, quoted: &[u8]) -> Vec<u8> 
     weft_tests::frames::icmp6(l2, src, dst, 64, &body)
 }
 
-/// CVE-2021-20322: nobody who does not see a flow narrows it, and nobody below what senders believe.
+/// Flows of a pod to a server, and somebody on the node's network who sees them and can send what he likes.
+struct Watched {
+    outside: Outside,
+    wire: Wire,
+    l2: L2,
+    /// By each family.
+    streams: [TcpStream; 2],
+    _servers: Vec<TcpListener>,
+}
+
+/// Who is supposed to complain, to whom, by each family.
+const ROUTERS: [&str; 2] = ["198.51.100.7", "2001:db8:99::7"];
+const NODES: [&str; 2] = ["10.200.0.1", "fd00:10:200::1"];
+const SERVERS: [&str; 2] = [SERVER, SERVER6];
+
+impl Watched {
+    #[track_caller]
+    fn new(suffix: &str) -> Watched {
+        let outside = Outside::new(suffix, "", 1);
+        let (pod, server) = (&outside.pods[0], &outside.server);
+        let servers: Vec<TcpListener> =
+            server.inside(|| SERVERS.iter().map(|at| TcpListener::bind((*at, 8000)).unwrap()).collect());
+        let connect = |to: &str| {
+            let to = SocketAddr::new(to.parse().unwrap(), 8000);
+            pod.inside(|| TcpStream::connect_timeout(&to, PATIENCE)).expect("it listens")
+        };
+        let streams = SERVERS.map(connect);
+        // What the node sends is seen at the other end of its wire, and what is sent there is from the network.
+        let wire = Wire::open(&outside.router, "uplink");
+        let l2 = L2 { src: mac_of(&outside.router, "uplink"), dst: mac_of(&outside.node.netns, "uplink") };
+        Watched { outside, wire, l2, streams, _servers: servers }
+    }
+
+    /// Has the flows send something, and gives the last packet of each as it left: TCP by IPv4 and IPv6.
+    fn last_sent(&mut self) -> [Vec<u8>; 2] {
+        self.streams.iter_mut().for_each(|stream| stream.write_all(b"hello").expect("it is open"));
+        let frames = self.wire.collect(Duration::from_millis(300));
+        [0, 1].map(|family| {
+            let server = ip_bytes(SERVERS[family]);
+            let is_it = |frame: &&Vec<u8>| match family {
+                0 => frame[12..14] == [8, 0] && frame[23] == 6 && frame[30..34] == server,
+                _ => frame[12..14] == [0x86, 0xdd] && frame[20] == 6 && frame[38..54] == server,
+            };
+            frames.iter().filter(|frame| frame.len() > 54).rfind(is_it).expect("it was on the wire").clone()
+        })
+    }
+
+    /// A router complains that a packet was too long, which it quotes.
+    fn complain(&self, family: usize, mtu: u32, packet: &[u8]) {
+        let quoted = &packet[14..packet.len().min(14 + 548)];
+        let head = if family == 0 { [3, 4] } else { [2, 0] };
+        self.say(family, head, mtu, quoted);
+    }
+
+    fn say(&self, family: usize, head: [u8; 2], rest: u32, body: &[u8]) {
+        let l3 = L3::new(ROUTERS[family].parse::<IpAddr>().unwrap(), NODES[family].parse::<IpAddr>().unwrap());
+        let make = if family == 0 { message } else { message6 };
+        assert!(self.wire.send(&make(self.l2, l3, head, rest, body)));
+    }
+
+    /// What the pod's kernel, and the node's, believe of the way to a server.
+    fn believed(&self, family: usize) -> [String; 2] {
+        let ask = |netns: &Netns| netns.ip(&format!("route get {}", SERVERS[family]));
+        [ask(&self.outside.pods[0]), ask(&self.outside.node.netns)]
+    }
+}
+
+/// A packet that was never sent, made of one that was.
+fn never_sent(packet: &[u8], family: usize, number: u32) -> Vec<u8> {
+    let (mut packet, l4) = (packet.to_vec(), [34, 54][family]);
+    let random = number.wrapping_mul(2_654_435_761);
+    match number % 3 {
+        // From another port of the node's, reserved or not.
+        0 => packet[l4..l4 + 2].copy_from_slice(&((random >> 16) as u16 ^ 0x8000).to_be_bytes()),
+        // To another port of the server.
+        1 => packet[l4 + 2] ^= 0x40,
+        // With another sequence number.
+        _ => packet[l4 + 4] ^= 0x55,
+    }
+    packet
+}
+
+/// CVE-2021-20322: nobody who does not see a flow narrows it, and who does not below what senders believe.
 #[test]
 fn messages_about_flows_that_are_not_there_or_not_so_change_no_path() {
     let _turn = turn();
-    let outside = Outside::new("cl", "", 1);
-    let (pod, node) = (&outside.pods[0], &outside.node);
-    for port in [8000, 8001] {
-        echo(&outside.server, port);
-    }
-    let listener6 = outside.server.inside(|| TcpListener::bind((SERVER6, 8000)).unwrap());
-    // What the node sends is seen at the other end of its wire, and what is sent there is from the network.
-    let wire = Wire::open(&outside.router, "uplink");
-    let l2 = L2 { src: mac_of(&outside.router, "uplink"), dst: mac_of(&node.netns, "uplink") };
-    let connect = |to: &str, port| {
-        let to = SocketAddr::new(to.parse().unwrap(), port);
-        pod.inside(|| TcpStream::connect_timeout(&to, PATIENCE)).expect("it listens")
-    };
-    let mut stream = connect(SERVER, 8000);
-    let mut stream6 = connect(SERVER6, 8000);
-    let _server6 = listener6.accept().expect("it was connected to");
-    let socket = pod.inside(|| UdpSocket::bind("0.0.0.0:0").unwrap());
-    socket.send_to(b"hello", (SERVER, 9)).unwrap();
-    assert!(is_echoed(&mut stream));
-    stream6.write_all(b"hello").unwrap();
-    let ours = IpAddr::from(node.underlay());
-    let of = |v6: bool, protocol: u8| {
-        let (kind, at) = if v6 { ([0x86, 0xdd], 20) } else { ([8, 0], 23) };
-        let to = if v6 { 38..54 } else { 30..34 };
-        let server = if v6 { ip_bytes(SERVER6) } else { ip_bytes(SERVER) };
-        let is_it = move |frame: &[u8]| {
-            frame.len() > 54 && frame[12..14] == kind && frame[at] == protocol && frame[to.clone()] == server
-        };
-        is_it
-    };
-    // The last packets of each flow, as they left.
-    let frames = wire.collect(Duration::from_millis(300));
-    let last = |v6, protocol| frames.iter().rfind(|frame| of(v6, protocol)(frame)).expect("it was on the wire").clone();
-    let (tcp4, tcp6, udp4) = (
-        last(false, 6),
-        last(true, 6),
-        frames.iter().rfind(|frame| frame[23] == 17 && frame[12..14] == [8, 0]).cloned(),
-    );
-    let router = L3::new("198.51.100.7".parse::<IpAddr>().unwrap(), ours);
-    let node6: IpAddr = "fd00:10:200::1".parse().unwrap();
-    let router6 = L3::new("2001:db8:99::7".parse::<IpAddr>().unwrap(), node6);
-    let told = || {
-        let route = |netns: &Netns, to: &str| netns.ip(&format!("route get {to}")).contains(" mtu ");
-        [SERVER, SERVER6].map(|to| route(pod, to) || route(&node.netns, to))
-    };
-    let mtu = node.daemon().status().mtu;
-    for number in 0..1000_u32 {
-        let random = number.wrapping_mul(2_654_435_761);
-        let mut quoted = match (number % 4, &udp4) {
-            (0, _) => tcp6.clone(),
-            (1, Some(udp)) => udp.clone(),
-            _ => tcp4.clone(),
-        };
-        let v6 = number % 4 == 0;
-        let l4 = if v6 { 54 } else { 34 };
-        match number % 3 {
-            // Another port of the node's, reserved or not.
-            0 => quoted[l4..l4 + 2].copy_from_slice(&(((random >> 16) as u16) ^ 0x8000).to_be_bytes()),
-            // Another port of the server.
-            1 => quoted[l4 + 2] ^= 0x40,
-            // A sequence number that was never sent; UDP has none.
-            _ if quoted[if v6 { 20 } else { 23 }] == 6 => quoted[l4 + 4] ^= 0x55,
-            _ => quoted[l4 + 1] ^= 0x55,
+    let mut watched = Watched::new("cl");
+    let sent = watched.last_sent();
+    let mtu = watched.outside.node.daemon().status().mtu;
+    for number in 0..1000 {
+        let family = (number / 4 % 2) as usize;
+        match (number % 4, family) {
+            (0, 0) => watched.say(0, [5, 1], u32::from_be_bytes([10, 200, 0, 1]), &sent[0][14..42]),
+            (0, _) => watched.say(1, [137, 0], 0, &[&ip_bytes("fe80::1")[..], &ip_bytes(SERVER6)].concat()),
+            _ => {
+                watched.complain(family, [68, 1280][family] + number % 120, &never_sent(&sent[family], family, number))
+            }
         }
-        let len = quoted.len().min(14 + 548);
-        let frame = match (v6, number % 5) {
-            (true, 0) => message6(l2, router6, [137, 0], 0, &[&ip_bytes("fe80::1")[..], &ip_bytes(SERVER6)].concat()),
-            (true, _) => message6(l2, router6, [2, 0], 1280 + number % 100, &quoted[14..len]),
-            (false, 0) => message(l2, router, [5, 1], u32::from(node.underlay()), &quoted[14..len]),
-            (false, _) => message(l2, router, [3, 4], 68 + number % 1200, &quoted[14..len]),
-        };
-        assert!(wire.send(&frame));
     }
-    assert!(is_echoed(&mut stream));
-    thread::sleep(Duration::from_millis(300));
-    assert_eq!(told(), [false, false], "a lie was believed: {}", pod.ip(&format!("route get {SERVER}")));
-    assert_eq!(node.daemon().status().mtu, mtu);
-    // Who sees the flow is believed, down to what senders believe at least.
-    let last = {
-        assert!(is_echoed(&mut stream));
-        stream6.write_all(b"hello").unwrap();
-        let frames = wire.collect(Duration::from_millis(300));
-        move |v6, protocol| frames.iter().rfind(|frame| of(v6, protocol)(frame)).expect("it was on the wire").clone()
-    };
-    let (tcp4, tcp6) = (last(false, 6), last(true, 6));
-    // The acknowledged is quoted in vain: there has to be something under way.
-    outside.server.ip("link set eth0 down");
-    stream.write_all(b"again").unwrap();
-    stream6.write_all(b"again").unwrap();
-    let frames = wire.collect(Duration::from_millis(300));
-    let newest = |v6, other: &Vec<u8>| frames.iter().rfind(|frame| of(v6, 6)(frame)).unwrap_or(other).clone();
-    let (tcp4, tcp6) = (newest(false, &tcp4), newest(true, &tcp6));
-    assert!(wire.send(&message(l2, router, [3, 4], 68, &tcp4[14..])));
-    assert!(wire.send(&message6(l2, router6, [2, 0], 600, &tcp6[14..])));
-    let believed = |to: &str, mtu: &str| pod.ip(&format!("route get {to}")).contains(&format!(" mtu {mtu}"));
-    eventually("the pod believes 552 bytes, and no less", PATIENCE, || {
-        believed(SERVER, "552") || believed(SERVER, "lock 552")
+    watched.last_sent();
+    for family in [0, 1] {
+        let believed = watched.believed(family);
+        assert!(!believed.iter().any(|said| said.contains(" mtu ") || said.contains("redirected")), "{believed:?}");
+    }
+    assert_eq!(watched.outside.node.daemon().status().mtu, mtu);
+    // Who sees the flow is believed while its packet is under way, and down to what senders believe at least.
+    watched.outside.router.ip("link set far down");
+    let last = watched.last_sent();
+    eventually("the pod believes that 552 bytes pass, and no less", PATIENCE, || {
+        watched.complain(0, 68, &last[0]);
+        watched.believed(0)[0].contains("mtu 552") || watched.believed(0)[0].contains("lock 552")
     });
-    let said = pod.ip(&format!("route get {SERVER6}"));
+    watched.complain(1, 600, &last[1]);
+    thread::sleep(Duration::from_millis(100));
+    let said = &watched.believed(1)[0];
     assert!(!said.contains(" mtu ") || said.contains(" mtu 1280"), "{said}");
+    watched.outside.assert_well();
 }
 
 fn ip_bytes(address: &str) -> Vec<u8> {

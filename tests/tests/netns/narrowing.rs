@@ -4,76 +4,38 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use weft_api::{NodeInfo, Request, WayInfo};
+use weft_tests::between::Between;
 use weft_tests::cluster::{Cluster, WeftNode};
 use weft_tests::command::eventually;
 use weft_tests::machine::turn;
-use weft_tests::netns::OwnNetns;
 use weft_tests::traffic;
 
 use super::uplink::pod;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Two nodes with a pod each, and two routers between them.
-struct Bed {
-    nodes: [WeftNode; 2],
-    pods: Vec<(OwnNetns, Vec<IpAddr>)>,
-    routers: [OwnNetns; 2],
-    _cluster: Cluster,
+/// Two nodes with two routers between them.
+struct Bed(Between);
+
+impl Deref for Bed {
+    type Target = Between;
+
+    fn deref(&self) -> &Between {
+        &self.0
+    }
 }
 
 impl Bed {
-    /// With uplinks of that MTU, and pods that use what those leave.
     fn new(cluster: Cluster, mtu: u32) -> Bed {
-        let config = |number, other| {
-            let text = cluster.config(number, "routed", &cluster.peer(other, None));
-            text.lines().filter(|line| !line.starts_with("mtu = ")).map(|line| format!("{line}\n")).collect::<String>()
-        };
-        cluster.underlay().ip(&format!("link set br0 mtu {mtu}"));
-        let routers = [cluster.machine(9), cluster.machine(8)];
-        let node = |number: u8, other| cluster.weft_node_of_mtu(number, &config(number, other), mtu);
-        let nodes = [node(1, 2), node(2, 1)];
-        for number in [8, 9] {
-            cluster.underlay().ip(&format!("link set n{number} mtu {mtu}"));
-            routers[usize::from(number == 8)].ip(&format!("link set uplink mtu {mtu}"));
-        }
-        routers[0].ip(&format!("link add between mtu {mtu} type veth peer name between netns {}", routers[1].0));
-        let v6 = cluster.address(1).is_ipv6();
-        let (family, len, links) =
-            if v6 { ("-6", 64, ["fd00:77::1", "fd00:77::2"]) } else { ("-4", 24, ["10.77.0.1", "10.77.0.2"]) };
-        for (router, address) in routers.iter().zip(links) {
-            router.ip(&format!("link set between mtu {mtu} up"));
-            router.ip(&format!("{family} address add {address}/{len} dev between{}", if v6 { " nodad" } else { "" }));
-            // Nobody is told that a packet is too long.
-            router.exec("nft add table inet silent").must();
-            router.exec("nft add chain inet silent out { type filter hook output priority 0 ; }").must();
-            router.exec("nft add rule inet silent out icmp type destination-unreachable drop").must();
-            router.exec("nft add rule inet silent out icmpv6 type packet-too-big drop").must();
-        }
-        let (one, two) = (cluster.address(1), cluster.address(2));
-        let single = if v6 { 128 } else { 32 };
-        for (machine, to, via, device) in [
-            (&*nodes[0].netns, two, cluster.address(9).to_string(), "uplink"),
-            (&*nodes[1].netns, one, cluster.address(8).to_string(), "uplink"),
-            (&*routers[0], two, links[1].to_owned(), "between"),
-            (&*routers[1], one, links[0].to_owned(), "between"),
-        ] {
-            machine.ip(&format!("{family} route add {to}/{single} via {via} dev {device}"));
-        }
-        let pods: Vec<_> = nodes.iter().map(|node| pod(&cluster, node)).collect();
-        let bed = Bed { nodes, pods, routers, _cluster: cluster };
+        let bed = Bed(Between::wide_and_silent(cluster, mtu));
         bed.pods[1].1.iter().for_each(|address| traffic::await_answer(&bed.pods[0].0, *address));
         bed
-    }
-
-    /// What lies between carries packets of that length.
-    fn set_mtu(&self, mtu: u32) {
-        self.routers.iter().for_each(|router| drop(router.ip(&format!("link set between mtu {mtu}"))));
     }
 
     fn way(&self, from: usize) -> WayInfo {

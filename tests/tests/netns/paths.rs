@@ -4,6 +4,7 @@ use std::net::{IpAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use weft_encap::mac::Mac;
+use weft_tests::between::Between;
 use weft_tests::cluster::{Cluster, WeftNode};
 use weft_tests::command::eventually;
 use weft_tests::frames::{self, L2, L3};
@@ -43,49 +44,17 @@ fn nodes_with_ipv6_addresses_reach_each_other_by_udp_and_by_xdp() {
     }
 }
 
-/// Two nodes by AF_XDP with two routers between them, on a link of that MTU.
-struct Narrow {
-    cluster: Cluster,
-    nodes: [WeftNode; 2],
-    pods: Vec<(OwnNetns, Vec<IpAddr>)>,
-    _routers: [OwnNetns; 2],
-}
-
-fn narrow(cluster: Cluster, mtu: u32) -> Narrow {
-    let cluster = cluster.by("xdp");
-    let node = |number, other| cluster.weft_node(number, "routed", &cluster.peer(other, None));
-    let nodes = [node(1, 2), node(2, 1)];
-    let routers = [cluster.machine(9), cluster.machine(8)];
-    routers[0].ip(&format!("link add between type veth peer name between netns {}", routers[1].0));
-    let v6 = cluster.address(1).is_ipv6();
-    let (family, len, links) =
-        if v6 { ("-6", 64, ["fd00:77::1", "fd00:77::2"]) } else { ("-4", 24, ["10.77.0.1", "10.77.0.2"]) };
-    for (router, address) in routers.iter().zip(links) {
-        router.ip(&format!("link set between mtu {mtu} up"));
-        router.ip(&format!("{family} address add {address}/{len} dev between{}", if v6 { " nodad" } else { "" }));
-    }
-    let (one, two) = (cluster.address(1), cluster.address(2));
-    let single = if v6 { 128 } else { 32 };
-    for (machine, to, via, device) in [
-        (&*nodes[0].netns, two, cluster.address(9).to_string(), "uplink"),
-        (&*nodes[1].netns, one, cluster.address(8).to_string(), "uplink"),
-        (&*routers[0], two, links[1].to_owned(), "between"),
-        (&*routers[1], one, links[0].to_owned(), "between"),
-    ] {
-        machine.ip(&format!("{family} route add {to}/{single} via {via} dev {device}"));
-    }
-    let pods: Vec<_> = nodes.iter().map(|node| pod(&cluster, node)).collect();
-    Narrow { cluster, nodes, pods, _routers: routers }
-}
+/// Two nodes by AF_XDP with two routers between them.
+struct Narrow(Between);
 
 impl Narrow {
     /// Everything arrives, whatever its length, at once or when the pods know better.
     fn everything_passes(&self) {
-        let [(one, ours), (two, theirs)] = &self.pods[..] else { panic!("two pods") };
+        let [(one, ours), (two, theirs)] = &self.0.pods[..] else { panic!("two pods") };
         for address in theirs {
             traffic::await_answer(one, *address);
         }
-        eventually("the way is by xdp", Duration::from_secs(5), || way(&self.nodes[0], "n2").starts_with("xdp"));
+        eventually("the way is by xdp", Duration::from_secs(5), || way(&self.0.nodes[0], "n2").starts_with("xdp"));
         let ways = [(one, two, theirs), (two, one, ours)];
         let all =
             || ways.iter().flat_map(|(from, to, addresses)| addresses.iter().map(move |address| (from, to, *address)));
@@ -98,16 +67,16 @@ impl Narrow {
         for (from, to, address) in all() {
             traffic::echo_datagrams(from, to, address, &[0, 500, 600, 1200, 1300, 1402, 5000, 20_000]);
         }
-        self.nodes.iter().for_each(|node| node.daemon().assert_conserved());
+        self.0.nodes.iter().for_each(|node| node.daemon().assert_conserved());
     }
 }
 
 #[test]
 fn pods_behind_a_path_of_576_bytes_are_reached_with_packets_of_every_size() {
     let _turn = turn();
-    let narrow = narrow(Cluster::new("p5"), 576);
+    let narrow = Narrow(Between::new(Cluster::new("p5").by("xdp"), 576));
     narrow.everything_passes();
-    let node = &narrow.nodes[0];
+    let node = &narrow.0.nodes[0];
     assert_eq!(way(node, "n2"), "xdp, packets of 576 bytes at most, longer ones in fragments");
     let problems = node.daemon().status().problems;
     assert!(
@@ -117,19 +86,18 @@ fn pods_behind_a_path_of_576_bytes_are_reached_with_packets_of_every_size() {
         "{problems:?}"
     );
     // Pods were told what senders believe at least.
-    let far = narrow.pods[1].1[0];
-    let said = narrow.pods[0].0.ip(&format!("route get {far}"));
+    let far = narrow.0.pods[1].1[0];
+    let said = narrow.0.pods[0].0.ip(&format!("route get {far}"));
     assert!(said.contains("mtu 552"), "{said}");
-    drop(narrow.cluster);
 }
 
 #[test]
 fn a_router_between_nodes_with_ipv6_addresses_narrows_the_way() {
     let _turn = turn();
     for (suffix, mtu, fragments) in [("p6", 1400, ""), ("p7", 1300, ", longer ones in fragments")] {
-        let narrow = narrow(Cluster::new(suffix).over_v6(), mtu);
+        let narrow = Narrow(Between::new(Cluster::new(suffix).by("xdp").over_v6(), mtu));
         narrow.everything_passes();
-        let node = &narrow.nodes[0];
+        let node = &narrow.0.nodes[0];
         assert_eq!(way(node, "n2"), format!("xdp, packets of {mtu} bytes at most{fragments}"));
         let problems = node.daemon().status().problems;
         let is_told = problems.iter().any(|problem| problem.contains("carries packets of 1300 bytes only"));

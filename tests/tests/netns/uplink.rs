@@ -14,8 +14,8 @@ use weft_tests::frames::{self, L2};
 use weft_tests::lab::Lab;
 use weft_tests::machine::turn;
 use weft_tests::netns::{Netns, OwnNetns};
+use weft_tests::traffic;
 use weft_tests::wire::Wire;
-use weft_tests::{plugin, traffic};
 
 use super::reach::{every_size_passes, everyone_reaches_everyone, pings};
 
@@ -44,10 +44,7 @@ fn node_by(cluster: &Cluster, number: u8, keys: &str, peers: &str) -> WeftNode {
 
 /// A pod, and its addresses.
 pub fn pod(cluster: &Cluster, node: &WeftNode) -> (OwnNetns, Vec<IpAddr>) {
-    let name = format!("p{}", node.number);
-    let sandbox = cluster.sandbox(&name);
-    let addresses = plugin::addresses(&node.attach(&name, &sandbox));
-    (sandbox, addresses)
+    cluster.pod(node)
 }
 
 /// How a node reaches another, as `weft nodes` says it.
