@@ -1,9 +1,10 @@
 //! Network namespaces: making them, running programs and code inside, removing them whatever happens.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -55,6 +56,17 @@ impl Netns {
         let mut command = Command::new("ip");
         command.args(["-n", &self.0]).args(line.split_whitespace());
         run(command).must()
+    }
+
+    /// Runs many lines of `ip` on it, by one process; lines that fail are passed over.
+    #[track_caller]
+    pub fn ip_batch(&self, lines: &str) {
+        let mut command = Command::new("ip");
+        command.args(["-n", &self.0, "-force", "-batch", "-"]);
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut ip = command.spawn().expect("ip is installed");
+        ip.stdin.take().expect("it is piped").write_all(lines.as_bytes()).expect("it reads");
+        ip.wait().expect("it ends");
     }
 
     /// Runs code inside, on a thread of its own: sockets that it makes belong to the namespace, wherever they are used.

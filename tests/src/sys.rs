@@ -39,6 +39,23 @@ pub fn virtio_headers(socket: &OwnedFd) -> io::Result<()> {
     if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Has a raw socket not receive what leaves by its interface: PACKET_IGNORE_OUTGOING of packet(7).
+pub fn ignore_outgoing(socket: &OwnedFd) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    let len = size_of_val(&on) as libc::socklen_t;
+    // SAFETY: the pointer and the length describe `on`, which lives beyond the call; setsockopt(2) only reads it.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_IGNORE_OUTGOING,
+            (&raw const on).cast(),
+            len,
+        )
+    };
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Has a raw socket tell which VLAN tag was taken off a frame: PACKET_AUXDATA of packet(7). See [`receive_tagged`].
 pub fn tell_tags(socket: &OwnedFd) -> io::Result<()> {
     let on: libc::c_int = 1;

@@ -50,6 +50,14 @@ impl Wire {
         wire
     }
 
+    /// The same, to receive only what comes in there.
+    #[track_caller]
+    pub fn of_incoming(netns: &Netns, ifname: &str) -> Wire {
+        let wire = Wire::with_virtio_headers(netns, ifname);
+        sys::ignore_outgoing(&wire.socket).expect("packet sockets of this kernel can be told so");
+        wire
+    }
+
     /// Sends a frame, once; `false` if the kernel refuses it.
     pub fn offer(&self, frame: &[u8]) -> bool {
         rustix::net::send(&self.socket, frame, SendFlags::empty()).is_ok()

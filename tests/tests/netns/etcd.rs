@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use weft_api::{Empty, Failure, Request, code};
+use weft_tests::beacon::{Beacon, Talk};
 use weft_tests::cluster::{Cluster, WeftNode};
 use weft_tests::command::eventually;
 use weft_tests::daemon::Daemon;
@@ -307,4 +308,37 @@ fn passwords_certificates_and_tokens_that_end_are_no_obstacle() {
         let said = formed.daemon(4).try_ask::<Empty>(&Request::Ready).err().map(|error| error.to_string());
         said.is_some_and(|said| said.contains("etcd does not let the user \"weft\" in"))
     });
+}
+
+#[test]
+fn a_node_that_gets_another_address_says_so_and_the_others_follow() {
+    let _turn = turn();
+    let mut formed = Formed::new("etcdmove", 3600);
+    for number in 1..=2 {
+        // The address is that of the uplink.
+        let config = formed.cluster.config_by(number, "routed", &formed.engine);
+        let config = config.replace(&format!("address = \"10.200.0.{number}\"\n"), "");
+        formed.nodes.push(formed.cluster.weft_node_unready(number, &config, ""));
+        formed.attach();
+    }
+    formed.assert_matrix();
+    let part = ranges(&formed.daemon(1));
+    let [(here, _), (there, addresses)] = &formed.pods[..] else { panic!("two pods") };
+    let beacon = Beacon::start(here, there, addresses[0]);
+    let mut talk = Talk::start(here, there, addresses[0]);
+    talk.goes_on();
+    for number in 71..=72 {
+        let one = &formed.nodes[0].netns;
+        one.ip("address flush dev uplink scope global");
+        one.ip(&format!("address add 10.200.0.{number}/24 dev uplink"));
+        let back = beacon.await_back(Instant::now(), PATIENCE);
+        assert!(back < Duration::from_secs(10), "{back:?}");
+        talk.goes_on();
+    }
+    assert_eq!(ranges(&formed.daemon(1)), part);
+    eventually("nothing is wrong", PATIENCE, || {
+        formed.nodes.iter().all(|node| node.daemon().status().problems.iter().all(|what| what.starts_with("in the last ")))
+    });
+    drop(beacon);
+    formed.nodes.iter().for_each(|node| node.daemon().assert_conserved());
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use weft_api::{Empty, Failure, Request, Status, code};
+use weft_tests::beacon::Beacon;
 use weft_tests::cluster::{Cluster, WeftNode};
 use weft_tests::command::eventually;
 use weft_tests::daemon::Daemon;
@@ -26,6 +27,8 @@ struct Formed {
     api: Api,
     /// The table `kubernetes` of their configuration.
     engine: String,
+    /// Whether pods have the MTU that the uplink leaves.
+    joins_without_mtu: bool,
     nodes: Vec<WeftNode>,
     /// A pod of each, and its addresses.
     pods: Vec<(OwnNetns, Vec<IpAddr>)>,
@@ -46,7 +49,7 @@ impl Formed {
             api.url(),
             token.display()
         );
-        Formed { cluster, api, engine, nodes: Vec::new(), pods: Vec::new() }
+        Formed { cluster, api, engine, joins_without_mtu: false, nodes: Vec::new(), pods: Vec::new() }
     }
 
     /// Starts a weftd; its Node is there, or is not yet.
@@ -54,6 +57,7 @@ impl Formed {
         // The address is the Node's to say.
         let config = self.cluster.config_by(number, "routed", &self.engine);
         let config = config.replace(&format!("address = \"10.200.0.{number}\"\n"), "");
+        let config = if self.joins_without_mtu { config.replace("mtu = 1450\n", "") } else { config };
         self.nodes.push(self.cluster.weft_node_unready(number, &config, ""));
     }
 
@@ -311,4 +315,53 @@ fn a_bad_configuration_a_hundred_times_a_second_harms_nobody() {
     pings.assert_none_lost(100);
     let status = formed.daemon(1).status();
     assert_eq!((status.mtu, status.peers, status.ranges.len()), (1450, 1, 2));
+}
+
+#[test]
+fn a_node_whose_address_and_mtu_change_says_so_and_the_others_follow() {
+    let _turn = turn();
+    let mut formed = Formed::new("kubemove");
+    formed.joins_without_mtu = true;
+    formed.join_all(1..=2);
+    formed.assert_matrix();
+    formed.await_spoken();
+    let (one, beacon) = (&formed.nodes[0], {
+        let [(here, _), (there, addresses)] = &formed.pods[..] else { panic!("two pods") };
+        Beacon::start(here, there, addresses[0])
+    });
+    one.netns.set("net/ipv4/conf/all/promote_secondaries", "1");
+    one.netns.ip("address add 10.200.0.61/24 dev uplink");
+    // What the kubelet does when it sees that.
+    formed.api.edit("nodes", "n1", |node| {
+        node["status"]["addresses"] = json!([{"type": "InternalIP", "address": "10.200.0.61"}]);
+    });
+    let said = |key: &str| formed.api.announced("n1").map(|said| said[key].clone());
+    eventually("it says so", PATIENCE, || said("underlay") == Some(json!("10.200.0.61")));
+    one.netns.ip("address del 10.200.0.1/24 dev uplink");
+    let back = beacon.await_back(Instant::now(), PATIENCE);
+    assert!(back < Duration::from_secs(5), "{back:?}");
+    assert_eq!(formed.daemon(1).status().underlay, "10.200.0.61:8472");
+    formed.assert_matrix();
+    // The one that it has is gone before it has another one, and the Node says that later: until then nobody knows.
+    one.netns.ip("address del 10.200.0.61/24 dev uplink");
+    one.netns.ip("address add 10.200.0.62/24 dev uplink");
+    formed.api.edit("nodes", "n1", |node| {
+        node["status"]["addresses"] = json!([{"type": "InternalIP", "address": "10.200.0.62"}]);
+    });
+    eventually("it says so", PATIENCE, || said("underlay") == Some(json!("10.200.0.62")));
+    beacon.await_back(Instant::now(), PATIENCE);
+    // Its MTU, too.
+    assert_eq!(said("mtu"), Some(json!(1450)));
+    one.netns.ip("link set uplink mtu 1400");
+    eventually("it says so", PATIENCE, || said("mtu") == Some(json!(1350)));
+    eventually("nothing is wrong", PATIENCE, || {
+        formed.nodes.iter().all(|node| node.daemon().status().problems.iter().all(|what| what.starts_with("in the last ")))
+    });
+    // Nothing is written while nothing changes.
+    let written = formed.api.count("PATCH");
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(formed.api.count("PATCH"), written);
+    assert!(!one.log().contains("another machine says"), "{}", one.log());
+    drop(beacon);
+    formed.nodes.iter().for_each(|node| node.daemon().assert_conserved());
 }

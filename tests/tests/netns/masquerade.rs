@@ -1,7 +1,7 @@
 //! Packets of pods that leave the cluster in the node's name, and what comes back: a server behind a router, neither of which knows of pods.
 
-use std::io::Write;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use weft_tests::cluster::{Cluster, WeftNode};
@@ -11,21 +11,22 @@ use weft_tests::netns::{Netns, OwnNetns};
 use weft_tests::traffic;
 
 const PATIENCE: Duration = Duration::from_secs(10);
-const SERVER: &str = "203.0.113.9";
-const SERVER6: &str = "2001:db8:113::9";
+pub const SERVER: &str = "203.0.113.9";
+pub const SERVER6: &str = "2001:db8:113::9";
 
 /// A node whose default route leads to a router, and a server behind that.
-struct Outside {
-    node: WeftNode,
-    pods: Vec<OwnNetns>,
-    router: OwnNetns,
-    server: OwnNetns,
-    _cluster: Cluster,
+pub struct Outside {
+    pub node: WeftNode,
+    pub pods: Vec<OwnNetns>,
+    addresses: Vec<Ipv4Addr>,
+    pub router: OwnNetns,
+    pub server: OwnNetns,
+    cluster: Cluster,
 }
 
 impl Outside {
     #[track_caller]
-    fn new(suffix: &str, masquerade: &str, pods: usize) -> Outside {
+    pub fn new(suffix: &str, masquerade: &str, pods: usize) -> Outside {
         let cluster = Cluster::new(suffix);
         let router = cluster.machine(9);
         let server = cluster.sandbox("server");
@@ -46,10 +47,15 @@ impl Outside {
         node.netns.ip("route add default via 10.200.0.9");
         node.netns.ip("route add default via fd00:10:200::9");
         let pods: Vec<OwnNetns> = (1..=pods).map(|number| cluster.sandbox(&format!("p{number}"))).collect();
-        for (number, pod) in pods.iter().enumerate() {
-            node.attach(&format!("c{number}"), pod);
-        }
-        let outside = Outside { node, pods, router, server, _cluster: cluster };
+        let attach = |(number, pod)| weft_tests::plugin::addresses(&node.attach(&format!("c{number}"), pod));
+        let v4 = |all: Vec<IpAddr>| {
+            all.into_iter().find_map(|address| match address {
+                IpAddr::V4(address) => Some(address),
+                IpAddr::V6(_) => None,
+            })
+        };
+        let addresses = pods.iter().enumerate().map(attach).map(|all| v4(all).expect("pods have IPv4")).collect();
+        let outside = Outside { node, pods, addresses, router, server, cluster };
         for address in [SERVER, SERVER6] {
             traffic::await_answer(&outside.pods[0], address.parse().unwrap());
         }
@@ -63,13 +69,41 @@ impl Outside {
         self.pods[pod].inside(|| (0..tries).filter_map(|_| open()).collect())
     }
 
-    fn assert_well(&self) {
+    /// The address of a pod.
+    pub fn address(&self, pod: usize) -> Ipv4Addr {
+        self.addresses[pod]
+    }
+
+    pub fn assert_well(&self) {
         self.node.daemon().assert_conserved();
         let problems = self.node.daemon().status().problems;
         // Tests here send what cannot pass.
         let lasting: Vec<_> = problems.iter().filter(|problem| !problem.starts_with("in the last ")).collect();
         assert!(lasting.is_empty(), "{lasting:?}\n{}", self.node.log());
     }
+}
+
+/// An echo of streams, as long as the test runs.
+pub fn echo(server: &Netns, port: u16) {
+    let listener = server.inside(|| TcpListener::bind(("0.0.0.0", port)).expect("nobody else listens there"));
+    std::thread::spawn(move || {
+        while let Ok((mut stream, _)) = listener.accept() {
+            std::thread::spawn(move || {
+                let mut bytes = [0; 64];
+                while let Ok(len @ 1..) = stream.read(&mut bytes) {
+                    if stream.write_all(&bytes[..len]).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// Says something on a stream and hears it again.
+pub fn is_echoed(stream: &mut TcpStream) -> bool {
+    let mut word = [0; 5];
+    stream.write_all(b"hello").is_ok() && stream.read_exact(&mut word).is_ok() && &word == b"hello"
 }
 
 /// Accepts connections as long as the test runs, keeps them, and says from where they are.
@@ -217,11 +251,94 @@ fn it_is_gone_with_weftd_and_there_again_with_it() {
     let pod = OwnNetns::new(&format!("{}-again", outside.pods[0].0.trim_start_matches("weft-")));
     outside.node.attach("again", &pod);
     traffic::await_answer(&pod, SERVER.parse().unwrap());
-    // Another address of the node's is used from then on.
+    // Another address of the node's is used from then on, and who was known by the other one hears of it.
+    echo(&outside.server, 8000);
+    let to = SocketAddr::new(SERVER.parse().unwrap(), 8000);
+    let mut stream = pod.inside(|| TcpStream::connect_timeout(&to, PATIENCE)).expect("it listens");
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert!(is_echoed(&mut stream));
     outside.node.netns.ip("address add 10.200.0.77/25 dev uplink");
     outside.node.netns.ip("address del 10.200.0.1/24 dev uplink");
+    outside.node.netns.ip("route replace default via 10.200.0.9");
     eventually("pods leave as the node's new address", PATIENCE, || {
-        let routed = outside.node.netns.exec("ip route replace default via 10.200.0.9").success;
-        routed && pod.exec(&format!("ping -4 -n -q -c 1 -W 1 {SERVER}")).success
+        let pinged = pod.exec(&format!("ping -4 -n -q -c 1 -W 1 {SERVER}")).success;
+        let known: Vec<weft_api::NatInfo> = outside.node.daemon().ask(&weft_api::Request::Nat);
+        pinged && known.iter().all(|session| session.outside == IpAddr::from([10, 200, 0, 77]))
     });
+    let ended = stream.write_all(b"hello").and_then(|()| stream.read(&mut [0; 5]));
+    assert_eq!(ended.map_err(|error| error.kind()), Err(std::io::ErrorKind::ConnectionReset));
+}
+
+#[test]
+fn a_reload_switches_it_on_and_off_and_superframes_return_whole() {
+    let _turn = turn();
+    let outside = Outside::new("mqg", "", 1);
+    let segments = |outside: &Outside| {
+        let links: serde_json::Value = serde_json::from_str(&outside.node.netns.ip("-d -j link show weft0")).unwrap();
+        links[0]["gso_max_segs"].as_u64().expect("the kernel says how many")
+    };
+    let config = |more: &str| outside.cluster.config(1, "routed", more);
+    assert_eq!(segments(&outside), 65_535);
+    // What is sent to other nodes has to fit into one datagram of the underlay.
+    outside.node.reload(&config("")).expect("it can be switched off");
+    eventually("weft0 is as without it", PATIENCE, || segments(&outside) == 44);
+    assert!(!outside.node.netns.ip("-d link show uplink").contains("tcx"));
+    outside.node.reload(&config("[masquerade]\n")).expect("it can be switched on");
+    eventually("weft0 takes what uplinks bring", PATIENCE, || segments(&outside) == 65_535);
+    let server = SERVER.parse().unwrap();
+    traffic::await_answer(&outside.pods[0], server);
+    let received = || outside.node.daemon().ports().into_iter().find(|port| port.role == "host").unwrap().counters;
+    let before = received();
+    traffic::iperf3(&outside.pods[0], &outside.server, server, "-C cubic -t 1 -R");
+    let after = received();
+    let mean = (after.received_bytes - before.received_bytes) / (after.received - before.received);
+    assert!(mean > 4000, "{mean} bytes in each frame");
+    outside.assert_well();
+}
+
+/// What a server outside says of where a datagram came from, as STUN does (RFC 8489).
+fn tell_from(server: &Netns, port: u16) {
+    let socket = server.inside(|| UdpSocket::bind(("0.0.0.0", port)).expect("nobody else listens there"));
+    std::thread::spawn(move || {
+        while let Ok((_, from)) = socket.recv_from(&mut [0; 64]) {
+            let _ = socket.send_to(from.to_string().as_bytes(), from);
+        }
+    });
+}
+
+#[test]
+fn two_pods_that_only_know_their_outer_addresses_reach_each_other() {
+    let _turn = turn();
+    let outside = Outside::new("mqp", "", 2);
+    tell_from(&outside.server, 3478);
+    let sockets = [0, 1].map(|pod| {
+        let socket = outside.pods[pod].inside(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket
+    });
+    let mut buffer = [0; 64];
+    let outer = [0, 1].map(|pod: usize| {
+        sockets[pod].send_to(b"who am I?", (SERVER, 3478)).unwrap();
+        let (len, _) = sockets[pod].recv_from(&mut buffer).expect("the server answers");
+        String::from_utf8_lossy(&buffer[..len]).parse::<SocketAddr>().unwrap()
+    });
+    assert!(outer.iter().all(|outer| outer.ip() == IpAddr::from(outside.node.underlay())) && outer[0] != outer[1]);
+    let daemon = outside.node.daemon();
+    sockets[0].send_to(b"too early", outer[1]).unwrap();
+    eventually("nobody has asked for that", PATIENCE, || daemon.drops("Uninvited") == 1);
+    for (from, to, text) in [(1, 0, "one"), (0, 1, "two"), (1, 0, "three"), (0, 1, "four")] {
+        sockets[from].send_to(text.as_bytes(), outer[to]).unwrap();
+        let (len, whom) = sockets[to].recv_from(&mut buffer).expect("it arrives");
+        assert_eq!((&buffer[..len], whom), (text.as_bytes(), outer[from]));
+    }
+    // Who closes its socket says so, to whom it was known by.
+    let [one, two] = sockets;
+    one.connect(outer[1]).unwrap();
+    drop(two);
+    one.send(b"gone?").unwrap();
+    assert_eq!(one.recv(&mut buffer).map_err(|error| error.kind()), Err(std::io::ErrorKind::ConnectionRefused));
+    // Where no pod is the node itself answers.
+    let listener = outside.node.netns.inside(|| TcpListener::bind("0.0.0.0:64321").unwrap());
+    traffic::transfer_by(&outside.pods[0], outside.node.underlay().into(), 64_321, listener, 1 << 20);
+    outside.assert_well();
 }

@@ -95,7 +95,7 @@ pub struct HostPortInfo {
 }
 
 /// How packets of pods leave the cluster in the node's name.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MasqueradeInfo {
     /// The interfaces, each with the addresses that packets leave as.
     pub ways: Vec<String>,

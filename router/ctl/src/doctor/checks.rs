@@ -1,8 +1,9 @@
 //! The checks, each for one thing that has kept a pod network from working somewhere.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use weft_api::folders::{CONTAINERD, Folders};
 use weft_api::{Client, Request, Status};
 
 use super::{Finding, Grade, Machine, reserved};
@@ -28,6 +29,8 @@ pub const ALL: &[Check] = &[
 
 /// USO, without which large datagrams of pods are cut by us: <https://github.com/torvalds/linux/commit/399e0827642f>
 const KERNEL_USO: (u32, u32) = (6, 2);
+/// Programs on interfaces that go with their process (tcx), by which answers from outside of the cluster are led back.
+const KERNEL_TCX: (u32, u32) = (6, 6);
 /// `UDP_GRO` and `UDP_SEGMENT`, which carry superframes between nodes.
 const KERNEL_LEAST: (u32, u32) = (5, 0);
 /// The tunnel's UDP port unless configured.
@@ -66,6 +69,12 @@ fn kernel(machine: &Machine) -> Vec<Finding> {
     };
     if version < KERNEL_LEAST {
         bad("kernel", release, "superframes between nodes need Linux 5.0 or later: upgrade the kernel")
+    } else if version < KERNEL_TCX && machine.config.as_ref().is_some_and(|config| config.contains_key("masquerade")) {
+        bad(
+            "kernel",
+            release,
+            "[masquerade] needs Linux 6.6 or later: upgrade the kernel, or have it translated elsewhere",
+        )
     } else if version < KERNEL_USO {
         odd("kernel", release, "before Linux 6.2 large UDP datagrams of pods are cut in software, which is slower")
     } else {
@@ -121,8 +130,7 @@ fn reverse_path(machine: &Machine) -> Vec<Finding> {
 /// What comes for pods without a tunnel is forwarded by the kernel, and by its firewall, which sees that direction alone: what leaves does so
 /// by a socket on the interface.
 fn firewall(machine: &Machine) -> Vec<Finding> {
-    let plain = configured(machine, Some("underlay"), "encapsulation").and_then(|word| word.as_str())
-        == Some("host-gw")
+    let plain = configured_text(machine, Some("underlay"), "encapsulation") == Some("host-gw")
         || configured(machine, Some("underlay"), "cross_subnet").and_then(toml::Value::as_bool) == Some(true)
         || configured(machine, Some("routes"), "within").is_some();
     let Some(rules) = machine.firewall.as_deref().filter(|_| plain) else { return Vec::new() };
@@ -154,18 +162,36 @@ fn configured<'m>(machine: &'m Machine, table: Option<&str>, key: &str) -> Optio
     }
 }
 
+fn configured_text<'m>(machine: &'m Machine, table: Option<&str>, key: &str) -> Option<&'m str> {
+    configured(machine, table, key).and_then(toml::Value::as_str)
+}
+
 /// Devices that carry Ethernet frames to elsewhere, and their MTUs.
 fn uplinks(machine: &Machine) -> Vec<(String, u32)> {
     let is_real = |name: &String| machine.path(format!("/sys/class/net/{name}/device")).exists();
-    let named = configured(machine, Some("underlay"), "device").and_then(|device| device.as_str());
+    let named = configured_text(machine, Some("underlay"), "device");
+    let default = default_devices(machine);
+    // Bonds, bridges and VLANs are no cards, but may be what leads to the other nodes.
+    let is_meant = |name: &String| is_real(name) || default.contains(name);
     let all = machine.list("/sys/class/net").into_iter();
-    let chosen = all.filter(|name| named.map_or_else(|| is_real(name), |named| named == name));
+    let chosen = all.filter(|name| named.map_or_else(|| is_meant(name), |named| named == name));
     chosen
         .filter_map(|name| {
             let mtu = machine.read(format!("/sys/class/net/{name}/mtu"))?.trim().parse().ok()?;
             Some((name, mtu))
         })
         .collect()
+}
+
+/// The devices of default routes by IPv4.
+fn default_devices(machine: &Machine) -> Vec<String> {
+    let routes = machine.read("/proc/net/route").unwrap_or_default();
+    let default = |line: &str| {
+        let mut words = line.split_whitespace();
+        let (device, to, mask) = (words.next()?, words.next()?, words.nth(5)?);
+        (to == "00000000" && mask == "00000000").then(|| device.to_owned())
+    };
+    routes.lines().skip(1).filter_map(default).collect()
 }
 
 fn underlay(machine: &Machine) -> Vec<Finding> {
@@ -198,7 +224,9 @@ fn tunnel_port(machine: &Machine) -> Vec<Finding> {
         let local = |line: &str| line.split_whitespace().nth(1)?.rsplit_once(':').map(|(_, port)| port.to_owned());
         text.lines().skip(1).filter_map(local).any(|held| u16::from_str_radix(&held, 16) == Ok(port))
     });
-    let running = machine.path("/run/weft/weftd.sock").exists();
+    let socket = configured_text(machine, None, "socket").unwrap_or(weft_api::SOCKET);
+    // One that was killed leaves its socket behind.
+    let running = std::os::unix::net::UnixStream::connect(machine.path(socket)).is_ok();
     match (held, running) {
         (false, _) => good("tunnel port", format!("UDP port {port} is free")),
         (true, true) => good("tunnel port", format!("UDP port {port} is in use, as it should be while weftd runs")),
@@ -210,13 +238,27 @@ fn tunnel_port(machine: &Machine) -> Vec<Finding> {
     }
 }
 
+/// Where the runtime looks for networks and plugins: what weftd's configuration says, else what containerd's does.
+fn folders(machine: &Machine) -> Folders {
+    let found = Folders::of(&machine.path(CONTAINERD));
+    let or = |key: &str, found: PathBuf| configured_text(machine, Some("cni"), key).map_or(found, PathBuf::from);
+    Folders { networks: or("conf_dir", found.networks), plugins: or("bin_dir", found.plugins) }
+}
+
 fn plugin(machine: &Machine) -> Vec<Finding> {
-    let folders = ["/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni"];
+    let mut folders = vec![folders(machine).plugins];
+    if !machine.path(CONTAINERD).exists() && configured(machine, Some("cni"), "bin_dir").is_none() {
+        // Where other runtimes look.
+        folders.extend(["/usr/lib/cni", "/usr/libexec/cni"].map(PathBuf::from));
+    }
     let with = |program: &str| folders.iter().find(|folder| machine.path(folder).join(program).exists());
     let mut all = Vec::new();
     match with("weft-cni") {
-        Some(folder) => all.extend(good("plugin", format!("weft-cni is in {folder}"))),
-        None => all.extend(odd("plugin", "weft-cni is not installed", "run `weft install-cni`, or `make install`")),
+        Some(folder) => all.extend(good("plugin", format!("weft-cni is in {}", folder.display()))),
+        None => {
+            let found = format!("weft-cni is not in {}, where the runtime looks for plugins", folders[0].display());
+            all.extend(odd("plugin", found, "run `weft install-cni`, or `make install`"));
+        }
     }
     if with("loopback").is_none() {
         let advice = "run `weft install-cni`, which puts one there, or install containernetworking-plugins";
@@ -229,22 +271,24 @@ fn plugin(machine: &Machine) -> Vec<Finding> {
 fn networks(machine: &Machine) -> Vec<Finding> {
     const OURS: &str = "05-weft.conflist";
     let is_network = |name: &String| [".conf", ".conflist", ".json"].iter().any(|ending| name.ends_with(ending));
-    let files: Vec<String> = machine.list("/etc/cni/net.d").into_iter().filter(is_network).collect();
+    let folder = folders(machine).networks;
+    let folder = folder.display();
+    let files: Vec<String> = machine.list(&folder.to_string()).into_iter().filter(is_network).collect();
     let before: Vec<&str> = files.iter().map(String::as_str).filter(|name| *name < OURS).collect();
     if !before.is_empty() {
         return bad(
             "networks",
-            format!("{} comes before {OURS} in /etc/cni/net.d: the runtime will use that network", before.join(", ")),
+            format!("{} comes before {OURS} in {folder}: the runtime will use that network", before.join(", ")),
             "remove the other network's file, or rename it so that it sorts behind ours",
         );
     }
     let behind: Vec<&str> = files.iter().map(String::as_str).filter(|name| *name > OURS).collect();
     if behind.is_empty() {
-        return good("networks", "no other network is configured in /etc/cni/net.d");
+        return good("networks", format!("no other network is configured in {folder}"));
     }
     odd(
         "networks",
-        format!("{} is also in /etc/cni/net.d: pods get that network whenever ours is not there", behind.join(", ")),
+        format!("{} is also in {folder}: pods get that network whenever ours is not there", behind.join(", ")),
         "remove it once no pod uses that network any more",
     )
 }
@@ -341,6 +385,8 @@ mod tests {
         assert_found(kernel, &[(release, "5.10.0\n")], Grade::Warning, "5.10");
         assert_found(kernel, &[(release, "4.18.0-553.el8\n")], Grade::Problem, "4.18");
         assert_found(kernel, &[], Grade::Warning, "not understood");
+        let leaving = [(release, "6.1.0-40-amd64\n"), ("/etc/weft/weftd.toml", "[masquerade]\n")];
+        assert_found(kernel, &leaving, Grade::Problem, "6.1");
     }
 
     #[test]
@@ -366,6 +412,9 @@ mod tests {
         let named =
             [("/sys/class/net/bond0/mtu", "9000"), ("/etc/weft/weftd.toml", "[underlay]\ndevice = \"bond0\"\n")];
         assert_found(underlay, &named, Grade::Good, "leaves pods 8950");
+        let table = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\nbond0\t00000000\t0100000A\t3\t0\t0\t0\t00000000\n";
+        let default = [("/sys/class/net/bond0/mtu", "1300"), ("/proc/net/route", table)];
+        assert_found(underlay, &default, Grade::Problem, "bond0 has an MTU of 1300");
         assert_found(underlay, &[], Grade::Warning, "no network card");
     }
 
@@ -373,8 +422,11 @@ mod tests {
     fn a_port_that_another_holds_is_a_problem_unless_it_is_weftd() {
         let held = "  sl  local_address rem_address\n  12: 00000000:2118 00000000:0000 07\n";
         assert_found(tunnel_port, &[("/proc/net/udp", held)], Grade::Problem, "8472");
-        let running = [("/proc/net/udp", held), ("/run/weft/weftd.sock", "")];
-        assert_found(tunnel_port, &running, Grade::Good, "8472");
+        let left = [("/proc/net/udp", held), ("/run/weft/weftd.sock", "")];
+        assert_found(tunnel_port, &left, Grade::Problem, "8472");
+        let (folder, machine) = machine(&[("/proc/net/udp", held), ("/run/weft/x", "")]);
+        let _weftd = std::os::unix::net::UnixListener::bind(folder.path().join("run/weft/weftd.sock")).unwrap();
+        assert_eq!(tunnel_port(&machine)[0].grade, Grade::Good, "it is weftd's");
         let other = [("/proc/net/udp", held), ("/etc/weft/weftd.toml", "[underlay]\nport = 4789\n")];
         assert_found(tunnel_port, &other, Grade::Good, "4789 is free");
     }
@@ -387,7 +439,11 @@ mod tests {
         let devices =
             [("/sys/class/net/cali123/mtu", ""), ("/sys/class/net/cali456/mtu", ""), ("/sys/class/net/eth0/mtu", "")];
         assert_found(others, &devices, Grade::Warning, "cali123 (Calico)");
+        let theirs =
+            ("/etc/containerd/config.toml", "[plugins.\"io.containerd.grpc.v1.cri\".cni]\nconf_dir = \"/etc/mine\"\n");
+        assert_found(networks, &[theirs, ("/etc/mine/00-multus.conf", "")], Grade::Problem, "in /etc/mine");
         assert_found(plugin, &[("/usr/lib/cni/weft-cni", "")], Grade::Warning, "loopback");
+        assert_found(plugin, &[theirs, ("/usr/lib/cni/weft-cni", "")], Grade::Warning, "not in /opt/cni/bin");
     }
 
     #[test]

@@ -42,6 +42,18 @@ pub trait Source {
 /// What this node is: its own configuration, as its machine has it at the moment.
 pub type Facts = watch::Receiver<Arc<Config>>;
 
+/// Waits until this node has another address than it has now: connections from the one before lead nowhere any more.
+pub async fn moved(mut facts: Facts) {
+    let address = facts.borrow_and_update().underlay.address;
+    // Whoever knows it better has ended: then it stays.
+    while facts.changed().await.is_ok() {
+        if facts.borrow_and_update().underlay.address != address {
+            return;
+        }
+    }
+    std::future::pending().await
+}
+
 /// What a source can be told to do.
 #[derive(Debug)]
 pub enum Order {
@@ -252,6 +264,21 @@ mod tests {
         now += Duration::from_secs(60);
         pace.spent(now, now);
         assert_eq!(pace.due(now), now + Pace::GATHERING);
+    }
+
+    #[tokio::test]
+    async fn another_address_is_heard_of_and_another_mtu_is_not_one() {
+        let text = "node = \"n1\"\nmode = \"routed\"\nranges = [\"10.244.1.0/24\"]\n[underlay]\naddress = \"10.200.0.1\"\n";
+        let config = Config::read(text, &Default::default()).unwrap().config;
+        let (sender, facts) = watch::channel(Arc::new(config.clone()));
+        let heard = tokio::spawn(moved(facts));
+        sender.send(Arc::new(Config { mtu: 1300, ..config.clone() })).unwrap();
+        tokio::task::yield_now().await;
+        assert!(!heard.is_finished());
+        let mut other = config;
+        other.underlay.address = "10.200.0.9".parse().unwrap();
+        sender.send(Arc::new(other)).unwrap();
+        heard.await.unwrap();
     }
 
     #[test]

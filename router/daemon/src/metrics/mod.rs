@@ -275,6 +275,7 @@ mod tests {
                 reserved: 0,
                 size: 254,
             }],
+            masquerade: Some(weft_api::MasqueradeInfo::default()),
             free: Some(weft_api::FreeBuffers { chunks: 7, supers: 2, huge_pages: 0 }),
             ..serde_json::from_value(serde_json::json!({
                 "problems": [], "node": "", "version": "", "pid": 1, "uptime": 0.0, "mode": "", "ranges": [],
@@ -318,6 +319,31 @@ mod tests {
         assert!(text.contains(&format!("reason=\"{}\",loss=\"{}\"}} 2", third.name(), third.is_loss())), "{text}");
         let families = text.lines().filter(|line| line.starts_with("# TYPE")).count();
         assert!(families >= 20 && families == text.lines().filter(|line| line.starts_with("# HELP")).count(), "{text}");
+    }
+
+    /// A table's row for each family: name, type, labels, meaning.
+    fn rows() -> Vec<String> {
+        let text = text();
+        let lines = || text.lines().filter(|line| !line.starts_with('#'));
+        let row = |line: &str| {
+            let (name, help) = line.strip_prefix("# HELP ")?.split_once(' ')?;
+            let kind = text.lines().find_map(|line| line.strip_prefix(&format!("# TYPE {name} "))).unwrap();
+            let end = if kind == "counter" { "_total" } else { "" };
+            let sample = lines().find(|line| line.starts_with(&format!("{name}{end}"))).unwrap();
+            let labels =
+                sample.split_once('{').and_then(|(_, rest)| rest.rsplit_once('}')).map_or("", |(inside, _)| inside);
+            let labels: Vec<_> = labels.split("\",").filter_map(|label| label.split_once('=')).collect();
+            let labels: Vec<_> = labels.iter().map(|(label, _)| *label).filter(|label| *label != "le").collect();
+            Some(format!("| `{name}{end}` | {kind} | {} | {} |", labels.join(", "), help.trim_end_matches('.')))
+        };
+        text.lines().filter_map(row).collect()
+    }
+
+    #[test]
+    fn every_family_is_documented() {
+        let documented = include_str!("../../../../deploy/metrics.md");
+        let documented: Vec<&str> = documented.lines().filter(|line| line.starts_with("| `")).collect();
+        assert_eq!(documented, rows(), "the table in deploy/metrics.md should be:\n{}", rows().join("\n"));
     }
 
     #[test]

@@ -243,6 +243,8 @@ impl Uplink {
         let state = self.lock();
         match &state.outcome {
             _ if state.stuck.is_some() => state.stuck.clone(),
+            // It is about to be known.
+            Err(why) if why.is_empty() => None,
             Err(why) if state.is_late && self.configured == UnderlayKind::Xdp => {
                 Some(format!("the tunnel goes by UDP, for {why}: it goes by AF_XDP when there is one"))
             }

@@ -57,10 +57,12 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
     check_macs(reader, &draft);
     encapsulation::check(reader, &draft, mode);
     let mtus = underlay.and_then(|underlay| check_mtu(reader, &draft, (mode, underlay), host, &mut warnings));
+    let overhead = encapsulation::most_overhead(&draft, mode, underlay.is_none_or(|address| address.is_ipv4()));
     let built = (|| {
         let (node, mode, (mtu, underlay_mtu), source) = (node?, mode?, mtus?, source?);
         let subnet = encapsulation::subnet(host, underlay?);
         let underlay = build_underlay(draft.underlay.as_ref(), underlay?, underlay_mtu, (mode, subnet));
+        let underlay = Underlay { overhead, ..underlay };
         let vtep_mac = || derive::vtep_mac(&node.value, underlay.address);
         Some(Config {
             node: node.value.clone(),
@@ -113,6 +115,7 @@ fn build_underlay(
         subnet,
         formats: encapsulation::formats_of(mode),
         mtu,
+        overhead: 0,
     }
 }
 

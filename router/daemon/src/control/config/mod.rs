@@ -223,6 +223,8 @@ pub struct Underlay {
     pub device: Option<String>,
     /// MTU of the device in bytes; if there is no such device yet, what the pods' MTU needs, or the usual one.
     pub mtu: u32,
+    /// How much of it encapsulation takes at most.
+    pub overhead: u32,
 }
 
 /// Another node.
@@ -354,8 +356,7 @@ impl Config {
             config.underlay.subnet = encapsulation::subnet(host, address);
             config.underlay.mtu = device.mtu;
             if !self.mtu_is_given {
-                let overhead = self.underlay.mtu.saturating_sub(self.mtu);
-                config.mtu = device.mtu.saturating_sub(overhead).clamp(LEAST_V6, check::MAX_MTU);
+                config.mtu = device.mtu.saturating_sub(self.underlay.overhead).clamp(LEAST_V6, check::MAX_MTU);
             }
         }
         config

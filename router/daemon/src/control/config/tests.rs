@@ -266,6 +266,9 @@ fn what_belongs_to_an_address_changes_with_it() {
     assert_eq!((moved.mtu, moved.underlay.mtu), (8950, 9000));
     assert_eq!(moved.underlay.subnet.unwrap().to_string(), "10.201.0.0/24");
     assert_eq!(moved.vtep_mac, crate::control::derive::vtep_mac(&config.node, moved.underlay.address));
+    let seen = |config: &Config, mtu| config.seen_on(&machine(&["10.201.0.9"], mtu), moved.underlay.address);
+    let narrow = seen(&moved, 1280);
+    assert_eq!((narrow.mtu, seen(&narrow, 1500).mtu), (1280, 1450), "IPv6 needs 1280, whatever the device has");
     let away = moved.seen_on(&machine(&[], 1500), moved.underlay.address);
     assert_eq!(away, moved, "what is not there says nothing");
     assert!(config.fixed_differences(&moved).is_empty());

@@ -27,7 +27,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::cluster::{Cluster, Record, admit, mode_name};
 use super::config::Config;
 use super::config::source::EtcdConfig;
-use super::source::{Backoff, Facts, Order, Pace, Source, Views};
+use super::source::{Backoff, Facts, Order, Pace, Source, Views, moved};
 use client::Client;
 use messages::{
     Compare, DeleteRangeRequest, KeyValue, PutRequest, RangeRequest, Request, RequestOp, Response, TxnRequest,
@@ -99,7 +99,11 @@ impl Source for Etcd {
         let mut server = number_of(&self.local.node) as usize;
         loop {
             let started = Instant::now();
-            let Err(error) = self.session(server, &views, &mut orders, &mut facts).await;
+            let here = facts.clone();
+            let Err(error) = tokio::select! {
+                ended = self.session(server, &views, &mut orders, &mut facts) => ended,
+                () = moved(here) => continue,
+            };
             let why = format!("etcd: {error:#}");
             if views.last().trouble.as_ref() != Some(&why) {
                 tracing::warn!("{why}; what was known of the cluster stays in force");

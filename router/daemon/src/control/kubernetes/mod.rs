@@ -133,15 +133,8 @@ impl Source for Kubernetes {
                 String::new()
             }
         };
-        let (nodes, pods) = (Arc::clone(&self.nodes), Arc::clone(&self.pods));
-        let (for_nodes, for_pods, seed) = (self.config.clone(), self.config.clone(), self.seed);
-        let here = format!("spec.nodeName={}", self.local.node);
-        let followers = async move {
-            tokio::join!(nodes.follow(for_nodes, None, seed), pods.follow(for_pods, Some(here), seed.rotate_left(32)));
-        };
-        let followers = tokio::spawn(followers);
         // Ends with this task, whatever ends it.
-        let _followers = EndsWith(followers);
+        let mut followers = self.follow_objects();
         let mut due: Option<Instant> = None;
         let mut pace = Pace::new(Instant::now());
         let mut writing: Option<JoinHandle<Written>> = None;
@@ -169,7 +162,13 @@ impl Source for Kubernetes {
                     due = Some(Instant::now());
                 }
                 Ok(()) = facts.changed() => {
+                    let address = self.local.underlay.address;
                     self.local = facts.borrow_and_update().as_ref().clone();
+                    if self.local.underlay.address != address {
+                        // Connections from the address before lead nowhere any more.
+                        drop(std::mem::replace(&mut followers, self.follow_objects()));
+                        writing.take().inspect(JoinHandle::abort);
+                    }
                     due = Some(Instant::now());
                 }
             }
@@ -224,6 +223,16 @@ impl Write {
 }
 
 impl Kubernetes {
+    /// Follows the objects, until that is dropped.
+    fn follow_objects(&self) -> EndsWith {
+        let (nodes, pods) = (Arc::clone(&self.nodes), Arc::clone(&self.pods));
+        let (for_nodes, for_pods, seed) = (self.config.clone(), self.config.clone(), self.seed);
+        let here = format!("spec.nodeName={}", self.local.node);
+        EndsWith(tokio::spawn(async move {
+            tokio::join!(nodes.follow(for_nodes, None, seed), pods.follow(for_pods, Some(here), seed.rotate_left(32)));
+        }))
+    }
+
     fn obey(&mut self, order: Order) {
         match order {
             Order::Serving => self.serves = true,
