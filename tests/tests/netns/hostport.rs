@@ -176,6 +176,9 @@ fn services_lead_to_backends_here_and_elsewhere_and_on_the_node() {
         let host = if v4 { lab.nodes[0].underlay } else { own[1] };
         service_works(&clients[..1], &node, service, (&node, host), &SIZES);
     }
+    // Another node itself, as the API server is: it answers the pod by the tunnel, and the kernel that translated hears of it all the same.
+    let (other, address) = (lab.nodes[1].netns(), lab.nodes[1].underlay);
+    service_works(&[&client.netns()], &node, "10.96.0.10", (&other, address), &SIZES);
     let info = lab.daemon(1).status().host_port.expect("the node has a host port");
     assert!(info.flows > 0 && info.evicted == 0, "{info:?}");
     lab.assert_conserved();
