@@ -3,6 +3,8 @@
 //! The fuzz targets in `tests/fuzz` are one call to one of these each; the test `corpora` replays what they found and what they were
 //! started from. [`ALL`] names them, so that a target without a corpus, or a corpus without a target, is noticed.
 
+use std::net::IpAddr;
+
 use weft_encap::exercise;
 use weft_encap::format::Format;
 use weft_encap::geneve::GeneveHeader;
