@@ -23,7 +23,10 @@ CMD ["/bin/sleep", "1000000"]
 
 def make_images(folder, weft):
     """Writes the archives into the folder: their names."""
-    named = subprocess.run([HERE.parents[1] / "deploy/image", weft], check=True, capture_output=True, text=True).stdout.split()[-1]
+    version = subprocess.run([weft / "weft", "--version"], check=True, capture_output=True, text=True).stdout.split()[-1]
+    named = f"localhost/weft:{version}"
+    was_there = subprocess.run(["podman", "image", "exists", named]).returncode == 0
+    subprocess.run([HERE.parents[1] / "deploy/image", weft, named], check=True, capture_output=True)
     with tempfile.TemporaryDirectory(dir=folder) as context:
         fill(pathlib.Path(context, "root"))
         pathlib.Path(context, "Containerfile").write_text(CONTAINERFILE)
@@ -32,7 +35,8 @@ def make_images(folder, weft):
     for name, archive in ((named, "weft.tar"), (BOX, "box.tar")):
         subprocess.run(["podman", "save", "--quiet", "--output", folder / archive, name], check=True, capture_output=True)
         archives.append(archive)
-    subprocess.run(["podman", "rmi", "--force", BOX], check=True, capture_output=True)
+    for name in [BOX] if was_there else [BOX, named]:
+        subprocess.run(["podman", "rmi", "--force", name], check=True, capture_output=True)
     return archives
 
 

@@ -54,7 +54,7 @@ def churn(cluster):
     return f"{count} pods in {time.monotonic() - started:.0f} s"
 
 
-def settle(cluster, seconds=240):
+def settle(cluster, seconds=400):
     """Waits until every workload has the pods that it wants, all ready."""
 
     def done():
