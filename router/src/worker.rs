@@ -17,6 +17,7 @@
 //! conservation is not exact after it. A panic anywhere else ends the thread, and its counters with it; the daemon hears of that, too.
 
 mod attention;
+mod ports;
 mod telling;
 
 pub use telling::News;
@@ -31,27 +32,20 @@ use arc_swap::{ArcSwap, Cache};
 use arrayvec::ArrayVec;
 use crossbeam::channel::{self, Receiver, Sender, TryRecvError};
 use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token, Waker};
+use mio::{Events, Poll, Token, Waker};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::control;
-use crate::control::{
-    Command, Event, Half, NewPort, PortEnd, PortSnapshot, Removed, RouterConfig, RouterError, Snapshot, UplinkHalf,
-};
+use crate::control::{Command, Event, PortEnd, PortSnapshot, RouterConfig, Snapshot};
 use crate::drop_reason::DropReason;
 use crate::forward::{Forwarder, Memory};
 use crate::frame::Frame;
 use crate::gather::gather;
 use crate::pace::{self, Bucket};
 use crate::pool::Pool;
-use crate::port::packet::PacketPort;
-use crate::port::raw::RawPort;
 use crate::port::sys::xsk::Umem;
-use crate::port::tap::TapPort;
-use crate::port::udp::UdpPort;
-use crate::port::xdp::{KernelWay, XdpPort, XdpUnderlay};
 use crate::port::{BATCH, Batch, Capabilities, Outbox, Port, PortId, QUEUE, Queue, Received};
 use crate::probing::Question;
 use crate::returns::ReturnsUse;
@@ -494,105 +488,6 @@ impl Worker {
         }
     }
 
-    fn add(&mut self, new: NewPort) -> Result<(), RouterError> {
-        let (id, shared) = (new.id, new.shared);
-        let port = self.make(id, new.half)?;
-        self.insert(id, port, shared).map_err(RouterError::Device)
-    }
-
-    fn make(&mut self, id: PortId, half: Half) -> Result<Box<dyn Port>, RouterError> {
-        let tunnel_mtu = self.tables.load().tunnel_mtu;
-        Ok(match half {
-            Half::Tap { tap, receives } => Box::new(TapPort::new(tap, id, receives)),
-            Half::Outlet(outlet) => Box::new(PacketPort::new(outlet, id)),
-            Half::Xdp { device, .. } => Box::new(XdpPort::new(*device, &self.pool, id).map_err(RouterError::Device)?),
-            Half::Underlay(sockets) => Box::new(UdpPort::new(sockets, id, tunnel_mtu)),
-            Half::Raw { half, receives } => Box::new(RawPort::new(half, id, receives, tunnel_mtu)),
-            Half::Uplink(half) => self.uplink(id, *half, tunnel_mtu).map_err(RouterError::Device)?,
-        })
-    }
-
-    fn replace(&mut self, new: NewPort) -> Result<Option<OwnedFd>, RouterError> {
-        let port = self.make(new.id, new.half)?;
-        self.put_in_place(new.id, port, new.shared).map_err(RouterError::Device)
-    }
-
-    /// Puts another device in the place of a port's. What waits for it leaves by the new one.
-    fn put_in_place(
-        &mut self,
-        id: PortId,
-        mut port: Box<dyn Port>,
-        shared: control::Shared,
-    ) -> io::Result<Option<OwnedFd>> {
-        let Some(Some(slot)) = self.ports.get_mut(id.index()) else {
-            return self.insert(id, port, shared).map(|()| None);
-        };
-        watch(&self.poll, id, &*port)?;
-        slot.can_peek = port.peek().is_some();
-        (slot.kind, slot.capabilities, slot.shared, slot.ready) = (port.kind(), port.capabilities(), shared, false);
-        let before = slot.port.replace(port);
-        self.attention.forget(id);
-        self.ready.retain(|ready| *ready != id);
-        let device = before.and_then(|mut before| {
-            before.count(self.forwarder.stats());
-            if let Some(fd) = before.readable() {
-                let _ = self.poll.registry().deregister(&mut SourceFd(&fd.as_raw_fd()));
-            }
-            before.retire()
-        });
-        self.mark_ready(id);
-        Ok(device)
-    }
-
-    /// A worker without a queue of the uplink has the sockets alone.
-    fn uplink(&self, id: PortId, mut half: UplinkHalf, tunnel_mtu: u32) -> io::Result<Box<dyn Port>> {
-        let fragmenting = half.sockets.fragmenting(id);
-        let kernel = Box::new(UdpPort::new(half.sockets, id, tunnel_mtu));
-        if half.devices.is_empty() {
-            return Ok(kernel);
-        }
-        let kernel = KernelWay::new(kernel, fragmenting);
-        Ok(Box::new(XdpUnderlay::new(half.devices, half.tunnel, half.hops, kernel, &self.pool, id)?))
-    }
-
-    fn insert(&mut self, id: PortId, mut port: Box<dyn Port>, shared: control::Shared) -> io::Result<()> {
-        if self.ports.len() <= id.index() {
-            self.ports.resize_with(id.index() + 1, || None);
-        }
-        let slot = &mut self.ports[id.index()];
-        if slot.as_ref().is_some_and(|slot| slot.port.is_some()) {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, format!("port {id} is in use")));
-        }
-        watch(&self.poll, id, &*port)?;
-        let (kind, capabilities) = (port.kind(), port.capabilities());
-        self.forwarder.open_port(id, shared.receivers);
-        let can_peek = port.peek().is_some();
-        *slot = Some(Slot { port: Some(port), kind, capabilities, shared, ready: false, busy: false, can_peek });
-        self.mark_ready(id);
-        Ok(())
-    }
-
-    /// Receives from a port by which this worker only sent so far.
-    fn receive(&mut self, id: PortId) {
-        let slot = self.ports.get_mut(id.index()).and_then(Option::as_mut);
-        let Some(port) = slot.and_then(|slot| slot.port.as_mut()) else { return };
-        port.receive_too();
-        match watch(&self.poll, id, &**port) {
-            Ok(()) => self.mark_ready(id),
-            Err(_) => self.gone(id, PortEnd::Device),
-        }
-    }
-
-    fn remove(&mut self, id: PortId) -> Option<Removed> {
-        let slot = self.ports.get_mut(id.index())?.as_mut()?;
-        if let Some(port) = &mut slot.port {
-            port.count(self.forwarder.stats());
-        }
-        let device = self.retire(id);
-        self.ports[id.index()] = None;
-        Some(Removed { stats: *self.forwarder.stats().port(id), device })
-    }
-
     fn snapshot(&mut self, flows: bool) -> Snapshot {
         let now = Instant::boottime();
         let stats = self.forwarder.stats();
@@ -621,12 +516,6 @@ impl Worker {
             huge_pages: usize::from(self.pool.arena().is_huge()),
         }
     }
-}
-
-/// Has the poller tell when a port can be received from.
-fn watch(poll: &Poll, id: PortId, port: &dyn Port) -> io::Result<()> {
-    let Some(fd) = port.readable() else { return Ok(()) };
-    poll.registry().register(&mut SourceFd(&fd.as_raw_fd()), Token(id.index()), Interest::READABLE)
 }
 
 /// A port whose code panics is as good as gone.

@@ -10,7 +10,8 @@ use mio::Token;
 use mio::unix::SourceFd;
 use std::os::fd::AsRawFd;
 
-use super::{Worker, watch};
+use super::Worker;
+use super::ports::watch;
 use crate::control::PortEnd;
 use crate::port::{BATCH, PortId};
 
