@@ -15,7 +15,7 @@ const EACH: Duration = Duration::from_millis(5);
 /// How long the threads sleep at most before they look whether they shall end.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Questions by UDP, [`EACH`]; they end when this goes.
+/// Questions by UDP, one every moment; they end when this goes.
 pub struct Beacon {
     ended: Arc<AtomicBool>,
     asked: Arc<Mutex<Vec<Instant>>>,

@@ -1,7 +1,7 @@
 //! Masquerade against a small reference: whatever pods and outsiders send, answers go to the pod that asked or to the kernel, nothing leaves
 //! in a pod's own name, and nobody has more sessions than the limits say.
 //!
-//! [`check`] reads what happens from bytes, so that a fuzzer can choose it: see [`Scene::step`].
+//! [`check`] reads what happens from bytes, so that a fuzzer can choose it: see `Scene::step`.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
