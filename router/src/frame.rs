@@ -36,12 +36,14 @@ pub struct Outer {
     pub format: Format,
     /// Length of the tunnel header, behind which the inner Ethernet header is; more than 0.
     pub base: u16,
+    /// It is longer than the way to that node carries, and goes in fragments.
+    pub in_fragments: bool,
 }
 
 impl Outer {
     /// For a frame that begins with a VXLAN header.
     pub fn vxlan(peer: IpAddr) -> Outer {
-        Outer { peer, entropy: 0, tos: 0, format: Format::Vxlan, base: VXLAN_LEN as u16 }
+        Outer { peer, entropy: 0, tos: 0, format: Format::Vxlan, base: VXLAN_LEN as u16, in_fragments: false }
     }
 }
 

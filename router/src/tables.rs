@@ -138,12 +138,22 @@ pub struct Node {
     pub encap: Format,
     /// How long a packet to it may be, inside the tunnel, if nothing on the way allows less.
     pub mtu: u32,
+    /// How long one may be that gets there whole. Senders are never asked for less than a floor: what is longer goes in fragments.
+    pub carries: u32,
 }
 
 impl Node {
     /// A node to which packets go by VXLAN.
     pub fn new(underlay: IpAddr, vtep_mac: Mac, ranges: Vec<IpNet>) -> Node {
-        Node { underlay, addresses: Vec::new(), vtep_mac, ranges, encap: Format::Vxlan, mtu: u32::MAX }
+        Node {
+            underlay,
+            addresses: Vec::new(),
+            vtep_mac,
+            ranges,
+            encap: Format::Vxlan,
+            mtu: u32::MAX,
+            carries: u32::MAX,
+        }
     }
 
     /// Whether an address is the node's own, not one of its ranges'.

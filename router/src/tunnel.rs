@@ -31,7 +31,7 @@ use weft_encap::zerocopy::IntoBytes;
 use crate::drop_reason::DropReason;
 use crate::frame::{Frame, Outer};
 use crate::path::Sender;
-use crate::tables::{Mode, Node, NodeId, Tables};
+use crate::tables::{LEAST_V6, Mode, Node, NodeId, Tables};
 
 /// Unwraps a frame that came from the underlay, and says who sent it.
 ///
@@ -133,13 +133,20 @@ const IPIP_LEN: usize = 1;
 pub fn encapsulate(frame: &mut Frame, node: &Node, tables: &Tables, entropy: u16) -> Result<(), DropReason> {
     // What was verified was the inner checksum, which goes on unchanged; nothing is claimed about it on the wire.
     frame.offload.verified = false;
+    let in_fragments = node.carries < LEAST_V6 && longest(frame) > node.carries as usize;
     let format = node.encap;
     let base = match format {
         Format::Vxlan => push(frame, VxlanHeader::new(tables.vni).as_bytes())?,
         _ => push_other(frame, format, tables)?,
     };
-    frame.outer = Some(Outer { peer: node.underlay, entropy, tos: 0, format, base });
+    frame.outer = Some(Outer { peer: node.underlay, entropy, tos: 0, format, base, in_fragments });
     Ok(())
+}
+
+/// The longest packet that a frame without a tunnel header stands for.
+fn longest(frame: &Frame) -> usize {
+    let segment = frame.offload.gso.map(|gso| usize::from(gso.header_len) + usize::from(gso.size));
+    segment.map_or(frame.len(), |segment| segment.min(frame.len())).saturating_sub(ETH_LEN)
 }
 
 #[inline(never)]

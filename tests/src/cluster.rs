@@ -30,6 +30,7 @@ pub struct Cluster {
     kind: Option<String>,
     /// Of single nodes.
     kinds: BTreeMap<u8, String>,
+    encapsulation: Option<&'static str>,
     is_v6: bool,
 }
 
@@ -80,7 +81,15 @@ impl Cluster {
         underlay.ip("link add br0 type bridge");
         underlay.ip("link set br0 up");
         let folder = tempfile::tempdir().expect("there is a folder for temporary files");
-        Cluster { name, folder, underlay, kind: underlay_kind(), kinds: BTreeMap::new(), is_v6: false }
+        Cluster {
+            name,
+            folder,
+            underlay,
+            kind: underlay_kind(),
+            kinds: BTreeMap::new(),
+            encapsulation: None,
+            is_v6: false,
+        }
     }
 
     /// With this kind of underlay, whatever the tests' environment says.
@@ -95,6 +104,12 @@ impl Cluster {
     pub fn with(mut self, number: u8, kind: &str) -> Cluster {
         self.kinds.insert(number, kind.to_owned());
         self
+    }
+
+    /// With this encapsulation on all nodes.
+    #[must_use]
+    pub fn wrapping(self, encapsulation: &'static str) -> Cluster {
+        Cluster { encapsulation: Some(encapsulation), ..self }
     }
 
     /// With an underlay by IPv6.
@@ -216,11 +231,12 @@ impl Cluster {
         let kind = self.kinds.get(&number).or(self.kind.as_ref());
         let (address, mtu) = (self.address(number), if self.is_v6 { 1430 } else { 1450 });
         let kind = kind.map(|kind| format!("kind = \"{kind}\"\n")).unwrap_or_default();
+        let wraps = self.encapsulation.map(|word| format!("encapsulation = \"{word}\"\n")).unwrap_or_default();
         format!(
             "{port}node = \"n{number}\"\nmode = \"{mode}\"\nvni = 1\nmtu = {mtu}\n\
              socket = \"{folder}/n{number}.sock\"\nstate_dir = \"{folder}/n{number}.state\"\n\
              ranges = [\"10.244.{number}.0/24\", \"fd00:10:244:{number}::/64\"]\n{segment}\
-             \n[underlay]\naddress = \"{address}\"\nport = 8472\ndevice = \"uplink\"\n{kind}\n{more}"
+             \n[underlay]\naddress = \"{address}\"\nport = 8472\ndevice = \"uplink\"\n{kind}{wraps}\n{more}"
         )
     }
 }

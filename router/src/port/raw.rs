@@ -7,7 +7,8 @@
 //! The kernel cuts nothing for such sockets. Superframes of TCP leave whole by a way beside them, where the kernel has what it takes
 //! ([`wrapper`]); others are cut here, and their segments sent by as few calls as possible, as over UDP.
 //! What comes in comes packet by packet, unless the device's receive offload has merged inner segments, which is recognised by their
-//! checksum, and is merged by [`crate::gather`]. Path MTUs that a router claims are not believed, and nothing is fragmented.
+//! checksum, and is merged by [`crate::gather`]. Path MTUs that a router claims are not believed, and nothing is fragmented but what has
+//! to get there by a way that is too narrow for it ([`Fragmenting`]).
 //!
 //! Frames look as [`crate::tunnel`] has them: what carries IP alone gets an Ethernet header behind the tunnel header when it comes in, with
 //! MACs of nobody, and loses it when it leaves.
@@ -26,7 +27,7 @@ use weft_encap::ip;
 
 use crate::pool::Pool;
 use crate::port::sys::message;
-use crate::port::udp::{SOCKET_BUFFER, bind_early, force_receive_buffer, transmit};
+use crate::port::udp::{Fragmenting, SOCKET_BUFFER, allow_fragments, bind_early, force_receive_buffer, transmit};
 use crate::port::{Batch, Capabilities, Port, PortId, Queue, Received, is_broken};
 use crate::stats::Stats;
 
@@ -45,8 +46,16 @@ pub struct RawTunnel {
     local: IpAddr,
     receiving: Arc<Receiving>,
     /// For each worker those of each protocol.
-    sending: Vec<Vec<OwnedFd>>,
+    sending: Vec<Sending>,
     wrapper: WrapperPlace,
+}
+
+/// A worker's sockets that send, one for each protocol.
+#[derive(Debug)]
+pub(crate) struct Sending {
+    whole: Vec<OwnedFd>,
+    /// For what may go in fragments.
+    fragmenting: Vec<OwnedFd>,
 }
 
 /// The sockets that receive, one for each protocol.
@@ -71,8 +80,7 @@ impl RawTunnel {
         for fd in &sockets {
             epoll::add(&readable, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
         }
-        let sending = (0..workers)
-            .map(|_| protocols.iter().map(|protocol| open_sending(local, *protocol).map(OwnedFd::from)).collect());
+        let sending = (0..workers).map(|_| open_all_sending(local, protocols));
         let sending = sending.collect::<io::Result<_>>()?;
         let receiving = Arc::new(Receiving { sockets, readable, outer_is_v4: local.is_ipv4() });
         Ok(RawTunnel { format, local, receiving, sending, wrapper: WrapperPlace::default() })
@@ -107,7 +115,7 @@ pub(crate) struct RawHalf {
     format: Format,
     local: IpAddr,
     receiving: Arc<Receiving>,
-    sending: Vec<OwnedFd>,
+    sending: Sending,
     wrapper: WrapperPlace,
 }
 
@@ -148,6 +156,20 @@ fn open_receiving(local: IpAddr, protocol: u8) -> io::Result<Socket> {
     Ok(socket)
 }
 
+fn open_all_sending(local: IpAddr, protocols: &[u8]) -> io::Result<Sending> {
+    let all = |fragments: bool| -> io::Result<Vec<OwnedFd>> {
+        let open = |protocol: &u8| {
+            let socket = open_sending(local, *protocol)?;
+            if fragments {
+                allow_fragments(&socket, local.is_ipv4())?;
+            }
+            Ok(OwnedFd::from(socket))
+        };
+        protocols.iter().map(open).collect()
+    };
+    Ok(Sending { whole: all(false)?, fragmenting: all(true)? })
+}
+
 fn open_sending(local: IpAddr, protocol: u8) -> io::Result<Socket> {
     let socket = open(local, protocol)?;
     let forced = sockopt::set_socket_send_buffer_size_force(&socket, SOCKET_BUFFER);
@@ -162,6 +184,7 @@ pub struct RawPort {
     receives: bool,
     receiver: receive::Receiver,
     sender: transmit::Sender,
+    fragmenting: Fragmenting,
     whole: Whole,
 }
 
@@ -170,8 +193,9 @@ impl RawPort {
     pub(crate) fn new(half: RawHalf, id: PortId, receives: bool, tunnel_mtu: u32) -> RawPort {
         let RawHalf { format, local, receiving, sending, wrapper } = half;
         let receiver = receive::Receiver::new(id, protocols(format).unwrap_or_default(), tunnel_mtu);
-        let sender = transmit::Sender::raw(id, sending);
-        RawPort { receiving, id, receives, receiver, sender, whole: Whole::new(id, local, wrapper) }
+        let sender = transmit::Sender::raw(id, sending.whole);
+        let fragmenting = Fragmenting::new(transmit::Sender::raw(id, sending.fragmenting));
+        RawPort { receiving, id, receives, receiver, sender, fragmenting, whole: Whole::new(id, local, wrapper) }
     }
 
     /// Sends in the queue's order, superframes by the wrapper.
@@ -206,6 +230,7 @@ impl Port for RawPort {
     }
 
     fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
+        self.fragmenting.transmit(queue, stats)?;
         match self.whole.wrapper() {
             Some(wrapper) => self.send_whole(&wrapper, queue, stats),
             None => self.sender.transmit(queue, stats),

@@ -23,6 +23,7 @@ use rustix::net::sockopt;
 use socket2::{Domain, Protocol, SockAddr, SockFilter, Socket, Type};
 use weft_encap::format::Format;
 
+use crate::frame::Frame;
 use crate::pool::Pool;
 use crate::port::sys::message;
 use crate::port::{Batch, Capabilities, Port, PortId, Queue, Received};
@@ -51,7 +52,7 @@ pub struct Sockets {
     peer_port: u16,
     receive: OwnedFd,
     transmit: Vec<OwnedFd>,
-    fragmenting: Option<OwnedFd>,
+    fragmenting: OwnedFd,
 }
 
 impl Underlay {
@@ -98,7 +99,7 @@ impl Underlay {
                 peer_port: local.port(),
                 receive,
                 transmit: transmit.collect::<io::Result<_>>()?,
-                fragmenting: None,
+                fragmenting: open_fragmenting(local)?.into(),
             })
         });
         Ok(Underlay { local, sockets: sockets.collect::<io::Result<_>>()? })
@@ -109,17 +110,6 @@ impl Underlay {
     pub fn carrying(mut self, format: Format) -> Underlay {
         self.sockets.iter_mut().for_each(|sockets| sockets.format = format);
         self
-    }
-
-    /// Opens one more socket for each worker, for [`Fragmenting`].
-    ///
-    /// # Errors
-    /// As for [`Underlay::open`].
-    pub fn allow_fragments(&mut self) -> io::Result<()> {
-        for sockets in &mut self.sockets {
-            sockets.fragmenting = Some(open_fragmenting(self.local)?.into());
-        }
-        Ok(())
     }
 
     /// Where it receives. Peers are reached at the same port.
@@ -180,18 +170,20 @@ fn open_transmit(mut local: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// The same, but what it sends may go in fragments: made here where a path's own length demands it, and by routers of IPv4.
 fn open_fragmenting(local: SocketAddr) -> io::Result<Socket> {
     let socket = open_transmit(local)?;
-    match local {
-        SocketAddr::V4(_) => sockopt::set_ip_mtu_discover(&socket, sockopt::Ipv4PathMtuDiscovery::DONT)?,
-        SocketAddr::V6(_) => {
-            sockopt::set_ipv6_mtu_discover(&socket, sockopt::Ipv6PathMtuDiscovery::DONT)?;
-            // No router fragments IPv6, and each path carries what RFC 8200, section 5, says at least.
-            message::set_fragment_size_v6(&socket)?;
-        }
-    }
+    allow_fragments(&socket, local.is_ipv4())?;
     Ok(socket)
+}
+
+/// What a socket sends may go in fragments from now on: made here where a path's own length demands it, and by routers of IPv4.
+pub(super) fn allow_fragments(socket: &Socket, is_v4: bool) -> io::Result<()> {
+    if is_v4 {
+        return Ok(sockopt::set_ip_mtu_discover(socket, sockopt::Ipv4PathMtuDiscovery::DONT)?);
+    }
+    sockopt::set_ipv6_mtu_discover(socket, sockopt::Ipv6PathMtuDiscovery::DONT)?;
+    // No router fragments IPv6, and each path carries what RFC 8200, section 5, says at least.
+    message::set_fragment_size_v6(socket)
 }
 
 /// Beyond the administrator's limit if we may, up to it otherwise.
@@ -200,26 +192,33 @@ pub(super) fn force_receive_buffer(socket: &Socket) -> Result<(), Errno> {
         .or_else(|_| sockopt::set_socket_recv_buffer_size(socket, SOCKET_BUFFER))
 }
 
-/// A worker's socket for datagrams that are too long for the path to their node and have to get there all the same: IPv6 inside
-/// the tunnel demands 1280 bytes of any path (RFC 8200, section 5), and what is behind the tunnel cannot know why. The datagram then
+/// A worker's sockets for packets that are too long for the path to their node and have to get there all the same: IPv6 inside
+/// the tunnel demands 1280 bytes of any path (RFC 8200, section 5), and what is behind the tunnel cannot know why. The packet then
 /// goes in fragments, as RFC 2473, section 7, has tunnels do; the kernel of the receiving node puts it together.
-pub struct Fragmenting(transmit::Sender);
-
-impl Fragmenting {
-    /// Sends all of the queue for the port of that number, superframes cut.
-    ///
-    /// # Errors
-    /// The socket is broken.
-    pub fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
-        self.0.transmit(queue, stats)
-    }
+pub(super) struct Fragmenting {
+    sender: transmit::Sender,
+    aside: Queue,
 }
 
-impl Sockets {
-    /// The socket for what may go in fragments, if it was opened, as a part of the port of that number.
-    pub fn fragmenting(&mut self, id: PortId) -> Option<Fragmenting> {
-        let socket = self.fragmenting.take()?;
-        Some(Fragmenting(transmit::Sender::single(id, self.peer_port, socket)))
+impl Fragmenting {
+    pub(super) fn new(sender: transmit::Sender) -> Fragmenting {
+        Fragmenting { sender, aside: Queue::new() }
+    }
+
+    /// Sends what of the queue has to go in fragments, superframes cut, and leaves the rest.
+    pub(super) fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
+        let is_long = |frame: &Frame| !frame.is_probe && frame.outer.is_some_and(|outer| outer.in_fragments);
+        if !queue.iter().any(is_long) {
+            return Ok(());
+        }
+        for _ in 0..queue.len() {
+            let frame = queue.pop_front().expect("it is as long as that");
+            if is_long(&frame) { self.aside.push_back(frame) } else { queue.push_back(frame) }
+        }
+        let sent = self.sender.transmit(&mut self.aside, stats);
+        // What a broken socket leaves is the caller's to end.
+        queue.extend(self.aside.drain(..));
+        sent
     }
 }
 
@@ -228,17 +227,19 @@ pub struct UdpPort {
     socket: OwnedFd,
     receiver: receive::Receiver,
     sender: transmit::Sender,
+    fragmenting: Fragmenting,
 }
 
 impl UdpPort {
     /// A port of that number. A packet inside the tunnel has at most `tunnel_mtu` bytes, its Ethernet header not
     /// counted.
     pub fn new(sockets: Sockets, id: PortId, tunnel_mtu: u32) -> UdpPort {
-        let Sockets { format, peer_port, receive, transmit, .. } = sockets;
+        let Sockets { format, peer_port, receive, transmit, fragmenting } = sockets;
         UdpPort {
             socket: receive,
             receiver: receive::Receiver::new(id, format, tunnel_mtu),
             sender: transmit::Sender::new(id, peer_port, transmit),
+            fragmenting: Fragmenting::new(transmit::Sender::single(id, peer_port, fragmenting)),
         }
     }
 }
@@ -249,6 +250,7 @@ impl Port for UdpPort {
     }
 
     fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
+        self.fragmenting.transmit(queue, stats)?;
         self.sender.transmit(queue, stats)
     }
 

@@ -69,13 +69,12 @@ impl Worker {
     }
 
     /// A worker without a queue of the uplink has the sockets alone.
-    fn uplink(&self, id: PortId, mut half: UplinkHalf, tunnel_mtu: u32) -> io::Result<Box<dyn Port>> {
-        let fragmenting = half.sockets.fragmenting(id);
+    fn uplink(&self, id: PortId, half: UplinkHalf, tunnel_mtu: u32) -> io::Result<Box<dyn Port>> {
         let kernel = Box::new(UdpPort::new(half.sockets, id, tunnel_mtu));
         if half.devices.is_empty() {
             return Ok(kernel);
         }
-        let kernel = KernelWay::new(kernel, fragmenting);
+        let kernel = KernelWay::new(kernel);
         Ok(Box::new(XdpUnderlay::new(half.devices, half.tunnel, half.hops, kernel, &self.pool, id)?))
     }
 

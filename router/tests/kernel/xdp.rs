@@ -707,11 +707,8 @@ fn an_xdp_underlay_and_the_kernels_udp_understand_each_other() {
         let umem = Umem::of(pool.arena());
         let tunnel = Tunnel { addresses: vec![here], port: PORT, vlan: None, secret: 7 };
         let udp = |node: &Netns, address| {
-            let mut underlay = node.inside(|| Underlay::open((address, PORT).into(), 4).unwrap());
-            node.inside(|| underlay.allow_fragments().unwrap());
-            let mut sockets = underlay.into_sockets().remove(0);
-            let fragmenting = sockets.fragmenting(ONE);
-            (UdpPort::new(sockets, ONE, 1450), fragmenting)
+            let underlay = node.inside(|| Underlay::open((address, PORT).into(), 4).unwrap());
+            UdpPort::new(underlay.into_sockets().remove(0), ONE, 1450)
         };
         let device = nodes[0].inside(|| {
             let any = socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
@@ -722,10 +719,9 @@ fn an_xdp_underlay_and_the_kernels_udp_understand_each_other() {
             XdpDevice::new(attachment, socket)
         });
         let hops = Arc::new(ArcSwap::from_pointee(Hops::default()));
-        let (kernel, fragmenting) = udp(&nodes[0], here);
-        let kernel = KernelWay::new(Box::new(kernel), fragmenting);
+        let kernel = KernelWay::new(Box::new(udp(&nodes[0], here)));
         let mut xdp = XdpUnderlay::new(vec![device], tunnel, Arc::clone(&hops), kernel, &pool, ONE).unwrap();
-        let mut other = udp(&nodes[1], there).0;
+        let mut other = udp(&nodes[1], there);
         let sizes = [(18, 0), (1_300, 0), (20_000, 1_300)];
         let expected =
             |frames: &[Frame]| frames.iter().flat_map(|frame| frame.to_vec().split_off(50)).collect::<Vec<_>>();

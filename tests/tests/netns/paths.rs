@@ -44,17 +44,21 @@ fn nodes_with_ipv6_addresses_reach_each_other_by_udp_and_by_xdp() {
     }
 }
 
-/// Two nodes by AF_XDP with two routers between them.
+/// Two nodes with two routers between them.
 struct Narrow(Between);
 
 impl Narrow {
-    /// Everything arrives, whatever its length, at once or when the pods know better.
+    /// By AF_XDP everything arrives, whatever its length, at once or when the pods know better.
     fn everything_passes(&self) {
+        eventually("the way is by xdp", Duration::from_secs(5), || way(&self.0.nodes[0], "n2").starts_with("xdp"));
+        self.all_passes();
+    }
+
+    fn all_passes(&self) {
         let [(one, ours), (two, theirs)] = &self.0.pods[..] else { panic!("two pods") };
         for address in theirs {
             traffic::await_answer(one, *address);
         }
-        eventually("the way is by xdp", Duration::from_secs(5), || way(&self.0.nodes[0], "n2").starts_with("xdp"));
         let ways = [(one, two, theirs), (two, one, ours)];
         let all =
             || ways.iter().flat_map(|(from, to, addresses)| addresses.iter().map(move |address| (from, to, *address)));
@@ -102,6 +106,66 @@ fn a_router_between_nodes_with_ipv6_addresses_narrows_the_way() {
         let problems = node.daemon().status().problems;
         let is_told = problems.iter().any(|problem| problem.contains("carries packets of 1300 bytes only"));
         assert_eq!(is_told, !fragments.is_empty(), "{problems:?}");
+    }
+}
+
+/// That packets of some length go in fragments.
+fn is_said(node: &WeftNode) -> bool {
+    node.daemon().status().problems.iter().any(|problem| problem.contains("in fragments"))
+}
+
+#[test]
+fn by_sockets_what_ipv6_demands_of_a_narrow_way_goes_in_fragments_and_it_is_said() {
+    let _turn = turn();
+    for (suffix, encapsulation, mtu, v6) in [
+        ("f1", "vxlan", 576, false),
+        ("f2", "vxlan", 1300, true),
+        ("f3", "gre", 1290, false),
+        ("f4", "ipip", 1285, true),
+    ] {
+        let cluster = Cluster::new(suffix).by("udp").wrapping(encapsulation);
+        let narrow = Narrow(Between::new(if v6 { cluster.over_v6() } else { cluster }, mtu));
+        let node = &narrow.0.nodes[0];
+        let (pod, far) = (&narrow.0.pods[0].0, narrow.0.pods[1].1[1]);
+        traffic::await_answer(pod, far);
+        // A way is measured when there is traffic, and longer packets are lost until then.
+        eventually("the way is measured", Duration::from_secs(20), || {
+            pod.exec(&format!("ping -n -q -c 1 -W 1 -s 1232 {far}"));
+            is_said(node)
+        });
+        narrow.all_passes();
+        for (size, says) in [(1232, "1 received"), (1233, "Packet too big: mtu=1280")] {
+            let ping = pod.exec(&format!("ping -6 -n -M do -c 1 -W 2 -s {size} {far}"));
+            let said = format!("{}{}", ping.out, ping.err);
+            assert!(
+                said.contains(says) || size == 1233 && said.contains("mtu: 1280"),
+                "{encapsulation} {size}: {said}"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_underlay_that_leaves_less_than_ipv6_demands_is_used_all_the_same_and_it_is_said() {
+    let _turn = turn();
+    for encapsulation in ["vxlan", "gre"] {
+        let cluster = Cluster::new("less").by("udp").wrapping(encapsulation);
+        let node = |number, other| {
+            let text = cluster.config(number, "routed", &cluster.peer(other, None)).replace("mtu = 1450\n", "");
+            cluster.weft_node_of_mtu(number, &text, 1290)
+        };
+        let nodes = [node(1, 2), node(2, 1)];
+        let pods = [cluster.pod(&nodes[0]), cluster.pod(&nodes[1])];
+        for node in &nodes {
+            assert_eq!(node.daemon().status().mtu, 1280);
+            assert!(is_said(node), "{:?}", node.daemon().status().problems);
+        }
+        for address in &pods[1].1 {
+            traffic::await_answer(&pods[0].0, *address);
+            traffic::transfer(&pods[0].0, &pods[1].0, *address, 4 << 20);
+            traffic::echo_datagrams(&pods[0].0, &pods[1].0, *address, &[0, 1200, 1232, 1252, 5000, 20_000]);
+        }
+        nodes.iter().for_each(|node| node.daemon().assert_conserved());
     }
 }
 

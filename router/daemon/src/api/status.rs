@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use weft_api::{Failure, FreeBuffers, HostPortInfo, RangeUse, Status, code};
 use weft_ipam::{Store, Usage};
 use weft_router::Snapshot;
-use weft_router::tables::Mode;
+use weft_router::tables::{LEAST_V6, Mode};
 
 use super::show;
 use crate::attach::{addresses, key_of};
@@ -214,10 +214,15 @@ fn worker_problem(running: usize, started: usize) -> Option<String> {
 fn mtu_problem(config: &Config, host: &Host) -> Option<String> {
     let device = underlay_device(config, host)?;
     let needed = config.mtu + config.underlay.encapsulation.overhead(config.underlay.address.is_ipv4());
+    let what_follows = match config.mtu {
+        LEAST_V6 => {
+            "longer packets go to other nodes in fragments, which is slow and which firewalls may drop; raise the device's MTU"
+        }
+        _ => "large packets are lost; raise the device's MTU, or lower the key mtu and recreate the pods",
+    };
     (device.mtu < needed).then(|| {
         format!(
-            "pods have an MTU of {}, which needs {needed} on the underlay, but {} has {}: large packets are lost; raise \
-             the device's MTU, or lower the key mtu and recreate the pods",
+            "pods have an MTU of {}, which needs {needed} on the underlay, but {} has {}: {what_follows}",
             config.mtu, device.name, device.mtu
         )
     })

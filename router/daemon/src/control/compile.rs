@@ -42,19 +42,22 @@ pub fn compile(state: &DesiredState, epoch: u64) -> Tables {
         let Some(id) = state.nodes.of(&peer.name) else { continue };
         let plainly = plainly(state, peer);
         let overhead = if plainly.is_some() { 0 } else { config.tunnel_to(peer).overhead(peer.underlay.is_ipv4()) };
+        let mtu = config.underlay.mtu.saturating_sub(overhead);
+        let path_mtu = path_mtu(state, peer, overhead);
         let node = Node {
             underlay: peer.underlay,
             addresses: peer.addresses.clone(),
             vtep_mac: peer.vtep_mac,
             ranges: peer.ranges.clone(),
             encap: config.tunnel_to(peer),
-            mtu: config.underlay.mtu.saturating_sub(overhead),
+            mtu,
+            carries: path_mtu.map_or(mtu, |path_mtu| path_mtu.min(mtu)),
         };
         tables.add_node(id, node);
         for range in peer.ranges.iter().filter(|_| plainly.is_some()) {
             tables.add_route(*range, plainly.map_or(Via::Node(id), Via::Uplink));
         }
-        if let Some(mtu) = path_mtu(state, peer, overhead) {
+        if let Some(mtu) = path_mtu {
             Arc::make_mut(&mut tables.path_mtus).insert(id, mtu);
         }
     }

@@ -23,7 +23,7 @@ use std::time::Duration;
 use anyhow::Context;
 use weft_api::WayInfo;
 use weft_router::probing::{self as probe, Heard, Question};
-use weft_router::tables::NodeId;
+use weft_router::tables::{LEAST_V6, NodeId};
 use weft_router::{Instant, News, Tables};
 
 use crate::control::config::Config;
@@ -359,6 +359,12 @@ impl Way {
             (State::Away, _) => Some(format!(
                 "{name} ({}) does not answer any more, though pods speak with it: is it running, and is the network between well?",
                 self.underlay
+            )),
+            (_, Some(mtu)) if mtu + self.beside < LEAST_V6 => Some(format!(
+                "{here} → {name} carries {}, pods use {}: IPv6 demands {LEAST_V6}, so packets of up to that go in fragments, which is slow and \
+                 which firewalls may drop; raise the MTU of what is on that path",
+                mtu + self.beside,
+                peer.most() + self.beside
             )),
             (_, Some(mtu)) => Some(format!(
                 "{here} → {name} carries {}, pods use {}: they are told when they send what is longer; raise the MTU of what is \

@@ -354,8 +354,7 @@ fn open_beside(config: &config::Underlay, workers: usize) -> anyhow::Result<Unde
 /// Puts an uplink in the place of the sockets.
 fn go_by_device(config: &config::Underlay, router: &Router) -> anyhow::Result<Chosen> {
     let (uplink, chosen) = prepare(config, router)?;
-    let mut underlay = open_beside(config, router.workers())?;
-    underlay.allow_fragments().context("cannot open another socket of the underlay")?;
+    let underlay = open_beside(config, router.workers())?;
     let hops = chosen.follower.hops();
     if let Err(error) = router.replace_port(UNDERLAY, Device::Uplink { underlay, uplink, hops }) {
         // Some of the workers may have it.

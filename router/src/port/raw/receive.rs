@@ -222,7 +222,7 @@ pub fn dress(frame: &mut Frame, protocol: u8, tunnel_mtu: u32) -> Result<(), Dro
         _ => (Format::Gre, frame_gre(frame)?),
     };
     let nobody = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-    frame.outer = Some(Outer { peer: nobody, entropy: 0, tos: 0, format, base: base as u16 });
+    frame.outer = Some(Outer { peer: nobody, entropy: 0, tos: 0, format, base: base as u16, in_fragments: false });
     frame.offload = unfinished(frame, base, tunnel_mtu);
     Ok(())
 }

@@ -75,6 +75,7 @@ impl Whole {
         };
         let inner = frame.len().saturating_sub(usize::from(outer.base) + ETH_LEN);
         matches!(gso.kind, GsoKind::Tcp4 | GsoKind::Tcp6)
+            && !outer.in_fragments
             && frame.offload.partial.is_some()
             && usize::from(outer.base) == tunnel
             && outer.peer.is_ipv4() == self.local.is_ipv4()

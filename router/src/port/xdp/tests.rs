@@ -297,8 +297,7 @@ fn underlay(pool: &Pool, checksum: bool) -> (XdpUnderlay, Arc<ArcSwap<Hops>>, Ke
     let aside = MemoryPort::new(ID);
     let (wire, hops) = (aside.outbox(), Arc::new(ArcSwap::from_pointee(Hops::default())));
     let tunnel = Tunnel { addresses: vec!["127.0.0.1".parse().unwrap()], port: 8472, vlan: None, secret: 7 };
-    let port =
-        XdpUnderlay::over(vec![channel], tunnel, Arc::clone(&hops), KernelWay::new(Box::new(aside), None)).unwrap();
+    let port = XdpUnderlay::over(vec![channel], tunnel, Arc::clone(&hops), KernelWay::new(Box::new(aside))).unwrap();
     (port, hops, kernel, wire)
 }
 

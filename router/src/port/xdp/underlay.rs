@@ -4,7 +4,7 @@
 //! gets what the uplink's program passes to the kernel (fragments, for example), and takes what goes to a node of which no next hop is
 //! known. Sending it that way has the kernel look for the neighbour, and whoever follows the kernel's tables ([`Hops`]) then tells it
 //! here. So there is no time at which a node cannot be reached, and nothing here asks for neighbours. When the device goes, the
-//! kernel's way is left. What is longer than the path to its node leaves by the kernel as well, in fragments ([`Fragmenting`]).
+//! kernel's way is left. What is longer than the path to its node leaves by the kernel as well, in fragments.
 
 use std::io;
 use std::net::IpAddr;
@@ -25,7 +25,7 @@ use crate::drop_reason::DropReason;
 use crate::frame::{Frame, Outer};
 use crate::pool::Pool;
 use crate::port::software::{self, Cut, HEADERS};
-use crate::port::udp::{Fragmenting, TUNNEL_HEADER};
+use crate::port::udp::TUNNEL_HEADER;
 use crate::port::{Batch, Capabilities, Port, PortId, Queue, Received};
 use crate::stats::Stats;
 
@@ -71,32 +71,23 @@ pub struct XdpUnderlay {
     readable: OwnedFd,
 }
 
-/// The kernel's way, beside the device.
+/// The kernel's way, beside the device: the UDP underlay, which also fragments.
 pub struct KernelWay {
-    /// The UDP underlay.
+    /// Its port.
     pub port: Box<dyn Port>,
-    /// For what is too long for its path; it ends here without.
-    pub fragmenting: Option<Fragmenting>,
-    /// Frames for the one, and for the other.
-    aside: [Queue; 2],
+    aside: Queue,
 }
 
 impl KernelWay {
-    /// Of these.
-    pub fn new(port: Box<dyn Port>, fragmenting: Option<Fragmenting>) -> KernelWay {
-        KernelWay { port, fragmenting, aside: Default::default() }
+    /// Of this port.
+    pub fn new(port: Box<dyn Port>) -> KernelWay {
+        KernelWay { port, aside: Queue::new() }
     }
 
     /// Sends what is aside. What the kernel is too busy for goes back to `queue`.
     fn transmit(&mut self, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
-        let [whole, long] = &mut self.aside;
-        let mut result = self.port.transmit(whole, stats);
-        if let Some(fragmenting) = &mut self.fragmenting
-            && !long.is_empty()
-        {
-            result = result.and(fragmenting.transmit(long, stats));
-        }
-        queue.extend(self.aside.iter_mut().flat_map(|aside| aside.drain(..)));
+        let result = self.port.transmit(&mut self.aside, stats);
+        queue.extend(self.aside.drain(..));
         result
     }
 }
@@ -105,8 +96,7 @@ impl KernelWay {
 #[derive(Copy, Clone, PartialEq, Eq)]
 enum Way {
     Device,
-    Kernel,
-    Fragments,
+    Kernel { in_fragments: bool },
 }
 
 /// What frames are sent as.
@@ -176,24 +166,26 @@ impl XdpUnderlay {
 
     /// Sends by the kernel what is for nodes whose next hop is not known, and what is too long for the path to its node.
     fn transmit_aside(&mut self, queue: &mut Queue, hops: &Hops, stats: &mut Stats) -> io::Result<()> {
-        let (has_device, fragments) = (!self.channels.is_empty(), self.kernel.fragmenting.is_some());
+        let has_device = !self.channels.is_empty();
         let way = |frame: &Frame| match hop_of(frame, hops) {
-            Some((hop, outer)) if fragments && !frame.is_probe && longest(frame, &outer) > hop.mtu as usize => {
-                Way::Fragments
+            Some((hop, outer)) => {
+                let in_fragments = outer.in_fragments || longest(frame, &outer) > hop.mtu as usize;
+                let in_fragments = in_fragments && !frame.is_probe;
+                if has_device && !in_fragments { Way::Device } else { Way::Kernel { in_fragments } }
             }
-            Some(_) if has_device => Way::Device,
-            _ => Way::Kernel,
+            None => Way::Kernel { in_fragments: frame.outer.is_some_and(|outer| outer.in_fragments) },
         };
         if queue.iter().all(|frame| way(frame) == Way::Device) {
             return Ok(());
         }
         for _ in 0..queue.len() {
-            let frame = queue.pop_front().expect("it is as long as that");
-            let [whole, long] = &mut self.kernel.aside;
+            let mut frame = queue.pop_front().expect("it is as long as that");
             match way(&frame) {
                 Way::Device => queue.push_back(frame),
-                Way::Kernel => whole.push_back(frame),
-                Way::Fragments => long.push_back(frame),
+                Way::Kernel { in_fragments } => {
+                    frame.outer = frame.outer.map(|outer| Outer { in_fragments, ..outer });
+                    self.kernel.aside.push_back(frame);
+                }
             }
         }
         self.kernel.transmit(queue, stats)

@@ -10,6 +10,7 @@ use weft_encap::mac::Mac;
 use weft_encap::vxlan::Vni;
 use weft_router::tables::{Gateway, Mode};
 
+use super::mtu;
 use super::reader::{At, Place, Problem, Reader, Switch};
 use super::source::{SourceConfig, check_beside, missing_underlay};
 use super::{
@@ -17,16 +18,10 @@ use super::{
     Underlay, UnderlayKind, encapsulation,
 };
 use crate::control::derive;
-use crate::control::host::{Host, Interface};
+use crate::control::host::Host;
 
 /// With more, a superframe would not hold two segments: it has at most 65,493 bytes, 22 of each segment are ours.
 pub const MAX_MTU: u32 = 32_700;
-/// RFC 8200, section 5: "IPv6 requires that every link in the Internet have an MTU of 1280 octets or greater."
-const MIN_MTU_V6: u32 = 1280;
-/// RFC 791, page 25: "Every internet destination must be able to receive a datagram of 576 octets."
-const MIN_MTU_V4: u32 = 576;
-/// What a device is taken to carry before it is known: Ethernet's.
-const USUAL_MTU: u32 = 1500;
 /// Longer names do not fit what DNS and Kubernetes call a name.
 const MAX_NAME: usize = 253;
 /// Nodes are numbered with 16 bits, and some numbers wait for reuse.
@@ -56,7 +51,7 @@ pub(super) fn check(draft: Draft, reader: &mut Reader<'_>, host: &Host) -> (Opti
     let gateway = check_gateway(reader, &draft, mode);
     check_macs(reader, &draft);
     encapsulation::check(reader, &draft, mode);
-    let mtus = underlay.and_then(|underlay| check_mtu(reader, &draft, (mode, underlay), host, &mut warnings));
+    let mtus = underlay.and_then(|underlay| mtu::check_mtu(reader, &draft, (mode, underlay), host, &mut warnings));
     let overhead = encapsulation::most_overhead(&draft, mode, underlay.is_none_or(|address| address.is_ipv4()));
     let built = (|| {
         let (node, mode, (mtu, underlay_mtu), source) = (node?, mode?, mtus?, source?);
@@ -476,81 +471,6 @@ fn check_macs(reader: &mut Reader<'_>, draft: &Draft) {
     let gateway = draft.gateway_mac.as_ref().map_or(derive::GATEWAY_MAC, |mac| mac.value);
     for at in all.iter().filter(|at| at.value == gateway && !at.place.key.ends_with("gateway_mac")) {
         reader.problem(&at.place, format!("{gateway} is the gateway's MAC, which never leaves a node: choose another"));
-    }
-}
-
-/// The pods' MTU and the underlay's.
-fn check_mtu(
-    reader: &mut Reader<'_>,
-    draft: &Draft,
-    (mode, underlay): (Option<Mode>, IpAddr),
-    host: &Host,
-    warnings: &mut Vec<Problem>,
-) -> Option<(u32, u32)> {
-    let overhead = encapsulation::most_overhead(draft, mode, underlay.is_ipv4());
-    let network = draft.etcd.iter().flat_map(|etcd| &etcd.network);
-    let all = draft.ranges.iter().chain(&draft.segment).chain(network);
-    let least = if all.clone().any(|range| range.value.addr().is_ipv6()) { MIN_MTU_V6 } else { MIN_MTU_V4 };
-    let device = check_device(reader, draft, underlay, host, warnings)?;
-    let Some(mtu) = &draft.mtu else {
-        // The address may be late; what its device has then is followed.
-        let usual = Interface { name: "the underlay's device".into(), mtu: USUAL_MTU, ..Interface::default() };
-        let device = device.unwrap_or(&usual);
-        let mtu = device.mtu.saturating_sub(overhead).min(MAX_MTU);
-        if mtu < least {
-            let what = format!(
-                "{} has an MTU of {}, which leaves {mtu} for pods after {overhead} bytes of encapsulation; \
-                 they need {least}: raise the device's MTU",
-                device.name, device.mtu
-            );
-            reader.problem(&root("mtu"), what);
-        }
-        return Some((mtu, device.mtu));
-    };
-    if !(least..=MAX_MTU).contains(&mtu.value) {
-        reader.problem(&mtu.place, format!("{} is not from {least} to {MAX_MTU}", mtu.value));
-    }
-    let needed = mtu.value + overhead;
-    if let Some(device) = device.filter(|device| device.mtu < needed) {
-        let what = format!(
-            "{} needs an underlay MTU of {needed}, but {} has {}: lower it to {} or remove the key",
-            mtu.value,
-            device.name,
-            device.mtu,
-            device.mtu.saturating_sub(overhead)
-        );
-        reader.problem(&mtu.place, what);
-    }
-    Some((mtu.value, device.map_or(needed, |device| device.mtu)))
-}
-
-/// The underlay's device, if this machine has it: a configuration may be checked elsewhere. `None` after a problem.
-fn check_device<'h>(
-    reader: &mut Reader<'_>,
-    draft: &Draft,
-    underlay: IpAddr,
-    host: &'h Host,
-    warnings: &mut Vec<Problem>,
-) -> Option<Option<&'h Interface>> {
-    let draft = draft.underlay.as_ref();
-    let holder = host.holder_of(underlay);
-    if let Some(address) = draft.and_then(|draft| draft.address.as_ref()).filter(|_| holder.is_none()) {
-        let what = format!("{underlay} is not an address of this machine: other nodes cannot be reached before it is");
-        warnings.push(Problem { place: address.place.clone(), what });
-    }
-    let Some(named) = draft.and_then(|draft| draft.device.as_ref()) else { return Some(holder) };
-    match (host.named(&named.value), holder) {
-        (Some(device), Some(holder)) if device.index != holder.index => {
-            let what = format!("{underlay} is an address of {}, not of {}", holder.name, device.name);
-            reader.problem(&named.place, what);
-            None
-        }
-        (None, _) => {
-            let what = format!("{:?} is not a device of this machine", named.value);
-            warnings.push(Problem { place: named.place.clone(), what });
-            Some(holder)
-        }
-        (device, _) => Some(device),
     }
 }
 

@@ -32,6 +32,7 @@ pub mod encapsulation;
 pub mod kubernetes;
 mod leases;
 mod masquerade;
+mod mtu;
 pub mod reader;
 pub mod routes;
 mod seen;

@@ -65,6 +65,22 @@ fn the_host_port_has_a_name_or_is_left_out() {
 }
 
 #[test]
+fn an_underlay_that_leaves_less_than_ipv6_demands_is_warned_of_and_one_that_leaves_too_little_refused() {
+    let read = |mtu, text: &str| {
+        let mut host = host();
+        host.interfaces[1].mtu = mtu;
+        Config::read(text, &host)
+    };
+    for (mtu, given) in [(1329, ""), (626, ""), (1300, "mtu = 1280\n")] {
+        let Checked { config, warnings } = read(mtu, &with("[underlay]", &format!("{given}[underlay]"))).unwrap();
+        assert_eq!((config.mtu, config.underlay.mtu), (1280, mtu));
+        assert!(warnings.len() == 1 && warnings[0].what.contains("in fragments"), "{warnings:?}");
+    }
+    assert_eq!(read(1330, GOOD).unwrap().warnings, []);
+    assert!(read(625, GOOD).is_err() && read(1300, &with("[underlay]", "mtu = 1281\n[underlay]")).is_err());
+}
+
+#[test]
 fn a_small_file_gets_sensible_defaults() {
     let Checked { config, warnings } = Config::read(GOOD, &host()).unwrap();
     assert_eq!(warnings, []);
