@@ -162,6 +162,9 @@ fn open_all_sending(local: IpAddr, protocols: &[u8]) -> io::Result<Sending> {
             let socket = open_sending(local, *protocol)?;
             if fragments {
                 allow_fragments(&socket, local.is_ipv4())?;
+                if local.is_ipv6() {
+                    message::learn_path_mtus_v6(&socket)?;
+                }
             }
             Ok(OwnedFd::from(socket))
         };

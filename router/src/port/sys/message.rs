@@ -310,6 +310,12 @@ pub fn set_fragment_size_v6(socket: impl AsFd) -> io::Result<()> {
     set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU, 1280)
 }
 
+/// Has a raw socket that is not connected learn from routers that packets are too big; other sockets do so by themselves. The next call
+/// to send then fails once.
+pub fn learn_path_mtus_v6(socket: impl AsFd) -> io::Result<()> {
+    set_flag(socket, libc::IPPROTO_IPV6, libc::IPV6_RECVERR)
+}
+
 /// Makes a socket one for which the kernel refuses to segment.
 #[cfg(test)]
 pub(crate) fn disable_checksums(socket: impl AsFd) -> io::Result<()> {
