@@ -8,7 +8,7 @@
 //! ([`wrapper`]); others are cut here, and their segments sent by as few calls as possible, as over UDP.
 //! What comes in comes packet by packet, unless the device's receive offload has merged inner segments, which is recognised by their
 //! checksum, and is merged by [`crate::gather`]. Path MTUs that a router claims are not believed, and nothing is fragmented but what has
-//! to get there by a way that is too narrow for it ([`Fragmenting`]).
+//! to get there by a way that is too narrow for it (RFC 2473, section 7).
 //!
 //! Frames look as [`crate::tunnel`] has them: what carries IP alone gets an Ethernet header behind the tunnel header when it comes in, with
 //! MACs of nobody, and loses it when it leaves.
