@@ -203,6 +203,10 @@ impl RawPort {
 
     /// Sends in the queue's order, superframes by the wrapper.
     fn send_whole(&mut self, wrapper: &Wrapper, queue: &mut Queue, stats: &mut Stats) -> io::Result<()> {
+        // Most often all is small, and then neither a second queue nor the kernel's count is needed.
+        if !queue.iter().any(|frame| self.whole.takes(frame)) {
+            return self.sender.transmit(queue, stats);
+        }
         while let Some(front) = queue.front() {
             let (sent, others) = match self.whole.takes(front) {
                 true => match self.whole.send(wrapper, queue) {
